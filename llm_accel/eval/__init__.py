@@ -1,0 +1,1 @@
+"""Evaluations: needle in a haystack, vision, the bundled tiny models."""

@@ -1,0 +1,1 @@
+"""Bundled tiny models and the scripts that train them from nothing."""

@@ -1,0 +1,1 @@
+"""Needle in a haystack: built-in grammar, task, runner and plots."""
