@@ -1,0 +1,152 @@
+"""What every method configuration shares: options with help, validation, and the line in the method table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from llm_accel.errors import ConfigError, unknown_name
+
+
+def option(help: str, default: Any) -> Any:
+    """A dataclass field with a one-line help, used by Python, the command line and the docs alike."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the method table.
+
+    Attributes:
+        paper: title and arXiv number.
+        cuts: what the method makes smaller, in a few words.
+        needs_query: whether quality rests on the question being part of the compressed prompt.
+        frees_memory: whether fewer bytes are held afterwards.
+        kinds: the kinds of model it works on: "text", "vision".
+    """
+
+    paper: str
+    cuts: str
+    needs_query: bool
+    frees_memory: bool
+    kinds: tuple[str, ...] = ("text", "vision")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of all method configurations: immutable, validated on construction, comparable, picklable."""
+
+    name: ClassVar[str]
+    info: ClassVar[MethodInfo]
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, hints[field.name]):
+                self.fail(field.name, _described(hints[field.name]))
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks that involve values; raises :class:`ConfigError`."""
+
+    def fail(self, field: str, allowed: str) -> typing.NoReturn:
+        """Raises the error for one option: what was given and what is allowed."""
+        raise ConfigError(f"{self.name}: {field}={getattr(self, field)!r} is not allowed; give {allowed}.")
+
+    @classmethod
+    def build(cls, **options: Any) -> Self:
+        """A configuration from keyword options; unknown names get a :class:`ConfigError` with the nearest one."""
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in allowed:
+                raise ConfigError(f"{cls.name}: " + unknown_name("option", key, allowed))
+        return cls(**options)
+
+    @classmethod
+    def parse(cls, options: dict[str, str]) -> Self:
+        """A configuration from text, as the command line gives it (``budget=1024,pool=max``)."""
+        hints = typing.get_type_hints(cls)
+        typed = {key: _from_text(cls.name, key, text, hints[key]) if key in hints else text for key, text in options.items()}
+        return cls.build(**typed)
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, in field order."""
+        pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in pairs if value != field.default}
+
+    def spec(self) -> str:
+        """The configuration in the form of the command line, for example ``snapkv:budget=128``."""
+        options = ",".join(f"{key}={_to_text(value)}" for key, value in self.changed().items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for kind in _alternatives(hint):
+        if kind is type(None):
+            matched = value is None
+        elif kind is bool:
+            matched = isinstance(value, bool)
+        elif kind is int:
+            matched = isinstance(value, int) and not isinstance(value, bool)
+        elif kind is float:
+            matched = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        elif typing.get_origin(kind) is tuple:
+            matched = isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+        elif typing.get_origin(kind) is typing.Literal:
+            matched = value in typing.get_args(kind)
+        else:
+            matched = isinstance(value, kind)
+        if matched:
+            return True
+    return False
+
+
+def _described(hint: Any) -> str:
+    """The allowed values in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    names = []
+    for kind in _alternatives(hint):
+        if kind is type(None):
+            names.append("None")
+        elif typing.get_origin(kind) is tuple:
+            names.append(f"a tuple of {typing.get_args(kind)[0].__name__}")
+        else:
+            names.append(f"a finite {kind.__name__}" if kind is float else f"a {kind.__name__}")
+    return " or ".join(names)
+
+
+def _from_text(method: str, key: str, text: str, hint: Any) -> Any:
+    for kind in _alternatives(hint):
+        if kind is type(None) and text.lower() == "none":
+            return None
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str or (typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind)):
+            return text
+        if typing.get_origin(kind) is tuple:
+            item = typing.get_args(kind)[0]
+            return tuple(_from_text(method, key, part, item) for part in text.split("+") if part)
+    raise ConfigError(f"{method}: {key}={text!r} is not allowed; give {_described(hint)}.")
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(_to_text(item) for item in value)
+    return str(value)

@@ -1,0 +1,55 @@
+"""How many KV entries a method may keep: an absolute ``budget`` or a ``ratio`` of the prompt, never both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_accel.errors import ConfigError
+from llm_accel.methods.base import MethodConfig, option
+
+DEFAULT_BUDGET = 2048
+
+
+@dataclass(frozen=True)
+class Budgeted(MethodConfig):
+    """Entries kept per KV head and layer, counted with everything that is always kept (window, sinks, recent)."""
+
+    budget: int | None = option(f"KV entries kept per KV head and layer; {DEFAULT_BUDGET} when no ratio is given", None)
+    ratio: float | None = option("fraction of the prompt kept, in (0, 1]; instead of budget", None)
+
+    def validate(self) -> None:
+        if self.budget is not None and self.ratio is not None:
+            raise ConfigError(
+                f"{self.name}: budget={self.budget} and ratio={self.ratio} were both given; give one of them."
+            )
+        if self.budget is not None and self.budget <= self.reserved:
+            self.fail("budget", f"an integer above {self.reserved} ({self.reserved_for})")
+        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
+            self.fail("ratio", "a number in (0, 1], the fraction of the prompt that is kept")
+
+    @property
+    def reserved(self) -> int:
+        """Entries that are kept whatever the scores say."""
+        return 0
+
+    @property
+    def reserved_for(self) -> str:
+        """What the reserved entries are, for messages."""
+        return "at least one entry is kept"
+
+    def entries(self, length: int) -> int:
+        """Entries that a row of ``length`` real tokens keeps per KV head."""
+        if self.ratio is None:
+            return min(length, self.budget or DEFAULT_BUDGET)
+        return min(length, max(math.ceil(self.ratio * length - 1e-9), self.reserved, 1))
+
+    def entries_per_row(self, lengths: Tensor) -> Tensor:
+        """:meth:`entries` for a tensor of row lengths, int64 [B], without a device synchronisation."""
+        if self.ratio is None:
+            return lengths.clamp(max=self.budget or DEFAULT_BUDGET)
+        kept = torch.ceil(self.ratio * lengths.double() - 1e-9).long()
+        return torch.minimum(lengths, kept.clamp(min=max(self.reserved, 1)))

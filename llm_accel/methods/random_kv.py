@@ -1,0 +1,68 @@
+"""Random KV entries: the floor that shows what a budget is worth without any choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.selection import real_slots, select_top
+
+
+@dataclass(frozen=True)
+class RandomKV(ScoreAndKeep):
+    """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
+
+    window: int = option("last entries of the prompt, always kept", 32)
+    seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
+
+    name: ClassVar[str] = "random"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        paper="control, no paper", cuts="KV cache after the prompt", needs_query=False, frees_memory=True
+    )
+
+    def validate(self) -> None:
+        if self.window < 0:
+            self.fail("window", "an integer of at least 0")
+        super().validate()
+
+    @property
+    def reserved(self) -> int:
+        return self.window
+
+    @property
+    def reserved_for(self) -> str:
+        return f"the last {self.window} entries are always kept and count"
+
+    def select(self, view: PromptView) -> Tensor:
+        slots, device = view.slots, view.key.device
+        valid = real_slots(view.start, slots, device)
+        lengths = valid.sum(-1)
+        position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
+        forced = torch.arange(slots, device=device)[None] >= slots - self.window
+        if view.protected is not None:
+            forced = forced | view.protected
+        batch = view.key.shape[0]
+        head = torch.arange(view.kv_heads, device=device)[None, :, None]
+        draw = _uniform(position[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
+        return select_top(
+            draw.expand(batch, view.kv_heads, slots),
+            counts=self.entries_per_row(lengths.expand(batch)),
+            width=self.entries(slots),
+            valid=valid,
+            forced=forced,
+        )
+
+
+def _uniform(position: Tensor, stream: Tensor) -> Tensor:
+    """fp32 in [0, 1) from a hash of position and stream, so that a row draws the same alone and in a batch."""
+    mixed = (position + 1) * 0x9E3779B1 + stream * 0x85EBCA77
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        mixed = mixed & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * multiplier) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed & 0xFFFFFF).float() / float(1 << 24)

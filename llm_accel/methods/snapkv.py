@@ -1,0 +1,107 @@
+"""SnapKV: the last queries of the prompt vote for the KV entries that stay (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_accel.kernels.column_votes import column_votes
+from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.selection import real_slots, select_top
+
+
+@dataclass(frozen=True)
+class SnapKV(ScoreAndKeep):
+    """Keeps the observation window and the entries that its queries attend to most, per KV head."""
+
+    window: int = option("observation window: last queries of the prompt, always kept", 32)
+    kernel: int = option("pooling kernel over neighbouring positions, odd", 7)
+    pool: Literal["max", "avg"] = option("pooling of the votes: max or avg", "max")
+    gqa: Literal["mean", "max"] = option("reduction of the votes over the query heads of a KV head: mean or max", "mean")
+    tie: Literal["raw", "index"] = option("equal pooled votes: raw, the higher unpooled vote wins; index, the older", "raw")
+    score_dtype: Literal["fp32", "compat"] = option(
+        "fp32, or compat: probabilities rounded to the model's dtype as in the published code", "fp32"
+    )
+
+    name: ClassVar[str] = "snapkv"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        paper="SnapKV, arXiv 2404.14469", cuts="KV cache after the prompt", needs_query=True, frees_memory=True
+    )
+
+    def validate(self) -> None:
+        if self.window < 1:
+            self.fail("window", "an integer of at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            self.fail("kernel", "an odd integer of at least 1")
+        super().validate()
+
+    @property
+    def reserved(self) -> int:
+        return self.window
+
+    @property
+    def reserved_for(self) -> str:
+        return f"the observation window of {self.window} is always kept and counts"
+
+    @property
+    def observed_queries(self) -> int:
+        return self.window
+
+    def votes(self, view: PromptView) -> tuple[Tensor, Tensor]:
+        """Pooled and raw votes for the entries before the window, fp32 [B, kv_heads, S - W]."""
+        rounding = view.query.dtype if self.score_dtype == "compat" else None
+        raw = column_votes(
+            view.query,
+            view.key,
+            view.start,
+            heads=view.kv_heads,
+            scaling=view.scaling,
+            softcap=view.softcap,
+            sinks=view.sinks,
+            group=self.gqa,
+            round_to=rounding,
+        )[..., : view.slots - self.window]
+        inside = real_slots(view.start, view.slots, raw.device)[:, None, : raw.shape[-1]]
+        return pooled_votes(raw, inside, self.kernel, self.pool), raw
+
+    def select(self, view: PromptView) -> Tensor:
+        slots = view.slots
+        pooled, raw = self.votes(view)
+        valid = real_slots(view.start, slots, raw.device)
+        forced = torch.arange(slots, device=raw.device)[None] >= slots - self.window
+        if view.protected is not None:
+            forced = forced | view.protected
+        lengths = valid.sum(-1).expand(view.key.shape[0])
+        window_columns = (0, self.window)
+        return select_top(
+            F.pad(pooled, window_columns),
+            counts=self.entries_per_row(lengths),
+            width=self.entries(slots),
+            valid=valid,
+            forced=forced,
+            tie_break=F.pad(raw, window_columns) if self.tie == "raw" else None,
+        )
+
+
+def pooled_votes(votes: Tensor, inside: Tensor, kernel: int, pool: str) -> Tensor:
+    """Votes pooled over ``kernel`` neighbours; padding takes part in neither maximum nor average.
+
+    Args:
+        votes: fp32 >= 0, [B, H, n], zero where ``inside`` is False.
+        inside: bool [B or 1, 1, n], True for real entries.
+        kernel: odd width; stride 1, length preserved.
+        pool: "max" or "avg".
+    """
+    if kernel == 1:
+        return votes
+    margin = kernel // 2
+    if pool == "max":
+        return F.max_pool1d(votes, kernel, stride=1, padding=margin)
+    total = F.avg_pool1d(votes, kernel, stride=1, padding=margin, count_include_pad=True)
+    share = F.avg_pool1d(inside.to(votes.dtype), kernel, stride=1, padding=margin, count_include_pad=True)
+    return total / share.clamp(min=1.0 / kernel)

@@ -1,0 +1,56 @@
+"""StreamingLLM: the first tokens (attention sinks) and the most recent ones stay (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.selection import real_slots, select_top
+
+
+@dataclass(frozen=True)
+class StreamingLLM(ScoreAndKeep):
+    """Dense prompt, then only the sinks and the last entries stay. The floor that every other method must beat."""
+
+    sinks: int = option("first real tokens of the prompt, always kept", 4)
+
+    name: ClassVar[str] = "streaming_llm"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        paper="StreamingLLM, arXiv 2309.17453", cuts="KV cache after the prompt", needs_query=False, frees_memory=True
+    )
+
+    def validate(self) -> None:
+        if self.sinks < 0:
+            self.fail("sinks", "an integer of at least 0")
+        super().validate()
+
+    @property
+    def reserved(self) -> int:
+        return self.sinks
+
+    @property
+    def reserved_for(self) -> str:
+        return f"{self.sinks} sinks are always kept and count"
+
+    def select(self, view: PromptView) -> Tensor:
+        slots, device = view.slots, view.key.device
+        valid = real_slots(view.start, slots, device)
+        lengths = valid.sum(-1)
+        position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
+        forced = position < self.sinks
+        if view.protected is not None:
+            forced = forced | view.protected
+        batch = view.key.shape[0]
+        recency = position.clamp(min=0).float()[:, None].expand(batch, view.kv_heads, slots)
+        return select_top(
+            recency,
+            counts=self.entries_per_row(lengths.expand(batch)),
+            width=self.entries(slots),
+            valid=valid,
+            forced=forced,
+        )

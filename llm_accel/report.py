@@ -1,0 +1,101 @@
+"""What a plug-in did in the last call: lengths, bytes, and what was skipped and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class LayerReport:
+    """One layer after the last call.
+
+    Attributes:
+        layer: index of the layer.
+        logical_length: tokens that the layer has seen; what transformers reads as the cache length.
+        physical_length: KV entries stored per KV head (of the longest row).
+        kv_bytes: bytes of the storage that holds keys and values.
+        dense_kv_bytes: bytes that the dense model would hold.
+        evicted: entries gone per KV head: logical minus physical length.
+        skipped_reason: why the layer was left as it is, or None.
+        kept: with ``trace=True``, original positions of the entries kept when the prompt was compressed, int64
+            [B, Hk, n], ascending, counted from the first real token of each row; -1 first where a row keeps fewer.
+    """
+
+    layer: int
+    logical_length: int = 0
+    physical_length: int = 0
+    kv_bytes: int = 0
+    dense_kv_bytes: int = 0
+    evicted: int = 0
+    skipped_reason: str | None = None
+    kept: Tensor | None = None
+
+
+@dataclass
+class Report:
+    """The whole model after the last call; ``str()`` gives a card to read, :meth:`to_dict` plain data.
+
+    Attributes:
+        method: the methods with the options that differ from their defaults.
+        backends: operation -> (backend, reason).
+        layers: one entry per layer; empty before the first call.
+        visual_tokens_before: visual tokens of the prompt, or None for a text model.
+        visual_tokens_after: visual tokens that reached the last layer.
+        exit_layer: layer after which visual tokens leave, or None.
+        warnings: anything that a user should know.
+    """
+
+    method: str
+    backends: dict[str, tuple[str, str]] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    visual_tokens_before: int | None = None
+    visual_tokens_after: int | None = None
+    exit_layer: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by keys and values in all layers."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def dense_kv_bytes(self) -> int:
+        """Bytes that the dense model would hold at the same logical length."""
+        return sum(layer.dense_kv_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; tensors become lists."""
+        data = asdict(self)
+        for layer, plain in zip(self.layers, data["layers"], strict=True):
+            plain["kept"] = None if layer.kept is None else layer.kept.tolist()
+        return data | {"kv_bytes": self.kv_bytes, "dense_kv_bytes": self.dense_kv_bytes}
+
+    def __str__(self) -> str:
+        lines = [f"llm_accel {self.method}"]
+        if not self.layers:
+            lines.append("  no call yet")
+        else:
+            share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
+            lines.append(
+                f"  KV cache  {_mib(self.kv_bytes)} instead of {_mib(self.dense_kv_bytes)} ({share:.1%} of dense)"
+            )
+            ours = [layer for layer in self.layers if layer.skipped_reason is None]
+            if ours:
+                longest = max(ours, key=lambda layer: layer.physical_length)
+                lines.append(
+                    f"  entries   {longest.physical_length} stored of {longest.logical_length} seen,"
+                    f" in {len(ours)} of {len(self.layers)} layers"
+                )
+            for reason in sorted({layer.skipped_reason for layer in self.layers if layer.skipped_reason}):
+                indices = [str(layer.layer) for layer in self.layers if layer.skipped_reason == reason]
+                lines.append(f"  skipped   layers {', '.join(indices)}: {reason}")
+        lines.extend(f"  {name:<9} {backend} ({reason})" for name, (backend, reason) in self.backends.items())
+        lines.extend(f"  warning   {text}" for text in self.warnings)
+        return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
