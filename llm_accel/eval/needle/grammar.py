@@ -36,7 +36,7 @@ TEST_KEYS: tuple[str, ...] = tuple("""
 almond bamboo barley canoe cinnamon compass dolphin emerald fountain guitar hammer iris jaguar juniper lobster mango
 mercury opal parrot peach quartz rabbit raven saffron salmon silver spider sunset thunder tulip velvet walnut
 """.split())
-"""Held out: never the key of a needle while the bundled model was trained (they do occur in filler and as plain words)."""
+"""Held out: no needle had such a key while the bundled model was trained (they do occur in filler)."""
 
 _POOLS: dict[str, tuple[str, ...]] = {
     "ADJ": tuple("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy light
@@ -81,7 +81,7 @@ def _fill(template: str, rng: random.Random) -> str:
 
 
 def filler_sentences(rng: random.Random) -> Iterator[str]:
-    """Endless grammatical sentences, each ending in "."; about :data:`HARD_SHARE` of them look a little like a needle."""
+    """Endless grammatical sentences, each ending in "."; a share of :data:`HARD_SHARE` looks a little like a needle."""
     while True:
         yield _fill(rng.choice(_HARD_TEMPLATES if rng.random() < HARD_SHARE else _TEMPLATES), rng)
 
@@ -172,6 +172,11 @@ def exact_match(answer: str, values: Sequence[str], kind: Kind = "number") -> bo
 def recall(answer: str, values: Sequence[str]) -> float:
     """RULER's score: the share of ``values`` that occur in ``answer``."""
     return sum(value.lower() in answer.lower() for value in values) / len(values)
+
+
+def value_words() -> tuple[str, ...]:
+    """The words that serve as values of kind "word" (common nouns of the filler)."""
+    return _POOLS["NOUN"]
 
 
 def vocabulary() -> list[str]:
