@@ -1,0 +1,106 @@
+"""The public calls: ``apply``, ``remove`` and the :class:`Handle` they work with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from transformers.cache_utils import DynamicCache
+
+from llm_accel.methods import MethodConfig
+from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.install import hook_of, install, make_plan, uninstall
+from llm_accel.registry import configure
+from llm_accel.report import Report
+
+Method = str | MethodConfig
+
+
+class Handle:
+    """What :func:`apply` returns. As a context manager it removes the plug-in on exit."""
+
+    def __init__(self, model: Any, hook: DecoderHook) -> None:
+        self._model = model
+        self._hook = hook
+
+    @property
+    def config(self) -> MethodConfig | tuple[MethodConfig, ...]:
+        """The applied configuration; a tuple where several methods were composed."""
+        configs = self._hook.plan.configs
+        return configs[0] if len(configs) == 1 else configs
+
+    def report(self) -> Report:
+        """What the last call did: lengths, bytes, skipped layers, backends."""
+        plan = self._hook.plan
+        layers = self._hook.layer_reports()
+        warnings = []
+        if layers and not any(layer.evicted for layer in layers):
+            warnings.append("nothing was evicted: the prompt fits into the budget")
+        return Report(method=plan.title, backends=dict(plan.backends), layers=layers, warnings=warnings)
+
+    def remove(self) -> None:
+        """Takes the plug-in off the model, exactly; a no-op when it is gone already."""
+        if hook_of(self._model) is self._hook:
+            uninstall(self._model)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model runs dense inside, in all threads."""
+        before = self._hook.enabled
+        self._hook.enabled = False
+        try:
+            yield
+        finally:
+            self._hook.enabled = before
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for several turns: pass it as ``past_key_values`` to each of them."""
+        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        adopt(cache, self._hook.plan)
+        return cache
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply(
+    model: Any,
+    method: Method | Sequence[Method],
+    *,
+    trace: bool = False,
+    strict: bool = False,
+    **options: Any,
+) -> Handle:
+    """Accelerates one model instance; plain ``model.generate()`` from here on.
+
+    Args:
+        model: a decoder-only transformers model, text or vision-language.
+        method: a name (see :func:`llm_accel.methods`), a configuration object, or a list of either to compose.
+        trace: record the original positions of kept entries in ``Handle.report()``.
+        strict: raise where a layer would be left as it is or a backend would be replaced by a slower one.
+        **options: options of the method when it is given by name.
+
+    Raises:
+        UnknownMethodError: no method has this name.
+        ConfigError: an option is unknown or has an impossible value.
+        UnsupportedModelError: the model cannot be accelerated with this method.
+        AlreadyAppliedError: the model carries a plug-in already.
+    """
+    given = [method] if isinstance(method, str | MethodConfig) or not isinstance(method, Sequence) else list(method)
+    configs = [configure(one, options if len(given) == 1 else {}) for one in given]
+    if len(given) > 1 and options:
+        configure(configs[0], options)
+    plan = make_plan(model, configs, trace, strict)
+    return Handle(model, install(model, plan))
+
+
+def remove(model: Any) -> None:
+    """Takes the plug-in off a model, exactly; a no-op on a model without one."""
+    uninstall(model)

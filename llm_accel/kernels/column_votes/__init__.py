@@ -1,0 +1,43 @@
+"""Column votes: how much attention the observed queries pay to each key."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.column_votes.reference import column_votes_reference
+
+BACKEND = ("torch", "plain-torch reference, blocked over keys")
+
+
+def column_votes(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    *,
+    heads: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    group: Literal["mean", "max"] = "mean",
+    round_to: torch.dtype | None = None,
+) -> Tensor:
+    """Attention probabilities of the observed queries, summed over the queries, reduced over each group of heads.
+
+    Args:
+        query: [B, Hq, W, D], post-RoPE; row ``i`` belongs to slot ``S - W + i`` and sees slots up to its own.
+        key: [B, H, S, D], post-RoPE; query head ``h`` attends to key head ``h // (Hq // H)``.
+        start: first real slot of each row, int64 [B]; None when no row is padded. Rows right-aligned.
+        heads: number of groups that the Hq query heads are reduced to, in order.
+        scaling: softmax scale.
+        softcap: logit soft cap, applied before the softmax.
+        sinks: learned sink logits [Hq] that take part in the softmax and in no column.
+        group: reduction over the query heads of a group.
+        round_to: dtype that probabilities are rounded to before they are summed; None keeps fp32.
+
+    Returns:
+        fp32 [B, heads, S], zero where no observed query may look.
+    """
+    return column_votes_reference(query, key, start, heads, scaling, softcap, sinks, group, round_to)

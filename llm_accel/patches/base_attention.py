@@ -1,0 +1,89 @@
+"""The model's own attention, called with a mask that fits a right-aligned cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def base_function(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the model would have called; eager lives in the model's own file."""
+    if base == "eager":
+        found: Any = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        found = ALL_ATTENTION_FUNCTIONS[base]
+    return found  # type: ignore[no-any-return]
+
+
+def attend(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Dense attention of the newest T queries over all stored entries.
+
+    Args:
+        query: [B, Hq, T, D]; the last T slots belong to these queries, causal among themselves.
+        key, value: [B, H, P, D].
+        start: first real slot of each row, int64 [B], or None.
+
+    Returns:
+        [B, T, Hq, Dv], as attention functions of transformers return it.
+    """
+    if base.startswith("flash"):
+        return _flash(base, module, query, key, value, start, **kwargs)
+    mask = visibility(start, query.shape[2], key.shape[2], key.device)
+    if base == "eager":
+        mask = _additive(mask, start, query, key)
+    elif query.shape[2] == key.shape[2] and start is None:
+        mask = None
+    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
+    return output
+
+
+def visibility(start: Tensor | None, length: int, slots: int, device: torch.device) -> Tensor | None:
+    """bool [B or 1, 1, T, P]: which slots each of the newest T queries sees; None when it is all of them."""
+    if length == 1 and start is None:
+        return None
+    slot = torch.arange(slots, device=device)
+    visible = (slot[None] <= torch.arange(slots - length, slots, device=device)[:, None])[None]
+    if start is not None:
+        visible = visible & (slot[None] >= start.to(device)[:, None])[:, None]
+    return visible[:, None]
+
+
+def _additive(visible: Tensor | None, start: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if visible is None:
+        return None
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
+
+
+def _flash(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """FlashAttention with the base name spelled out and without ``position_ids``: for a single row it would take a
+    gap in the positions for packed sequences, and evicted entries leave gaps."""
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    mask = None
+    if start is not None:
+        mask = (torch.arange(key.shape[2], device=key.device)[None] >= start.to(key.device)[:, None]).long()
+    return _flash_attention_forward(  # type: ignore[no-any-return]
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=kwargs.get("dropout", 0.0),
+        softmax_scale=kwargs.get("scaling"),
+        softcap=kwargs.get("softcap"),
+        s_aux=kwargs.get("s_aux"),
+        attn_implementation=base,
+    )

@@ -1,0 +1,155 @@
+"""The cache layer: what transformers reads (logical length) kept apart from what is stored (physical length)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from llm_accel.errors import UnsupportedCallError
+
+
+class AccelLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
+    slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
+
+    Attributes:
+        cumulative_length: logical length, the tokens seen; the name that ``CacheLayerMixin.reset`` clears.
+        start: first real slot of each row, int64 [B]; None when every slot is real.
+        compressed: whether entries were evicted since the last reset.
+        floor: physical length right after the last eviction; rolling back below it is impossible.
+        window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
+        positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
+        kept: ``positions`` right after the last eviction.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.cumulative_length = 0
+        self.start: Tensor | None = None
+        self.compressed = False
+        self.floor = 0
+        self.window: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, the only length that transformers may read."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(0, 0): the sentinel that makes our mask function return None; validity lives in this layer."""
+        return 0, 0
+
+    def physical_length(self) -> int:
+        """Slots stored."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def nbytes(self) -> int:
+        """Bytes of the storage behind keys and values, views included."""
+        if not self.physical_length():
+            return 0
+        return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Appends new entries [B, Hk, T, D] and returns all stored ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys.numel() == 0:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += key_states.shape[-2]
+        if self.positions is not None:
+            self._append_positions(key_states.shape[-2])
+        return self.keys, self.values
+
+    def _append_positions(self, count: int) -> None:
+        assert self.positions is not None
+        steps = torch.arange(1, count + 1, device=self.positions.device)
+        newest = self.positions[..., -1:] + steps
+        self.positions = torch.cat([self.positions, newest], dim=-1)
+
+    def observe(self, query: Tensor, width: int) -> None:
+        """Remembers the last ``width`` queries of an incomplete prompt, in memory of their own."""
+        recent = query[:, :, -width:]
+        if self.window is not None and recent.shape[2] < width:
+            recent = torch.cat([self.window, recent], dim=2)[:, :, -width:]
+        self.window = recent.clone(memory_format=torch.contiguous_format)
+
+    def own_storage(self) -> None:
+        """Copies keys or values that are views into a larger tensor, so that they do not keep it alive."""
+        if self.keys.untyped_storage().nbytes() > self.keys.nbytes:
+            self.keys = self.keys.clone(memory_format=torch.contiguous_format)
+        if self.values.untyped_storage().nbytes() > self.values.nbytes:
+            self.values = self.values.clone(memory_format=torch.contiguous_format)
+
+    def keep(self, indices: Tensor, trace: bool) -> None:
+        """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter rows."""
+        if trace:
+            self.positions = self._positions_of(indices)
+            self.kept = self.positions
+        slots = indices.clamp(min=0)[..., None]
+        self.keys = self.keys.gather(2, slots.expand(-1, -1, -1, self.keys.shape[-1]))
+        self.values = self.values.gather(2, slots.expand(-1, -1, -1, self.values.shape[-1]))
+        self.start = None if self.start is None else (indices[:, 0] < 0).sum(-1)
+        self.compressed = True
+        self.floor = self.physical_length()
+        self.window = None
+
+    def _positions_of(self, indices: Tensor) -> Tensor:
+        if self.positions is not None:
+            return self.positions.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, -1)
+        offset = 0 if self.start is None else self.start[:, None, None]
+        return (indices - offset).masked_fill(indices < 0, -1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest ``-tokens_to_remove`` tokens; refuses to go back past an eviction."""
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        remaining = self.physical_length() + tokens_to_remove
+        if tokens_to_remove > 0 or (self.compressed and remaining < self.floor):
+            raise UnsupportedCallError(
+                f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens"
+                f"{f', at most {self.physical_length() - self.floor} of them: older entries were evicted' if self.compressed else ''}."
+            )
+        super().crop(tokens_to_remove)
+        self.cumulative_length += tokens_to_remove
+        if self.positions is not None:
+            self.positions = self.positions[..., :tokens_to_remove]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders rows, for beam search."""
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row ``repeats`` times."""
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only the given rows."""
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.physical_length():
+            return
+        for name in ("keys", "values", "start", "window", "positions", "kept"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, change(rows))
+
+    def reset(self) -> None:
+        """Forgets everything; the layer can be filled again."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._clear()

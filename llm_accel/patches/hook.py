@@ -1,0 +1,146 @@
+"""The forward hooks on the decoder: they adopt the cache and hand its session down."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+
+from llm_accel.errors import UnsupportedCallError
+from llm_accel.patches.attention import accel_name
+from llm_accel.patches.cache import AccelLayer
+from llm_accel.patches.plan import Plan
+from llm_accel.patches.session import Session
+from llm_accel.report import LayerReport
+
+
+class DecoderHook:
+    """Forward pre-hook of the decoder. A picklable object: a copied or reloaded model keeps its own.
+
+    Attributes:
+        plan: what the methods do to this model.
+        enabled: False inside ``Handle.disabled()``.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.enabled = True
+        self._latest: weakref.ref[Session] | None = None
+        self._settled: list[LayerReport] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_latest": None, "_settled": []}
+
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Finds or makes the session of this call and passes it on as ``llm_accel``."""
+        cache = kwargs.get("past_key_values")
+        if not self.enabled:
+            if isinstance(cache, Cache) and session_of(cache) is not None:
+                raise UnsupportedCallError("this cache belongs to the plug-in; inside disabled() start with a new cache.")
+            return args, kwargs
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if not (decoder.config.use_cache if use_cache is None else use_cache) or decoder.training:
+                return args, kwargs
+            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        self._keep_implementation(decoder)
+        _refuse(kwargs, decoder)
+        session = adopt(cache, self.plan)
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        session.begin(inputs.shape[1], cache.get_seq_length(), kwargs.get("attention_mask"))
+        self._latest = weakref.ref(session)
+        kwargs["llm_accel"] = session
+        return args, kwargs
+
+    def _keep_implementation(self, decoder: nn.Module) -> None:
+        """Two models may share one configuration object; removing the plug-in from the other one resets the name."""
+        config, name = decoder.config, accel_name(self.plan.base)
+        current = config._attn_implementation
+        if current == name:
+            return
+        if current != self.plan.base:
+            raise UnsupportedCallError(
+                f"the attention implementation was changed to {current!r} after llm_accel.apply; "
+                "call llm_accel.remove(model), change it, then apply again."
+            )
+        config._attn_implementation_internal = name
+
+    def settle(self, session: Session) -> None:
+        """Keeps the report of a finished generate call, whose cache may be gone soon."""
+        self._settled = session.layer_reports()
+        self._latest = weakref.ref(session)
+
+    def layer_reports(self) -> list[LayerReport]:
+        """Reports of the latest cache while it lives, else of the latest finished call."""
+        session = self._latest() if self._latest is not None else None
+        return self._settled if session is None else session.layer_reports()
+
+
+class DecoderExit:
+    """Forward hook of the decoder: makes sure that what should have been evicted was."""
+
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Raises :class:`llm_accel.errors.EvictionError` if a layer over budget evicted nothing."""
+        session = kwargs.get("llm_accel")
+        if session is not None:
+            session.verify()
+
+
+def session_of(cache: Cache) -> Session | None:
+    """The session hung on a cache, if any."""
+    return getattr(cache, "llm_accel", None)
+
+
+def adopt(cache: Any, plan: Plan) -> Session:
+    """Turns the stock, empty full-attention layers of a cache into ours, in place."""
+    if not isinstance(cache, Cache):
+        raise UnsupportedCallError(
+            f"past_key_values is a {type(cache).__name__}; give a transformers Cache or none, or handle.new_cache()."
+        )
+    session = session_of(cache)
+    if session is not None:
+        if session.plan != plan:
+            raise UnsupportedCallError(
+                f"this cache was filled with {session.plan.title}, the model now runs {plan.title}; start with a new cache."
+            )
+        return session
+    if isinstance(cache, StaticCache | QuantizedCache) or cache.offloading:
+        kind = f"offloaded {type(cache).__name__}" if cache.offloading else type(cache).__name__
+        raise UnsupportedCallError(f"a {kind} cannot be compressed; pass no cache or handle.new_cache().")
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            continue
+        if layer.get_seq_length() > 0:
+            raise UnsupportedCallError(
+                "this cache was filled before llm_accel.apply; start with an empty one (handle.new_cache())."
+            )
+        cache.layers[index] = AccelLayer()
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = AccelLayer
+    session = Session(plan, cache)
+    cache.llm_accel = session
+    return session
+
+
+def _refuse(kwargs: dict[str, Any], decoder: nn.Module) -> None:
+    wanted = kwargs.get("output_attentions")
+    if wanted or (wanted is None and getattr(decoder.config, "output_attentions", False)):
+        raise UnsupportedCallError(
+            "output_attentions=True needs the attention matrix of every layer, which is never built here; "
+            "call inside handle.disabled()."
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
+        shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+        raise UnsupportedCallError(
+            f"attention_mask is {shape}; give a 2-D mask [batch, tokens] of ones with zeros on the left, or none."
+        )

@@ -1,0 +1,143 @@
+"""Puts a plan on one model instance and takes it off again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
+from llm_accel.kernels.column_votes import BACKEND as VOTES_BACKEND
+from llm_accel.methods import MethodConfig, ScoreAndKeep
+from llm_accel.patches.attention import PREFIX, accel_name, register
+from llm_accel.patches.base_attention import SUPPORTED
+from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
+from llm_accel.patches.hook import DecoderExit, DecoderHook
+from llm_accel.patches.plan import Plan, check_composition
+
+
+def hook_of(model: Any) -> DecoderHook | None:
+    """The plug-in's hook on this model, if there is one."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    hooks = model.get_decoder()._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, DecoderHook)), None)
+
+
+def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: bool) -> Plan:
+    """Checks model and methods against each other, touching nothing; raises what ``apply`` documents."""
+    check_composition(configs)
+    decoder = _decoder(model)
+    hook = hook_of(model)
+    if hook is not None:
+        raise AlreadyAppliedError(
+            f"{type(model).__name__} already runs {hook.plan.title}; call llm_accel.remove(model) first, "
+            "or give several methods as one list."
+        )
+    base = decoder.config._attn_implementation.removeprefix(PREFIX)
+    base = next((name for name in SUPPORTED if accel_name(name) == PREFIX + base), base)
+    if base not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs attn_implementation={base!r}; supported: {', '.join(SUPPORTED)}. "
+            "Load it with one of them or call model.set_attn_implementation(...)."
+        )
+    skipped = _skipped_layers(model, decoder.config, configs, strict)
+    layers = int(decoder.config.num_hidden_layers)
+    backends = {"attention": (base, "the model's own implementation")}
+    if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
+        backends["scores"] = VOTES_BACKEND
+    return Plan(tuple(configs), layers, base, skipped, trace, backends)
+
+
+def install(model: Any, plan: Plan) -> DecoderHook:
+    """Hooks the decoder, names our attention in its configuration, shadows ``generate``."""
+    decoder = model.get_decoder()
+    hook = DecoderHook(plan)
+    name = register(plan.base)
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder.register_forward_hook(DecoderExit(), with_kwargs=True)
+    decoder.config._attn_implementation_internal = name
+    if hasattr(model, "generate"):
+        model.generate = GenerateProxy(model, hook)
+        for entry in SHADOWED:
+            if hasattr(model, entry):
+                setattr(model, entry, RefusingProxy(entry))
+    return hook
+
+
+def uninstall(model: Any) -> None:
+    """Exact undo; a no-op on a model without a plug-in."""
+    hook = hook_of(model)
+    if hook is None:
+        return
+    decoder = model.get_decoder()
+    _drop_hooks(decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, DecoderHook)
+    _drop_hooks(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, DecoderExit)
+    if decoder.config._attn_implementation == accel_name(hook.plan.base):
+        decoder.config._attn_implementation_internal = hook.plan.base
+    for entry in ("generate", *SHADOWED):
+        if isinstance(model.__dict__.get(entry), GenerateProxy | RefusingProxy):
+            delattr(model, entry)
+
+
+def _drop_hooks(hooks: dict[int, Any], with_kwargs: dict[int, Any], kind: type) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
+
+
+def _decoder(model: Any) -> Any:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}; give the transformers model itself (for a PEFT model "
+            "model.get_base_model(), for a compiled one the model before torch.compile)."
+        )
+    family = getattr(model.config, "model_type", type(model).__name__)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{family} is an encoder-decoder model; supported are decoder-only models.")
+    decoder = model.get_decoder()
+    config = getattr(decoder, "config", None)
+    if not isinstance(decoder, PreTrainedModel) or not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedModelError(f"{family} has no decoder that can be hooked; supported are decoder-only models.")
+    if not decoder._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{family} does not call its attention through transformers' AttentionInterface; supported are families "
+            "that do, such as llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3, gpt_oss, glm4, deepseek_v3."
+        )
+    return decoder
+
+
+def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], strict: bool) -> dict[int, str]:
+    """Layer index -> reason; raises if nothing is left, or with ``strict`` if a model layer is left out."""
+    cache_layers = DynamicCache(config=config).layers
+    skipped = {
+        index: _why_not(layer, config) for index, layer in enumerate(cache_layers) if type(layer) is not DynamicLayer
+    }
+    if cache_layers and len(skipped) == len(cache_layers):
+        reasons = "; ".join(sorted(set(skipped.values())))
+        raise UnsupportedModelError(
+            f"{config.model_type}: there is nothing to compress, none of the {len(cache_layers)} layers holds a full "
+            f"KV cache ({reasons})."
+        )
+    if strict and skipped:
+        raise UnsupportedModelError(
+            f"strict=True: layers {sorted(skipped)} of {config.model_type} would be left as they are "
+            f"({'; '.join(sorted(set(skipped.values())))}); use strict=False to accept that."
+        )
+    for method in configs:
+        for index in getattr(method, "skip_layers", ()):
+            if index >= config.num_hidden_layers:
+                raise ConfigError(
+                    f"{method.name}: skip_layers={method.skip_layers} names layer {index}; "  # type: ignore[attr-defined]
+                    f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
+                )
+            skipped.setdefault(index, "named in skip_layers")
+    return skipped
+
+
+def _why_not(layer: Any, config: Any) -> str:
+    if getattr(layer, "is_sliding", False):
+        return f"sliding window of {getattr(config, 'sliding_window', '?')} tokens bounds its cache already"
+    return f"{type(layer).__name__} is not a full-attention cache"

@@ -1,0 +1,51 @@
+"""What the applied methods do to one model: worked out once, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llm_accel.errors import ConfigError
+from llm_accel.methods import MethodConfig, ScoreAndKeep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The roles of the applied methods on one model.
+
+    Attributes:
+        configs: the applied methods in order.
+        layers: number of layers of the text model.
+        base: name of the attention implementation that the model had.
+        skipped: layer index -> why no method acts on it.
+        trace: whether original positions of kept entries are recorded.
+        backends: operation -> (backend, reason).
+    """
+
+    configs: tuple[MethodConfig, ...]
+    layers: int
+    base: str
+    skipped: Mapping[int, str]
+    trace: bool = False
+    backends: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def keeper(self) -> ScoreAndKeep | None:
+        """The method that decides which KV entries stay, if any."""
+        return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
+
+    @property
+    def title(self) -> str:
+        """The methods as the command line writes them."""
+        return " + ".join(config.spec() for config in self.configs)
+
+
+def check_composition(configs: Sequence[MethodConfig]) -> None:
+    """Raises :class:`ConfigError` where two methods would decide the same thing."""
+    if not configs:
+        raise ConfigError("method=[] names no method; give at least one.")
+    keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
+    if len(keepers) > 1:
+        raise ConfigError(
+            f"{' and '.join(keepers)} both decide which KV entries stay; give one of them."
+        )

@@ -1,0 +1,143 @@
+"""The state of one cache: hung on it, handed down the forward pass as a keyword argument, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
+from llm_accel.patches.cache import AccelLayer
+from llm_accel.report import LayerReport
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from llm_accel.patches.plan import Plan
+
+
+class Session:
+    """Opaque on purpose: neither a mapping nor a list and without ``.to``, so that accelerate passes it through.
+
+    Attributes:
+        plan: what the methods do to this model.
+        prompt_end: logical length at which the prompt is complete; None when nobody announced it.
+        closing: whether the running call completes the prompt, so that layers evict after their attention.
+        flushing: whether layers evict before the attention of the running call (deferred compression).
+        observing: whether layers remember the last queries, because more of the prompt or the eviction is to come.
+        padding: leading padding tokens of each row of the prompt, int64 [B]; None when there are none.
+        protect: prompt positions that must stay, bool [B, n], or None.
+    """
+
+    def __init__(self, plan: Plan, cache: Cache) -> None:
+        self.plan = plan
+        self.layers = cache.layers
+        self.prompt_end: int | None = None
+        self.closing = False
+        self.flushing = False
+        self.observing = False
+        self.padding: Tensor | None = None
+        self.protect: Tensor | None = None
+        self._awaiting_decode = False
+
+    def announce(self, prompt_end: int, protect: Tensor | None) -> None:
+        """Tells the session how long the prompt will be, so that chunks of it can be recognised."""
+        self.prompt_end = prompt_end
+        self.protect = protect
+
+    def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
+        """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+        keeper = self.plan.keeper
+        self.flushing = self._awaiting_decode and length == 1 and not self._prompt_open(past)
+        in_prompt = length > 1 or self._prompt_open(past)
+        complete = in_prompt and (self.prompt_end is None or past + length >= self.prompt_end)
+        if in_prompt:
+            self._read_padding(length, past, attention_mask)
+        if complete and keeper is not None and keeper.compress == "deferred":
+            self._awaiting_decode, complete = True, False
+        if self.flushing:
+            self._awaiting_decode = False
+        self.closing = complete
+        self.observing = in_prompt and not complete
+
+    def _prompt_open(self, past: int) -> bool:
+        return self.prompt_end is not None and past < self.prompt_end
+
+    def _read_padding(self, length: int, past: int, attention_mask: Tensor | None) -> None:
+        if attention_mask is None:
+            return
+        real = attention_mask.bool()
+        if bool(real.all()):
+            return
+        if bool((real[:, 1:] < real[:, :-1]).any()):
+            raise UnsupportedCallError(
+                "attention_mask has padding after a real token; pad on the left (tokenizer.padding_side = 'left')"
+                " and leave no gaps between turns."
+            )
+        padding = (~real).sum(-1)
+        if self.any_compressed() or (past > 0 and self.padding is None):
+            if bool((~real[:, -length:]).any()):
+                raise UnsupportedCallError(
+                    "a later turn on this cache is padded; give rows whose new tokens have equal length."
+                )
+            return
+        self.padding = padding
+
+    def any_compressed(self) -> bool:
+        """Whether some layer of this cache has evicted entries."""
+        return any(isinstance(layer, AccelLayer) and layer.compressed for layer in self.layers)
+
+    def protected_slots(self, layer: AccelLayer, slots: int) -> Tensor | None:
+        """``protect`` for the slots of one layer before its first eviction, bool [B, slots], or None."""
+        keeper = self.plan.keeper
+        if self.protect is None or keeper is None or layer.compressed:
+            return None
+        if self.protect.shape[1] > slots:
+            raise ConfigError(
+                f"protect_mask covers {self.protect.shape[1]} tokens, the prompt has {slots}; give [batch, prompt length]."
+            )
+        most = int(self.protect.sum(-1).max())
+        if most + keeper.reserved > keeper.entries(slots):
+            raise ConfigError(
+                f"protect_mask marks {most} tokens, but {keeper.spec()} keeps {keeper.entries(slots)} entries of which "
+                f"{keeper.reserved} are taken ({keeper.reserved_for}); protect fewer tokens or raise the budget."
+            )
+        mask = self.protect.to(layer.keys.device)
+        return torch.nn.functional.pad(mask, (0, slots - mask.shape[1]))
+
+    def verify(self) -> None:
+        """Raises :class:`EvictionError` if the prompt is complete and a layer over budget evicted nothing."""
+        keeper = self.plan.keeper
+        if keeper is None or not (self.closing or self.flushing):
+            return
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
+                continue
+            seen = layer.get_seq_length()
+            if keeper.entries(seen) < seen:
+                raise EvictionError(
+                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted nothing: "
+                    f"its attention never reached llm_accel. Remove the plug-in and report the model class."
+                )
+
+    def layer_reports(self) -> list[LayerReport]:
+        """What each layer holds now."""
+        return [self._layer_report(index, layer) for index, layer in enumerate(self.layers)]
+
+    def _layer_report(self, index: int, layer: object) -> LayerReport:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        report = LayerReport(index, skipped_reason=self.plan.skipped.get(index))
+        if keys is None or values is None or not keys.numel():
+            return report
+        report.logical_length = int(layer.get_seq_length())  # type: ignore[attr-defined]
+        report.physical_length = keys.shape[-2]
+        if isinstance(layer, AccelLayer):
+            report.kv_bytes = layer.nbytes()
+            per_entry = (keys.nbytes + values.nbytes) // report.physical_length
+            report.dense_kv_bytes = per_entry * report.logical_length
+            report.evicted = report.logical_length - report.physical_length
+            report.kept = layer.kept
+        else:
+            report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
+        return report
