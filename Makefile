@@ -1,0 +1,90 @@
+# `make needle` and `make test` set up everything they need; the first run installs, later runs start at once.
+#
+#   make needle                  the needle grid on the bundled model: table, heat map, JSON
+#   make test                    lint, types, layers, README, tests on the newest transformers and on the oldest in CI
+#   make needle TORCH=2.14.0     another torch; CONSTRAINTS=file replaces all pins; PYTHON=... another interpreter
+
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+VENV        ?= .venv
+VENV_OLD    ?= .venv-5.17
+OLD         ?= 5.17.0
+CONSTRAINTS ?= constraints.txt
+TORCH       ?=
+WORKERS     ?= 2
+OUT         ?= runs/needle
+ARGS        ?=
+
+BIN     := $(VENV)/bin
+BIN_OLD := $(VENV_OLD)/bin
+PIP     := -m pip install --quiet --no-compile --disable-pip-version-check
+
+# What the first environment checks again on the oldest transformers: all that touches a transformers model.
+OLD_TESTS = $(wildcard tests/contracts tests/patches)
+
+# The workers of pytest share the cores; threads inside them would only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
+
+.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '3,5s/^#  //p' Makefile
+
+needle: $(VENV)/.ready
+	$(BIN)/llm-accel needle --out $(OUT) $(ARGS)
+
+test: lint types layers readme-check lengths tests tests-old
+
+check: lint types layers readme-check lengths
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+layers: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+readme: $(VENV)/.ready
+	$(BIN)/python scripts/readme_table.py
+
+readme-check: $(VENV)/.ready
+	$(BIN)/python scripts/readme_table.py --check
+
+lengths: $(VENV)/.ready
+	$(BIN)/python scripts/file_length.py
+
+tests: $(VENV)/.ready
+	$(call PYTEST,$(BIN)) $(ARGS)
+
+tests-old: $(VENV_OLD)/.ready
+	$(if $(OLD_TESTS),$(call PYTEST,$(BIN_OLD)) $(OLD_TESTS) $(ARGS))
+
+clean:
+	rm -rf $(VENV) $(VENV_OLD) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# torch goes in first and under the pins, so that no other package can pull in a second build of it.
+$(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
+	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt torch
+	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV_OLD)/.ready: pyproject.toml $(VENV_OLD)/constraints.txt
+	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt torch
+	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt "transformers==$(OLD)" -e ".[test]"
+	@touch $@
+
+# The pins as this call wants them; written only when they change, so that another TORCH or CONSTRAINTS reinstalls.
+$(VENV)/constraints.txt $(VENV_OLD)/constraints.txt: FORCE
+	@test -x $(@D)/bin/python || { \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "llm_accel needs Python 3.11 or newer; give one with PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  echo "creating $(@D) with $(PYTHON)"; "$(PYTHON)" -m venv $(@D); }
+	@sed $(if $(TORCH),'s/^torch==.*/torch==$(TORCH)/',-n p) $(CONSTRAINTS) > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi

@@ -1,0 +1,72 @@
+"""The table of all methods, for ``llm-accel methods`` and for the README. Generated from the registry only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from llm_accel.registry import methods
+
+_COLUMNS = ("method", "paper", "what it cuts", "question in the prompt", "frees memory", "models")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``llm-accel methods``."""
+    parser.add_argument("--json", action="store_true", help="print JSON, with the options of every method")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the table on stdout and returns the methods as plain data."""
+    data = describe()
+    print(json.dumps(data, indent=2) if args.json else text(data))
+    return data
+
+
+def describe() -> dict[str, Any]:
+    """Every method as plain data: name -> paper, cuts, needs_query, frees_memory, kinds and options."""
+    return {
+        name: dataclasses.asdict(config.info)
+        | {
+            "class": config.__name__,
+            "options": {
+                field.name: {"default": field.default, "help": field.metadata["help"]}
+                for field in dataclasses.fields(config)
+            },
+        }
+        for name, config in methods().items()
+    }
+
+
+def markdown() -> str:
+    """The table of the README."""
+    header = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+    cells = [_cells(f"`{name}`", entry) for name, entry in describe().items()]
+    return "\n".join(header + [f"| {' | '.join(row)} |" for row in cells])
+
+
+def text(data: dict[str, Any]) -> str:
+    """The table for a terminal, followed by the options of each method."""
+    rows = [list(_COLUMNS)] + [_cells(name, entry) for name, entry in data.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for name, entry in data.items():
+        lines.append(f"\n{name}  ({entry['class']})")
+        options = [(f"{key}={_shown(option['default'])}", option["help"]) for key, option in entry["options"].items()]
+        longest = max(len(setting) for setting, _ in options)
+        lines.extend(f"  {setting:<{longest}}  {help}" for setting, help in options)
+    return "\n".join(lines)
+
+
+def _cells(name: str, entry: dict[str, Any]) -> list[str]:
+    needs = "needed" if entry["needs_query"] else "not needed"
+    frees = "yes" if entry["frees_memory"] else "no"
+    return [name, entry["paper"], entry["cuts"], needs, frees, ", ".join(entry["kinds"])]
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return "+".join(map(str, default)) or "()"
+    return str(default)
