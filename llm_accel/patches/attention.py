@@ -113,6 +113,7 @@ class _Eviction:
             return False
         return self.keeper.entries(slots) < slots
 
+    @torch.no_grad()
     def _select(self, query: Tensor | None, key: Tensor) -> Tensor:
         width = self.keeper.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]

@@ -1,0 +1,186 @@
+"""The invariants that hold for every method on every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import llm_accel
+from tests.contracts.matrix import (
+    BUDGET,
+    METHODS,
+    NEW,
+    every_family,
+    every_method,
+    every_shape,
+    generate,
+    make_batch,
+)
+from tests.contracts.oracle import masked, visible_columns
+from tests.tiny import tiny_model
+
+EXACT = 1e-5
+
+
+@every_shape
+@every_method
+@every_family
+def test_nothing_to_cut_changes_nothing(family: str, method: str, shape: str) -> None:
+    model, batch = tiny_model(family), make_batch(shape, long=True)
+    tokens, logits = generate(model, batch)
+    for config in (METHODS[method](budget=batch.ids.shape[1]), METHODS[method](budget=None, ratio=1.0)):
+        with llm_accel.apply(model, config) as handle:
+            ours, our_logits = generate(model, batch)
+            assert not any(layer.evicted for layer in handle.report().layers)
+        assert torch.equal(ours, tokens)
+        assert torch.equal(our_logits, logits)
+
+
+@every_shape
+@every_method
+@every_family
+def test_short_prompts_pass_through(family: str, method: str, shape: str) -> None:
+    model, batch = tiny_model(family), make_batch(shape, long=False)
+    tokens, logits = generate(model, batch)
+    with llm_accel.apply(model, METHODS[method]()):
+        ours, our_logits = generate(model, batch)
+    assert torch.equal(ours, tokens)
+    assert torch.equal(our_logits, logits)
+
+
+@every_shape
+@every_method
+@every_family
+def test_undo_is_exact(family: str, method: str, shape: str) -> None:
+    model, bystander, batch = tiny_model(family), tiny_model(family), make_batch(shape, long=True)
+    config, attributes = copy.deepcopy(model.config.to_dict()), set(model.__dict__)
+    implementation = model.get_decoder().config._attn_implementation
+    before = generate(model, batch)
+    handle = llm_accel.apply(model, METHODS[method]())
+    assert torch.equal(generate(bystander, batch)[1], before[1])
+    assert not torch.equal(generate(model, batch)[1], before[1])
+    handle.remove()
+    after = generate(model, batch)
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[1], before[1])
+    assert model.config.to_dict() == config
+    assert model.get_decoder().config._attn_implementation == implementation
+    assert set(model.__dict__) == attributes
+    assert not model.get_decoder()._forward_pre_hooks
+    assert not model.get_decoder()._forward_hooks
+
+
+@every_shape
+@every_method
+@every_family
+def test_eviction_is_real(family: str, method: str, shape: str) -> None:
+    model, batch = tiny_model(family), make_batch(shape, long=True)
+    with llm_accel.apply(model, METHODS[method]()) as handle:
+        cache = handle.new_cache()
+        generate(model, batch, past_key_values=cache)
+        report = handle.report()
+    acted = 0
+    for layer, stored in zip(report.layers, cache.layers, strict=True):
+        if layer.skipped_reason is not None:
+            continue
+        acted += 1
+        expected = BUDGET + NEW - 1
+        assert layer.logical_length == batch.ids.shape[1] + NEW - 1
+        assert layer.physical_length == expected
+        assert stored.get_seq_length() == layer.logical_length
+        width = stored.keys.shape[-1] + stored.values.shape[-1]
+        formula = len(batch.ids) * stored.keys.shape[1] * expected * width * stored.keys.element_size()
+        held = stored.keys.untyped_storage().nbytes() + stored.values.untyped_storage().nbytes()
+        assert held == formula == layer.kv_bytes
+        assert layer.dense_kv_bytes == formula // expected * layer.logical_length
+    assert acted > 0
+
+
+@every_shape
+@every_method
+@every_family
+def test_evicted_is_masked(family: str, method: str, shape: str) -> None:
+    steps = 17
+    model, batch = tiny_model(family), make_batch(shape, long=True)
+    with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
+        tokens, logits = generate(model, batch, max_new_tokens=steps)
+        report = handle.report()
+    visible = {
+        layer.layer: visible_columns(layer.kept, batch.ids.shape[1], batch.lengths)
+        for layer in report.layers
+        if layer.kept is not None
+    }
+    assert visible
+    with masked(model, visible):
+        oracle_tokens, oracle_logits = generate(model, batch, max_new_tokens=steps)
+    assert torch.equal(tokens, oracle_tokens)
+    assert (logits - oracle_logits).abs().max() <= EXACT
+
+
+@every_method
+@every_family
+def test_rows_are_independent(family: str, method: str) -> None:
+    model, batch = tiny_model(family), make_batch("padded", long=True)
+    with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
+        tokens, logits = generate(model, batch)
+        together = handle.report().layers
+        for index, length in enumerate(batch.lengths):
+            row = make_batch("single", long=True)
+            row = type(row)(batch.row(index), None, (length,))
+            alone_tokens, alone_logits = generate(model, row)
+            assert torch.equal(tokens[index], alone_tokens[0])
+            assert (logits[index] - alone_logits[0]).abs().max() <= EXACT
+            for layer, alone in zip(together, handle.report().layers, strict=True):
+                if layer.kept is None:
+                    continue
+                kept = layer.kept[index]
+                assert torch.equal((kept >= 0).sum(-1), torch.full((kept.shape[0],), min(length, BUDGET)))
+                if alone.kept is not None:
+                    assert torch.equal(kept[kept >= 0].view(kept.shape[0], -1), alone.kept[0])
+
+
+@every_shape
+@every_method
+@every_family
+def test_no_memory_between_calls(family: str, method: str, shape: str) -> None:
+    model, first = tiny_model(family), make_batch(shape, long=True)
+    other = make_batch(shape, long=False)
+    with llm_accel.apply(model, METHODS[method]()):
+        once = generate(model, first)
+        generate(model, other)
+        twice = generate(model, first)
+    assert torch.equal(once[0], twice[0])
+    assert torch.equal(once[1], twice[1])
+
+
+@every_method
+def test_always_kept_entries_stay(method: str) -> None:
+    model, batch = tiny_model("llama"), make_batch("padded", long=True)
+    config = METHODS[method]()
+    with llm_accel.apply(model, config, trace=True) as handle:
+        generate(model, batch)
+        for layer in handle.report().layers:
+            for row, length in enumerate(batch.lengths):
+                for head in layer.kept[row]:
+                    kept = set(head[head >= 0].tolist())
+                    assert len(kept) == min(length, BUDGET)
+                    assert kept >= set(range(min(length, getattr(config, "sinks", 0))))
+                    assert kept >= set(range(max(0, length - getattr(config, "window", 1)), length))
+
+
+@every_method
+def test_a_call_that_should_have_evicted_and_did_not_raises(method: str) -> None:
+    model, batch = tiny_model("llama"), make_batch("single", long=True)
+    with llm_accel.apply(model, METHODS[method]()):
+        attention = model.model.layers[1].self_attn
+        forward = attention.forward
+
+        def around(*args: object, **kwargs: object) -> object:
+            kwargs.pop("llm_accel", None)
+            return forward(*args, **kwargs)
+
+        attention.forward = around
+        with pytest.raises(llm_accel.EvictionError, match="layer 1"):
+            generate(model, batch)
