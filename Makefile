@@ -16,7 +16,7 @@ ARGS        ?=
 
 BIN     := $(VENV)/bin
 BIN_OLD := $(VENV_OLD)/bin
-PIP     := -m pip install --quiet --no-compile --disable-pip-version-check
+PIP     := -m pip install -qq --no-compile --disable-pip-version-check
 
 # What the first environment checks again on the oldest transformers: all that touches a transformers model.
 OLD_TESTS = $(wildcard tests/contracts tests/patches)
@@ -71,11 +71,13 @@ clean:
 
 # torch goes in first and under the pins, so that no other package can pull in a second build of it.
 $(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
+	@echo "installing torch, the package and its tools into $(VENV): a few minutes, once"
 	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt torch
 	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@
 
 $(VENV_OLD)/.ready: pyproject.toml $(VENV_OLD)/constraints.txt
+	@echo "installing torch and the package on transformers $(OLD) into $(VENV_OLD): a few minutes, once"
 	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt torch
 	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt "transformers==$(OLD)" -e ".[test]"
 	@touch $@
