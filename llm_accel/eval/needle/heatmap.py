@@ -1,0 +1,135 @@
+"""The needle heat map: lengths on x, depth on y, one panel per method, one colour scale from 0 to 1."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_accel.errors import ConfigError
+from llm_accel.eval.needle.settings import length_label
+
+PALETTES: dict[str, tuple[str, ...]] = {
+    "classic": ("#F0496E", "#EBB839", "#0CD79F"),  # the colours that needle plots have had since 2023
+    "safe": ("#440154", "#3B528B", "#21918C", "#5EC962", "#FDE725"),  # viridis: lightness alone tells the score
+}
+_INK, _MUTED, _EMPTY = "#22252A", "#6B7178", "#ECEEF0"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One method.
+
+    Attributes:
+        name: title of the panel.
+        cells: mean score per cell, rows are depths, columns lengths; None where nothing ran.
+        mean: number for the title, or None.
+    """
+
+    name: str
+    cells: list[list[float | None]]
+    mean: float | None
+
+
+def require_matplotlib() -> None:
+    """Raises :class:`ConfigError` if heat maps cannot be drawn here."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ConfigError("the heat map needs matplotlib: pip install 'llm_accel[eval]', or give --no-plot.") from error
+
+
+def draw(
+    panels: Sequence[Panel],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    title: str,
+    trained_length: int | None = None,
+    palette: str = "classic",
+) -> Any:
+    """A matplotlib figure.
+
+    Args:
+        trained_length: longest length the model was trained for; a dashed line stands there if the grid goes beyond.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    colours = LinearSegmentedColormap.from_list("needle", PALETTES[palette])
+    colours.set_bad(_EMPTY)
+    columns = min(len(panels), 4 if len(lengths) <= 6 else 2 if len(lengths) <= 16 else 1)
+    rows = math.ceil(len(panels) / columns)
+    wide = max(2.5, 0.46 * len(lengths))
+    high = min(5.0, max(2.3, 0.27 * len(depths)))
+    left, right, top, bottom, gap_x, gap_y = 0.75, 0.95, 0.95, 0.65, 0.28, 0.85
+    size = (left + columns * wide + (columns - 1) * gap_x + right, top + rows * high + (rows - 1) * gap_y + bottom)
+    figure = Figure(figsize=size, dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(left / size[0], 1 - 0.3 / size[1], title, fontsize=10.5, color=_INK, va="center", weight="bold")
+    image = None
+    for i, panel in enumerate(panels):
+        row, column = divmod(i, columns)
+        x = left + column * (wide + gap_x)
+        y = size[1] - top - row * (high + gap_y) - high
+        axes = figure.add_axes((x / size[0], y / size[1], wide / size[0], high / size[1]))
+        cells = [[math.nan if value is None else value for value in line] for line in panel.cells]
+        image = axes.imshow(cells, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        mean = "no data" if panel.mean is None else f"{panel.mean:.2f}"
+        axes.set_title(panel.name, fontsize=9.5, color=_INK, loc="left", pad=5)
+        axes.set_title(mean, fontsize=9.5, color=_INK, loc="right", pad=5, weight="bold")
+        last_row = i + columns >= len(panels)
+        _decorate(axes, lengths, depths, bottom=last_row, left=column == 0)
+        _write_scores(axes, panel.cells, len(lengths))
+        _trained_line(axes, lengths, trained_length)
+    if image is not None:
+        bar_x = left + columns * wide + (columns - 1) * gap_x + 0.18
+        height = min(rows * high + (rows - 1) * gap_y, 3.2)
+        bar = figure.add_axes((bar_x / size[0], (size[1] - top - height) / size[1], 0.13 / size[0], height / size[1]))
+        scale = figure.colorbar(image, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
+        scale.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
+        bar.tick_params(labelsize=7.5, length=0, colors=_MUTED)
+        bar.set_ylabel("exact match", fontsize=8, color=_MUTED)
+    return figure
+
+
+def save(path: Path, figure: Any) -> None:
+    """Writes the figure as PNG."""
+    figure.savefig(path, format="png", metadata={"Software": "llm_accel"})
+
+
+def _decorate(axes: Any, lengths: Sequence[int], depths: Sequence[float], bottom: bool, left: bool) -> None:
+    every_x, every_y = math.ceil(len(lengths) / 20), math.ceil(len(depths) / 11)
+    at_x, at_y = range(0, len(lengths), every_x), range(0, len(depths), every_y)
+    axes.set_xticks(list(at_x), [length_label(lengths[i]) for i in at_x], rotation=45 if len(lengths) > 8 else 0)
+    axes.set_yticks(list(at_y), [f"{depths[i]:g}" for i in at_y])
+    axes.tick_params(labelsize=7.5, length=0, pad=4, colors=_MUTED, labelleft=left)
+    if bottom:
+        axes.set_xlabel("prompt length in tokens", fontsize=8, color=_MUTED)
+    if left:
+        axes.set_ylabel("needle depth in %", fontsize=8, color=_MUTED)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)  # white lines between the cells
+    axes.set_yticks([i + 0.5 for i in range(len(depths) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+
+
+def _write_scores(axes: Any, cells: Sequence[Sequence[float | None]], columns: int) -> None:
+    """Numbers in the cells that are neither all right nor all wrong, where there is room."""
+    if columns > 12 or len(cells) > 15:
+        return
+    for y, line in enumerate(cells):
+        for x, value in enumerate(line):
+            if value is not None and 0 < value < 1:
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=_INK, alpha=0.75)
+
+
+def _trained_line(axes: Any, lengths: Sequence[int], trained: int | None) -> None:
+    inside = [length for length in lengths if trained is not None and length <= trained]
+    if inside and len(inside) < len(lengths):
+        axes.axvline(len(inside) - 0.5, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
