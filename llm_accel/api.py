@@ -57,8 +57,8 @@ class Handle:
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for several turns: pass it as ``past_key_values`` to each of them."""
-        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        adopt(cache, self._hook.plan)
+        cache = DynamicCache()
+        adopt(cache, self._hook.plan, self._model.get_decoder().config)
         return cache
 
     def __enter__(self) -> Self:

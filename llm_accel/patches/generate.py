@@ -41,8 +41,8 @@ class GenerateProxy:
             return generate(self.model, *args, **kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None:
-            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        session = adopt(cache, self.hook.plan)
+            cache = DynamicCache()
+        session = adopt(cache, self.hook.plan, self.model.get_decoder().config)
         prompt = _prompt_length(args, kwargs)
         if prompt is not None:
             session.announce(prompt, protect_mask)
@@ -103,5 +103,3 @@ def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     mask = kwargs.get("attention_mask")
     length = int(prompt.shape[1])
     return max(length, int(mask.shape[1])) if torch.is_tensor(mask) and mask.ndim == 2 else length
-
-

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.attention import accel_name
+from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache import AccelLayer
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.session import Session
@@ -34,14 +35,22 @@ class DecoderHook:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_latest": None, "_settled": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(self.plan.base)  # a model that is loaded in another process finds its attention there
+
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Finds or makes the session of this call and passes it on as ``llm_accel``."""
+        if args:
+            args, kwargs = (), kwargs | dict(zip(_parameters(type(decoder)), args, strict=False))
         cache = kwargs.get("past_key_values")
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
-                raise UnsupportedCallError("this cache belongs to the plug-in; inside disabled() start with a new cache.")
+                raise UnsupportedCallError(
+                    "this cache belongs to the plug-in; inside disabled() start with a new cache."
+                )
             return args, kwargs
         if cache is None:
             use_cache = kwargs.get("use_cache")
@@ -50,10 +59,10 @@ class DecoderHook:
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         self._keep_implementation(decoder)
         _refuse(kwargs, decoder)
-        session = adopt(cache, self.plan)
-        inputs = kwargs.get("inputs_embeds")
+        session = adopt(cache, self.plan, decoder.config)
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
-            inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+            return args, kwargs  # the model itself says what is missing
         session.begin(inputs.shape[1], cache.get_seq_length(), kwargs.get("attention_mask"))
         self._latest = weakref.ref(session)
         kwargs["llm_accel"] = session
@@ -86,9 +95,7 @@ class DecoderHook:
 class DecoderExit:
     """Forward hook of the decoder: makes sure that what should have been evicted was."""
 
-    def __call__(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises :class:`llm_accel.errors.EvictionError` if a layer over budget evicted nothing."""
         session = kwargs.get("llm_accel")
         if session is not None:
@@ -100,9 +107,15 @@ def session_of(cache: Cache) -> Session | None:
     return getattr(cache, "llm_accel", None)
 
 
-def adopt(cache: Any, plan: Plan) -> Session:
-    """Turns the stock, empty full-attention layers of a cache into ours, in place."""
-    if not isinstance(cache, Cache):
+def _parameters(kind: type[nn.Module]) -> list[str]:
+    """Names of the positional parameters of ``forward``, without ``self``."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def adopt(cache: Any, plan: Plan, config: Any) -> Session:
+    """Turns the stock, empty full-attention layers of a cache into ours, in place. A cache without layers gets those
+    of ``config``: only they tell sliding layers from full ones."""
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise UnsupportedCallError(
             f"past_key_values is a {type(cache).__name__}; give a transformers Cache or none, or handle.new_cache()."
         )
@@ -110,12 +123,16 @@ def adopt(cache: Any, plan: Plan) -> Session:
     if session is not None:
         if session.plan != plan:
             raise UnsupportedCallError(
-                f"this cache was filled with {session.plan.title}, the model now runs {plan.title}; start with a new cache."
+                f"this cache was filled with {session.plan.title}, the model now runs {plan.title}; "
+                "start with a new cache."
             )
         return session
     if isinstance(cache, StaticCache | QuantizedCache) or cache.offloading:
         kind = f"offloaded {type(cache).__name__}" if cache.offloading else type(cache).__name__
         raise UnsupportedCallError(f"a {kind} cannot be compressed; pass no cache or handle.new_cache().")
+    if not cache.layers:
+        cache.layers.extend(DynamicCache(config=config).layers)
+        cache.layer_class_to_replicate = None
     for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             continue
@@ -124,8 +141,6 @@ def adopt(cache: Any, plan: Plan) -> Session:
                 "this cache was filled before llm_accel.apply; start with an empty one (handle.new_cache())."
             )
         cache.layers[index] = AccelLayer()
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = AccelLayer
     session = Session(plan, cache)
     cache.llm_accel = session
     return session

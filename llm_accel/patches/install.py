@@ -70,16 +70,19 @@ def install(model: Any, plan: Plan) -> DecoderHook:
 def uninstall(model: Any) -> None:
     """Exact undo; a no-op on a model without a plug-in."""
     hook = hook_of(model)
-    if hook is None:
-        return
-    decoder = model.get_decoder()
+    if hook is not None:
+        _unhook(model.get_decoder(), hook)
+    for entry in ("generate", *SHADOWED):
+        if isinstance(getattr(model, "__dict__", {}).get(entry), GenerateProxy | RefusingProxy):
+            delattr(model, entry)
+
+
+def _unhook(decoder: Any, hook: DecoderHook) -> None:
+    hook.enabled = False  # for the generate proxy of an outer model, when the plug-in is taken off its decoder alone
     _drop_hooks(decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, DecoderHook)
     _drop_hooks(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, DecoderExit)
     if decoder.config._attn_implementation == accel_name(hook.plan.base):
         decoder.config._attn_implementation_internal = hook.plan.base
-    for entry in ("generate", *SHADOWED):
-        if isinstance(model.__dict__.get(entry), GenerateProxy | RefusingProxy):
-            delattr(model, entry)
 
 
 def _drop_hooks(hooks: dict[int, Any], with_kwargs: dict[int, Any], kind: type) -> None:

@@ -26,8 +26,8 @@ class Plan:
     layers: int
     base: str
     skipped: Mapping[int, str]
-    trace: bool = False
-    backends: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    trace: bool = field(default=False, compare=False)
+    backends: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     @property
     def keeper(self) -> ScoreAndKeep | None:
@@ -46,6 +46,4 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
         raise ConfigError("method=[] names no method; give at least one.")
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
-        raise ConfigError(
-            f"{' and '.join(keepers)} both decide which KV entries stay; give one of them."
-        )
+        raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")

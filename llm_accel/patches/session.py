@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
+from llm_accel.methods.selection import real_slots
 from llm_accel.patches.cache import AccelLayer
 from llm_accel.report import LayerReport
 
@@ -26,7 +27,7 @@ class Session:
         closing: whether the running call completes the prompt, so that layers evict after their attention.
         flushing: whether layers evict before the attention of the running call (deferred compression).
         observing: whether layers remember the last queries, because more of the prompt or the eviction is to come.
-        padding: leading padding tokens of each row of the prompt, int64 [B]; None when there are none.
+        padding: leading padding tokens of each row, int64 [B], where the running call tells them, else None.
         protect: prompt positions that must stay, bool [B, n], or None.
     """
 
@@ -43,17 +44,23 @@ class Session:
 
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
         """Tells the session how long the prompt will be, so that chunks of it can be recognised."""
+        if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
+            shape = tuple(protect.shape) if torch.is_tensor(protect) else type(protect).__name__
+            raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
         self.prompt_end = prompt_end
-        self.protect = protect
+        self.protect = None if protect is None else protect.bool()
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
         keeper = self.plan.keeper
+        if past == 0:
+            self._forget()
         self.flushing = self._awaiting_decode and length == 1 and not self._prompt_open(past)
         in_prompt = length > 1 or self._prompt_open(past)
         complete = in_prompt and (self.prompt_end is None or past + length >= self.prompt_end)
-        if in_prompt:
-            self._read_padding(length, past, attention_mask)
+        self.padding = self._read_padding(length, past, attention_mask) if in_prompt else None
+        if complete:
+            self.prompt_end = None
         if complete and keeper is not None and keeper.compress == "deferred":
             self._awaiting_decode, complete = True, False
         if self.flushing:
@@ -61,32 +68,41 @@ class Session:
         self.closing = complete
         self.observing = in_prompt and not complete
 
+    def _forget(self) -> None:
+        """An emptied cache starts over: nothing of its earlier prompt counts, only what was announced for this one."""
+        self._awaiting_decode = False
+        if self.prompt_end is None:
+            self.protect = None
+
     def _prompt_open(self, past: int) -> bool:
         return self.prompt_end is not None and past < self.prompt_end
 
-    def _read_padding(self, length: int, past: int, attention_mask: Tensor | None) -> None:
+    def _read_padding(self, length: int, past: int, attention_mask: Tensor | None) -> Tensor | None:
         if attention_mask is None:
-            return
+            return None
         real = attention_mask.bool()
         if bool(real.all()):
-            return
+            return None
         if bool((real[:, 1:] < real[:, :-1]).any()):
             raise UnsupportedCallError(
                 "attention_mask has padding after a real token; pad on the left (tokenizer.padding_side = 'left')"
                 " and leave no gaps between turns."
             )
         padding = (~real).sum(-1)
-        if self.any_compressed() or (past > 0 and self.padding is None):
+        if self.any_compressed() or (past > 0 and not self._any_padded()):
             if bool((~real[:, -length:]).any()):
                 raise UnsupportedCallError(
                     "a later turn on this cache is padded; give rows whose new tokens have equal length."
                 )
-            return
-        self.padding = padding
+            return None
+        return padding
 
     def any_compressed(self) -> bool:
         """Whether some layer of this cache has evicted entries."""
         return any(isinstance(layer, AccelLayer) and layer.compressed for layer in self.layers)
+
+    def _any_padded(self) -> bool:
+        return any(isinstance(layer, AccelLayer) and layer.start is not None for layer in self.layers)
 
     def protected_slots(self, layer: AccelLayer, slots: int) -> Tensor | None:
         """``protect`` for the slots of one layer before its first eviction, bool [B, slots], or None."""
@@ -95,16 +111,30 @@ class Session:
             return None
         if self.protect.shape[1] > slots:
             raise ConfigError(
-                f"protect_mask covers {self.protect.shape[1]} tokens, the prompt has {slots}; give [batch, prompt length]."
+                f"protect_mask covers {self.protect.shape[1]} tokens, the prompt has {slots}; "
+                "give [batch, prompt length]."
             )
-        most = int(self.protect.sum(-1).max())
-        if most + keeper.reserved > keeper.entries(slots):
+        rows, left = divmod(layer.keys.shape[0], self.protect.shape[0])
+        if left:
             raise ConfigError(
-                f"protect_mask marks {most} tokens, but {keeper.spec()} keeps {keeper.entries(slots)} entries of which "
-                f"{keeper.reserved} are taken ({keeper.reserved_for}); protect fewer tokens or raise the budget."
+                f"protect_mask has {self.protect.shape[0]} rows, the batch {layer.keys.shape[0]}; "
+                "give [batch, prompt length]."
             )
-        mask = self.protect.to(layer.keys.device)
-        return torch.nn.functional.pad(mask, (0, slots - mask.shape[1]))
+        mask = self.protect.to(layer.keys.device).repeat_interleave(rows, dim=0)
+        mask = torch.nn.functional.pad(mask, (0, slots - mask.shape[1]))
+        real = real_slots(layer.start, slots, mask.device)
+        mask = mask & real
+        lengths = real.sum(-1)
+        kept = keeper.entries_per_row(lengths)
+        crowded = (mask.sum(-1) + keeper.reserved > kept) & (kept < lengths)
+        if bool(crowded.any()):
+            row = int(crowded.long().argmax())
+            raise ConfigError(
+                f"protect_mask marks {int(mask[row].sum())} tokens of row {row}, but {keeper.spec()} keeps "
+                f"{int(kept.expand(len(mask))[row])} entries there, of which {keeper.reserved} are taken "
+                f"({keeper.reserved_for}); protect fewer tokens or raise the budget."
+            )
+        return mask
 
     def verify(self) -> None:
         """Raises :class:`EvictionError` if the prompt is complete and a layer over budget evicted nothing."""
@@ -114,11 +144,11 @@ class Session:
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
                 continue
-            seen = layer.get_seq_length()
+            seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
             if keeper.entries(seen) < seen:
                 raise EvictionError(
-                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted nothing: "
-                    f"its attention never reached llm_accel. Remove the plug-in and report the model class."
+                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted "
+                    "nothing: its attention never reached llm_accel. Remove the plug-in and report the model class."
                 )
 
     def layer_reports(self) -> list[LayerReport]:
