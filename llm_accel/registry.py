@@ -44,7 +44,7 @@ def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConf
 
 def parse(spec: str) -> MethodConfig | None:
     """``snapkv:budget=1024,window=32`` as a configuration; None for ``dense``, the model without a plug-in."""
-    name, _, rest = spec.partition(":")
+    name, _, rest = (part.strip() for part in spec.partition(":"))
     if name == "dense":
         if rest:
             raise ConfigError(f"method {spec!r}: dense takes no options.")
@@ -53,8 +53,10 @@ def parse(spec: str) -> MethodConfig | None:
         raise UnknownMethodError(unknown_name("method", name, (*_BY_NAME, "dense")))
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
+        key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ConfigError(f"method {spec!r}: {part!r} is not of the form option=value.")
-        options[key.strip()] = value.strip()
+        if key in options:
+            raise ConfigError(f"method {spec!r}: {key} was given twice; give it once.")
+        options[key] = value
     return config_class(name).parse(options)

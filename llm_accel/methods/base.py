@@ -49,6 +49,8 @@ class MethodConfig:
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):
                 self.fail(field.name, _described(hints[field.name]))
+            if type(value) is int and float in _alternatives(hints[field.name]):
+                object.__setattr__(self, field.name, float(value))  # ratio=1 and ratio=1.0 have one text form
         self.validate()
 
     def validate(self) -> None:
@@ -71,7 +73,11 @@ class MethodConfig:
     def parse(cls, options: dict[str, str]) -> Self:
         """A configuration from text, as the command line gives it (``budget=1024,pool=max``)."""
         hints = typing.get_type_hints(cls)
-        typed = {key: _from_text(cls.name, key, text, hints[key]) if key in hints else text for key, text in options.items()}
+        allowed = {field.name for field in dataclasses.fields(cls)}
+        typed = {
+            key: _from_text(cls.name, key, text, hints[key]) if key in allowed else text
+            for key, text in options.items()
+        }
         return cls.build(**typed)
 
     def changed(self) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def _fits(value: Any, hint: Any) -> bool:
         elif kind is int:
             matched = isinstance(value, int) and not isinstance(value, bool)
         elif kind is float:
-            matched = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            matched = isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
         elif typing.get_origin(kind) is tuple:
             matched = isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
         elif typing.get_origin(kind) is typing.Literal:
@@ -112,18 +118,27 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", type(None): "None"}
+
+
 def _described(hint: Any) -> str:
     """The allowed values in words."""
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     names = []
     for kind in _alternatives(hint):
-        if kind is type(None):
-            names.append("None")
+        if typing.get_origin(kind) is typing.Literal:
+            names.append(" or ".join(repr(choice) for choice in typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
-            names.append(f"a tuple of {typing.get_args(kind)[0].__name__}")
+            item = typing.get_args(kind)[0]
+            names.append(f"a tuple, each item {_WORDS.get(item, item.__name__)}")
         else:
-            names.append(f"a finite {kind.__name__}" if kind is float else f"a {kind.__name__}")
+            names.append(_WORDS.get(kind, f"a {kind.__name__}"))
     return " or ".join(names)
 
 

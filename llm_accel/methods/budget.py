@@ -26,8 +26,9 @@ class Budgeted(MethodConfig):
             raise ConfigError(
                 f"{self.name}: budget={self.budget} and ratio={self.ratio} were both given; give one of them."
             )
-        if self.budget is not None and self.budget <= self.reserved:
-            self.fail("budget", f"an integer above {self.reserved} ({self.reserved_for})")
+        if self.ratio is None and (self.budget if self.budget is not None else DEFAULT_BUDGET) <= self.reserved:
+            default = f"; None means {DEFAULT_BUDGET}" if self.budget is None else ""
+            self.fail("budget", f"an integer above {self.reserved} ({self.reserved_for}{default})")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             self.fail("ratio", "a number in (0, 1], the fraction of the prompt that is kept")
 
