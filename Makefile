@@ -3,6 +3,7 @@
 #   make needle                  the needle grid on the bundled model: table, heat map, JSON
 #   make test                    lint, types, layers, README, tests on the newest transformers and on the oldest in CI
 #   make needle TORCH=2.14.0     another torch; CONSTRAINTS=file replaces all pins; PYTHON=... another interpreter
+#   make needle OUT=dir ARGS=--samples=5    where results go, and any option of `llm-accel needle`
 
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 VENV        ?= .venv
@@ -11,7 +12,7 @@ OLD         ?= 5.17.0
 CONSTRAINTS ?= constraints.txt
 TORCH       ?=
 WORKERS     ?= 2
-OUT         ?= runs/needle
+OUT         ?=
 ARGS        ?=
 
 BIN     := $(VENV)/bin
@@ -28,10 +29,10 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/p
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,5s/^#  //p' Makefile
+	@sed -n '3,6s/^#  //p' Makefile
 
 needle: $(VENV)/.ready
-	$(BIN)/llm-accel needle --out $(OUT) $(ARGS)
+	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: lint types layers readme-check lengths tests tests-old
 
