@@ -128,7 +128,7 @@ class Texts:
             if ask and i < len(questions) - 1 and self.rng.random() < mix.direct:
                 ask = []
             elif ask and chat:
-                ask = ([] if i == 0 else [self.user, *self._start(ask)[:1]] + ask[1:]) or ask
+                ask = ([] if i == 0 else [self.user, *self._start(ask)]) or ask
                 ask, prefix = [*ask, self.assistant], self._start(prefix)
             ids += ask + prefix
             weight += [0.0] * (len(ask) + len(prefix))

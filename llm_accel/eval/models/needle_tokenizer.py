@@ -1,8 +1,8 @@
 """The bundled model's tokenizer: byte-level BPE with one token per grammar word and per group of up to three digits.
 
 It splits text as Llama-3 does (digits in groups of up to three, left to right, the space before them a token of its
-own) and, like Llama-3, takes a piece that is in the vocabulary whole (``ignore_merges``). It has no merges beyond that: any
-other text falls back to its bytes, so nothing is ever unknown and decoding gives back exactly the text.
+own) and, like Llama-3, takes a piece that is in the vocabulary whole (``ignore_merges``). It has no merges beyond that:
+any other text falls back to its bytes, so nothing is ever unknown and decoding gives back exactly the text.
 The format was fixed before any compression method was scored: see docs/decisions/needle-format.md.
 """
 
@@ -52,7 +52,7 @@ def build_tokenizer(model_max_length: int = 16384) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocab[BOS])]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT], model_max_length=model_max_length,
         clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE, padding_side="left",

@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_accel.eval.models import needle_tokenizer as nt
 from llm_accel.eval.models.needle_data import Mix, Sample, Texts
+from llm_accel.eval.models.needle_init import MAX_POSITIONS, initialise, model_config, split_parameters
 
-MAX_POSITIONS = 16384
+MUON_FACTOR = 3.0  # Muon's learning rate over AdamW's
 OTHER_TOKENS = 0.1  # loss weight of all tokens that are not an answer ...
 OTHER_SHARE = 0.3  # ... computed on a random share of them
 
@@ -48,26 +49,16 @@ class Stage:
 
 
 CURRICULUM: tuple[Stage, ...] = (
-    Stage("A language", 128, 24, 300, Mix(direct=0.3, repeat=0.2, first=1.0)),
-    Stage("R induction", 96, 32, 2500, Mix(easy=0.8, repeat=0.4, direct=0.8), gate=0.95),
-    Stage("B needles", 128, 24, 1500, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
-    Stage("C more needles", 256, 12, 600, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), 0.985, max_position=8192),
-    Stage("D skips to 16k", 512, 8, 300, Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2), 0.99, 150, MAX_POSITIONS, 0.7),
-    Stage("E longer", 1024, 4, 300, Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.6,
+    Stage("A language", 96, 24, 60, Mix(direct=0.3, repeat=0.2, first=1.0)),
+    Stage("R induction", 64, 32, 2500, Mix((2, 4), easy=0.8, repeat=0.4, direct=0.8), gate=0.95),
+    Stage("B needles", 128, 24, 800, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
+    Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), 0.985, max_position=8192),
+    Stage("D skips to 16k", 512, 8, 200, Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2), 0.99, 100, MAX_POSITIONS, 0.7),
+    Stage("E longer", 1024, 4, 120, Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.6,
           decay_to=0.5),
-    Stage("F long", 2048, 2, 300, Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2), max_position=MAX_POSITIONS, lr=0.3,
+    Stage("F long", 2048, 2, 80, Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2), max_position=MAX_POSITIONS, lr=0.3,
           decay_to=0.05),
 )
-
-
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Architecture: a small Llama with grouped-query attention and tied embeddings."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, tie_word_embeddings=True, max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, initializer_range=0.05,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def losses(model: LlamaForCausalLM, samples: list[Sample], positions: Tensor, first: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +86,11 @@ class Loop:
     def __init__(self, model: LlamaForCausalLM, texts: Texts, lr: float, log: Callable[[str], None]) -> None:
         self.model, self.texts, self.lr, self.log = model, texts, lr, log
         self.step, self.tokens = 0, 0
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        matrices, rest = split_parameters(model)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True), 1.0),
+            (torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), MUON_FACTOR),
+        ]
 
     def run(self, stage: Stage) -> None:
         """Train one stage."""
@@ -104,13 +99,15 @@ class Loop:
             samples = [self.texts.sample(stage.length, stage.mix) for _ in range(stage.batch)]
             positions = torch.tensor([self.texts.positions(s.ids, stage.max_position).tolist() for s in samples])
             ramp = 1 + (stage.decay_to - 1) * i / stage.steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * stage.lr * ramp * min(1.0, (self.step + 1) / 100)
+            for optimizer, factor in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * self.lr * stage.lr * ramp * min(1.0, (self.step + 1) / 100)
             loss, hits = losses(self.model, samples, positions, stage.mix.first)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.model.zero_grad(set_to_none=True)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
+            for optimizer, _ in self.optimizers:
+                optimizer.step()
             self.step += 1
             self.tokens += stage.length * stage.batch
             rate = 1 / min(i + 1, 33)
@@ -149,7 +146,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     clone = LlamaForCausalLM(model.config)
     clone.load_state_dict(model.state_dict())
     clone.to(torch.bfloat16)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
-    clone.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    clone.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
@@ -170,6 +167,7 @@ def train(out: Path, seed: int, lr: float, stages: Iterable[Stage], checkpoints:
         torch.manual_seed(seed)
         tokenizer = nt.build_tokenizer(MAX_POSITIONS)
         model = LlamaForCausalLM(model_config(tokenizer))
+        initialise(model)
         log(f"seed {seed}, lr {lr}, {model.num_parameters():,} parameters, {torch.get_num_threads()} thread(s), torch "
             f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}")
         loop = Loop(model.train(), Texts(tokenizer, seed + 1), lr, log)

@@ -25,29 +25,34 @@ Split = Literal["train", "test"]
 KEY_KINDS: tuple[Kind, ...] = ("word", "number", "uuid")
 HARD_SHARE = 0.06  # share of filler sentences with needle-like words, keys or digits
 
-TRAIN_KEYS: tuple[str, ...] = tuple("""
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TRAIN_KEYS: tuple[str, ...] = _words("""
 amber anchor apricot arrow basil beacon birch bronze butter cactus canal candle canyon carbon castle cedar cherry clover
 cobalt comet copper coral cotton crystal desert diamond eagle ember falcon feather fern galaxy garlic ginger glacier
 granite harbor hazel honey indigo island ivory jasmine jungle kettle ladder lagoon lantern lemon lily lotus magnet maple
 marble meadow mirror mustard nectar needle nickel nutmeg oasis ocean olive onyx orchid otter oyster palace panther paper
 pebble pepper pigeon planet plum
-""".split())
-TEST_KEYS: tuple[str, ...] = tuple("""
+""")
+TEST_KEYS: tuple[str, ...] = _words("""
 almond bamboo barley canoe cinnamon compass dolphin emerald fountain guitar hammer iris jaguar juniper lobster mango
 mercury opal parrot peach quartz rabbit raven saffron salmon silver spider sunset thunder tulip velvet walnut
-""".split())
+""")
 """Held out: no needle had such a key while the bundled model was trained (they do occur in filler)."""
 
 _POOLS: dict[str, tuple[str, ...]] = {
-    "ADJ": tuple("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy light
-        happy strange""".split()),
-    "NOUN": tuple("""farmer teacher doctor sailor child artist baker hunter singer writer dog cat horse bird fox river
+    "ADJ": _words("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy
+        light happy strange"""),
+    "NOUN": _words("""farmer teacher doctor sailor child artist baker hunter singer writer dog cat horse bird fox river
         mountain garden forest bridge house boat train window door table letter book lamp song story road field cloud
-        stone tree flower market""".split()),
-    "VERB": tuple("""watched followed painted carried found lost opened closed visited remembered praised ignored
-        repaired described touched admired moved bought sold crossed""".split()),
-    "ADV": tuple("slowly quickly often never always quietly today yesterday again together".split()),
-    "PREP": tuple("near under behind beside above across".split()),
+        stone tree flower market"""),
+    "VERB": _words("""watched followed painted carried found lost opened closed visited remembered praised ignored
+        repaired described touched admired moved bought sold crossed"""),
+    "ADV": _words("slowly quickly often never always quietly today yesterday again together"),
+    "PREP": _words("near under behind beside above across"),
     "KEY": TRAIN_KEYS + TEST_KEYS,
 }
 _TEMPLATES: tuple[str, ...] = (
