@@ -73,4 +73,5 @@ class ScoreAndKeep(Budgeted):
 
     @abstractmethod
     def select(self, view: PromptView) -> Tensor:
-        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row keeps fewer than n."""
+        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row keeps fewer than n. Asked only when
+        the longest row, of S slots, keeps fewer than S."""
