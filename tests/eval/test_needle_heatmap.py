@@ -49,6 +49,15 @@ def test_a_line_stands_where_training_ended():
         assert not draw(_panels(1), LENGTHS, DEPTHS, "title", trained_length=beyond).axes[0].lines
 
 
+def test_method_names_stay_short():
+    cells: list[list[float | None]] = [[1.0, 1.0, 1.0]] * 3
+    names = ("dense", "streaming_llm:budget=128", "snapkv:budget=1024,window=32,kernel=13,pool=max,skip_layers=0+1+2")
+    figure = draw([Panel(name, cells, 1.0) for name in names], LENGTHS, DEPTHS, "title")
+    shown = [axes.get_title(loc="left") for axes in figure.axes[:3]]
+    assert shown[:2] == list(names[:2])
+    assert shown[2].startswith("snapkv: budget=1024,\n") and shown[2].count("\n") == 1
+
+
 def test_large_grids_and_long_titles_stay_inside(tmp_path):
     lengths, depths = [1024 * i for i in range(1, 41)], [100 * i / 34 for i in range(35)]
     cells: list[list[float | None]] = [[0.5] * 40 for _ in depths]

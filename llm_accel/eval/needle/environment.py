@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("llm-accel", "torch", "transformers", "tokenizers", "triton")
+from llm_accel import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of what matters here; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"llm_accel": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -90,8 +90,7 @@ def draw(
         axes = box(left + column * (wide + gap_x), top + row * (high + gap_y), wide, high)
         cells = [[math.nan if value is None else value for value in line] for line in panel.cells]
         image = axes.imshow(cells, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        name = textwrap.fill(panel.name.replace(",", ", "), round(11 * wide) - 6)
-        axes.set_title(name, fontsize=9.5, color=_INK, loc="left", pad=5)
+        axes.set_title(_fitted(panel.name, round(11 * wide) - 2), fontsize=9.5, color=_INK, loc="left", pad=5)
         mean = "no data" if panel.mean is None else f"{panel.mean:.3f}"
         axes.set_title(mean, fontsize=9.5, color=_INK, loc="right", pad=5, weight="bold")
         _decorate(axes, lengths, depths, bottom=i + columns >= len(panels), left=column == 0)
@@ -108,6 +107,13 @@ def draw(
 def save(path: Path, figure: Any) -> None:
     """Writes the figure as PNG."""
     figure.savefig(path, format="png", metadata={"Software": "llm_accel"})
+
+
+def _fitted(name: str, width: int) -> str:
+    """A name in at most two lines of ``width`` characters, broken after its colon and commas."""
+    if len(name) <= width:
+        return name
+    return textwrap.fill(name.replace(":", ": ").replace(",", ", "), width, max_lines=2, placeholder=" ...")
 
 
 def _decorate(axes: Any, lengths: Sequence[int], depths: Sequence[float], bottom: bool, left: bool) -> None:
