@@ -11,12 +11,12 @@ from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.roles import PromptView, PromptCompression
 from llm_accel.methods.selection import real_slots, select_top
 
 
 @dataclass(frozen=True)
-class SnapKV(ScoreAndKeep):
+class SnapKV(PromptCompression):
     """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
     window: int = option("observation window: last queries of the prompt, always kept", 32)

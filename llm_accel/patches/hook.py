@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.attention import accel_name, register
-from llm_accel.patches.cache import AccelLayer
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.session import Session
 from llm_accel.report import LayerReport
@@ -140,7 +139,7 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
             raise UnsupportedCallError(
                 "this cache was filled before llm_accel.apply; start with an empty one (handle.new_cache())."
             )
-        cache.layers[index] = AccelLayer()
+        cache.layers[index] = plan.make_layer(index)
     session = Session(plan, cache)
     cache.llm_accel = session
     return session

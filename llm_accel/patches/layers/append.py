@@ -1,14 +1,16 @@
-"""The cache layer: what transformers reads (logical length) kept apart from what is stored (physical length)."""
+"""The plain cache layer: logical length (what transformers reads) apart from physical length (what is stored)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.patches.base_attention import attend
 
 
 class AccelLayer(DynamicLayer):  # type: ignore[misc]
@@ -28,6 +30,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +82,14 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
         steps = torch.arange(1, count + 1, device=self.positions.device)
         newest = self.positions[..., -1:] + steps
         self.positions = torch.cat([self.positions, newest], dim=-1)
+
+    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
+        return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def kept_positions(self) -> Tensor | None:
+        """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
+        return self.kept
 
     def observe(self, query: Tensor, width: int) -> None:
         """Remembers the last ``width`` queries of an incomplete prompt, in memory of their own."""
@@ -143,7 +154,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.physical_length():
             return
-        for name in ("keys", "values", "start", "window", "positions", "kept"):
+        for name in self.row_tensors:
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
