@@ -31,7 +31,7 @@ class UnsupportedCallError(LlmAccelError, ValueError):
 
 
 class EvictionError(LlmAccelError, RuntimeError):
-    """A prompt longer than the budget went through and nothing was evicted."""
+    """A layer went past the plug-in, or a prompt longer than the budget went through and nothing was evicted."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> list[str]:

@@ -53,6 +53,7 @@ class AccelAttention:
         layer = llm_accel.layers[index] if llm_accel is not None and index is not None else None
         if llm_accel is None or not isinstance(layer, AccelLayer):
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
+        layer.attended = True
         if not layer.compressed and llm_accel.padding is not None:
             layer.start = llm_accel.padding.to(key.device)
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None

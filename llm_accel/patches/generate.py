@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.hook import DecoderHook, adopt, named
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 SHADOWED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -33,20 +33,23 @@ class GenerateProxy:
             protect_mask: prompt tokens whose entries must stay, bool [B, prompt length]; they count in the budget.
         """
         generate = type(self.model).generate
+        kwargs = named(generate, args, kwargs)
         if not self.hook.enabled:
-            return generate(self.model, *args, **kwargs)
-        config = kwargs.get("generation_config") or self.model.generation_config
-        self._refuse(kwargs, config)
-        if not self._setting("use_cache", kwargs, config, default=True):
-            return generate(self.model, *args, **kwargs)
+            return generate(self.model, **kwargs)
+        self._refuse(kwargs)
+        if self._setting("use_cache", kwargs) is False:
+            return generate(self.model, **kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = DynamicCache()
         session = adopt(cache, self.hook.plan, self.model.get_decoder().config)
-        prompt = _prompt_length(args, kwargs)
+        prompt = _prompt_length(kwargs)
         if prompt is not None:
             session.announce(prompt, protect_mask)
-        output = generate(self.model, *args, **(kwargs | {"past_key_values": cache}))
+        kwargs["past_key_values"] = cache
+        if self._setting("cache_implementation", kwargs):
+            kwargs["cache_implementation"] = None  # transformers takes either a cache or a kind of cache
+        output = generate(self.model, **kwargs)
         self.hook.settle(session)
         return output
 
@@ -54,26 +57,27 @@ class GenerateProxy:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.model).generate)
 
-    @staticmethod
-    def _setting(name: str, kwargs: dict[str, Any], config: GenerationConfig, default: Any = None) -> Any:
-        value = kwargs.get(name)
-        value = getattr(config, name, None) if value is None else value
-        return default if value is None else value
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting as generate resolves it: the argument, else the given configuration, else the model's own."""
+        if name in kwargs:
+            return kwargs[name]
+        value = getattr(kwargs.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if value is None else value
 
-    def _refuse(self, kwargs: dict[str, Any], config: GenerationConfig) -> None:
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
         if self.hook.plan.keeper is not None:
             for name in _ASSISTED:
-                if self._setting(name, kwargs, config):
+                if self._setting(name, kwargs):
                     raise UnsupportedCallError(
                         f"assisted decoding ({name}) rolls the cache back, which eviction does not allow; "
                         "leave it out, or call inside handle.disabled()."
                     )
-        kind = self._setting("cache_implementation", kwargs, config)
-        if kind not in (None, "dynamic"):
+        kind = self._setting("cache_implementation", kwargs)
+        if kind not in (None, "dynamic", "hybrid"):  # "hybrid" is a leftover in checkpoints, which generate ignores
             raise UnsupportedCallError(
                 f"cache_implementation={kind!r} brings a cache of its own; leave it out or give 'dynamic'."
             )
-        if self._setting("output_attentions", kwargs, config):
+        if self._setting("output_attentions", kwargs):
             raise UnsupportedCallError(
                 "output_attentions=True needs the attention matrix of every layer, which is never built here; "
                 "call inside handle.disabled()."
@@ -94,9 +98,9 @@ class RefusingProxy:
         )
 
 
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _prompt_length(kwargs: dict[str, Any]) -> int | None:
     """Logical length at the end of the prompt: earlier turns on a given cache included."""
-    candidates = (kwargs.get("inputs_embeds"), args[0] if args else kwargs.get("inputs"), kwargs.get("input_ids"))
+    candidates = (kwargs.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))
     prompt = next((tensor for tensor in candidates if torch.is_tensor(tensor)), None)
     if prompt is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class DecoderHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Finds or makes the session of this call and passes it on as ``llm_accel``."""
         if args:
-            args, kwargs = (), kwargs | dict(zip(_parameters(type(decoder)), args, strict=False))
+            args, kwargs = (), named(type(decoder).forward, args, kwargs)
         cache = kwargs.get("past_key_values")
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
@@ -106,9 +107,10 @@ def session_of(cache: Cache) -> Session | None:
     return getattr(cache, "llm_accel", None)
 
 
-def _parameters(kind: type[nn.Module]) -> list[str]:
-    """Names of the positional parameters of ``forward``, without ``self``."""
-    return list(inspect.signature(kind.forward).parameters)[1:]
+def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of ``method`` by name, ``self`` left out."""
+    names = list(inspect.signature(method).parameters)[1:]
+    return kwargs | dict(zip(names, args, strict=False))
 
 
 def adopt(cache: Any, plan: Plan, config: Any) -> Session:

@@ -109,6 +109,10 @@ def _decoder(model: Any) -> Any:
             f"{family} does not call its attention through transformers' AttentionInterface; supported are families "
             "that do, such as llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3, gpt_oss, glm4, deepseek_v3."
         )
+    if any(getattr(part, "is_causal", True) is False for part in decoder.modules() if hasattr(part, "layer_idx")):
+        raise UnsupportedModelError(
+            f"{family} attends in both directions or to another model; only causal decoders work."
+        )
     return decoder
 
 

@@ -137,7 +137,14 @@ class Session:
         return mask
 
     def verify(self) -> None:
-        """Raises :class:`EvictionError` if the prompt is complete and a layer over budget evicted nothing."""
+        """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
+        a layer over budget evicted nothing."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, AccelLayer) and not layer.attended:
+                raise EvictionError(
+                    f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
+                    "not hidden. Remove the plug-in and report the model class."
+                )
         keeper = self.plan.keeper
         if keeper is None or not (self.closing or self.flushing):
             return
@@ -147,8 +154,7 @@ class Session:
             seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
             if keeper.entries(seen) < seen:
                 raise EvictionError(
-                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted "
-                    "nothing: its attention never reached llm_accel. Remove the plug-in and report the model class."
+                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted nothing."
                 )
 
     def layer_reports(self) -> list[LayerReport]:

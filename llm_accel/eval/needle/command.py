@@ -28,6 +28,8 @@ from llm_accel.eval.needle.table import render, title
 from llm_accel.eval.needle.tasks import check_task
 from llm_accel.registry import parse as parse_method
 
+_RESOLVED = ("chat_template", "max_new_tokens", "dtype", "device")  # settings that model and tokenizer may fill in
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command; values are checked later, in :class:`Settings`."""
@@ -168,8 +170,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings, shard = settings_from(args), s.parse_shard(args.shard)
     if args.plot:
         require_matplotlib()
-    if args.overwrite and not args.out:
-        _say("--overwrite without --out: the default directory of these settings starts anew")
+    if args.out and not args.overwrite:  # a large model loads for minutes: look first at what is known by now
+        RunDir(Path(args.out)).check({key: value for key, value in settings.to_dict().items() if key not in _RESOLVED})
     model, tokenizer, settings = load_model(settings)
     maker, settings = make_prompts(settings, tokenizer)
     engine = Engine(model, tokenizer, maker.max_new_tokens, settings.query_agnostic)
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if trained is not None and max(settings.lengths) + maker.max_new_tokens > trained:
         _say(f"warning: the model was made for {trained} tokens, the grid goes to {max(settings.lengths)}")
 
-    tied = settings.to_dict() | {"prompts": prompts_digest(maker), "weights": weights_digest(model)}
+    tied = settings.to_dict() | {"prompt_hash": prompts_digest(maker), "weights_hash": weights_digest(model)}
     run_dir = RunDir(Path(args.out) if args.out else default_out(settings, tied))
     about = {
         "command": "needle",
@@ -247,17 +249,9 @@ def finish(settings: Settings, run_dir: RunDir, trained: int | None, plot: bool,
             Panel(method, cell_means(settings, records, method), summary["methods"][method]["exact"])
             for method in settings.methods
         ]
-        save(
-            run_dir.heatmap_file,
-            draw(
-                panels,
-                settings.lengths,
-                settings.depths,
-                title(settings, name),
-                trained_length=trained,
-                palette=palette,
-            ),
-        )
+        per_cell = f"{settings.samples} prompt{'s' if settings.samples > 1 else ''} per cell; beside each name: the mean"
+        head = title(settings, name)
+        save(run_dir.heatmap_file, draw(panels, settings.lengths, settings.depths, head, per_cell, trained, palette))
     return summary
 
 

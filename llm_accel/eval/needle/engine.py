@@ -62,7 +62,7 @@ class Outcome:
     decode_ms: float | None
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc, unused-ignore]  # untyped base in some releases
+class _Clock(StoppingCriteria):
     """Notes the time after every token; never stops anything."""
 
     def __init__(self, device: torch.device) -> None:

@@ -61,7 +61,7 @@ class Cost:
             f"{self.cells} cells, {self.prompts} prompts, {self.prompt_tokens:,} prompt tokens, "
             f"at most {self.new_tokens:,} new tokens"
         )
-        return text if self.seconds is None else f"{text}; about {duration(self.seconds)}"
+        return text if self.seconds is None else f"{text}; about {duration(self.seconds)} at the dense model's speed"
 
 
 @dataclass(frozen=True)

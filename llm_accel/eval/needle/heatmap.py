@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def draw(
     lengths: Sequence[int],
     depths: Sequence[float],
     title: str,
+    subtitle: str = "",
     trained_length: int | None = None,
     palette: str = "classic",
 ) -> Any:
@@ -59,40 +61,47 @@ def draw(
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    colours = LinearSegmentedColormap.from_list("needle", PALETTES[palette])
-    colours.set_bad(_EMPTY)
-    columns = min(len(panels), 4 if len(lengths) <= 6 else 2 if len(lengths) <= 16 else 1)
+    colours = LinearSegmentedColormap.from_list("needle", PALETTES[palette]).with_extremes(bad=_EMPTY)
+    columns = min(len(panels), 4 if len(lengths) <= 6 else 2)
     rows = math.ceil(len(panels) / columns)
-    wide = max(2.5, 0.46 * len(lengths))
-    high = min(5.0, max(2.3, 0.27 * len(depths)))
-    left, right, top, bottom, gap_x, gap_y = 0.75, 0.95, 0.95, 0.65, 0.28, 0.85
-    size = (left + columns * wide + (columns - 1) * gap_x + right, top + rows * high + (rows - 1) * gap_y + bottom)
-    figure = Figure(figsize=size, dpi=160, facecolor="white")
+    wide = min(7.0, max(2.5, 0.42 * len(lengths)))  # inches, as all sizes here
+    high = min(4.0, max(2.3, 0.27 * len(depths)))
+    left, right, bottom, gap_x, gap_y = 0.75, 0.95, 0.62, 0.3, 0.75
+    width = left + columns * wide + (columns - 1) * gap_x + right
+    heading = textwrap.wrap(title, max(20, round((width - left) * 11)))
+    top = 0.62 + 0.2 * len(heading) + (0.2 if subtitle else 0)
+    height = top + rows * high + (rows - 1) * gap_y + bottom
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(left / size[0], 1 - 0.3 / size[1], title, fontsize=10.5, color=_INK, va="center", weight="bold")
-    image = None
+
+    def box(x: float, y: float, w: float, h: float) -> Any:
+        """Axes at inches from the upper left corner."""
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    def line(text: str, y: float, **style: Any) -> None:
+        figure.text(left / width, 1 - y / height, text, va="center", **style)
+
+    for i, text in enumerate(heading):
+        line(text, 0.28 + 0.2 * i, fontsize=10.5, color=_INK, weight="bold")
+    if subtitle:
+        line(subtitle, 0.28 + 0.2 * len(heading), fontsize=8.5, color=_MUTED)
     for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
-        x = left + column * (wide + gap_x)
-        y = size[1] - top - row * (high + gap_y) - high
-        axes = figure.add_axes((x / size[0], y / size[1], wide / size[0], high / size[1]))
+        axes = box(left + column * (wide + gap_x), top + row * (high + gap_y), wide, high)
         cells = [[math.nan if value is None else value for value in line] for line in panel.cells]
         image = axes.imshow(cells, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        mean = "no data" if panel.mean is None else f"{panel.mean:.2f}"
-        axes.set_title(panel.name, fontsize=9.5, color=_INK, loc="left", pad=5)
+        name = textwrap.fill(panel.name.replace(",", ", "), round(11 * wide) - 6)
+        axes.set_title(name, fontsize=9.5, color=_INK, loc="left", pad=5)
+        mean = "no data" if panel.mean is None else f"{panel.mean:.3f}"
         axes.set_title(mean, fontsize=9.5, color=_INK, loc="right", pad=5, weight="bold")
-        last_row = i + columns >= len(panels)
-        _decorate(axes, lengths, depths, bottom=last_row, left=column == 0)
-        _write_scores(axes, panel.cells, len(lengths))
+        _decorate(axes, lengths, depths, bottom=i + columns >= len(panels), left=column == 0)
+        _write_scores(axes, panel.cells, len(lengths), colours)
         _trained_line(axes, lengths, trained_length)
-    if image is not None:
-        bar_x = left + columns * wide + (columns - 1) * gap_x + 0.18
-        height = min(rows * high + (rows - 1) * gap_y, 3.2)
-        bar = figure.add_axes((bar_x / size[0], (size[1] - top - height) / size[1], 0.13 / size[0], height / size[1]))
-        scale = figure.colorbar(image, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
-        scale.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
-        bar.tick_params(labelsize=7.5, length=0, colors=_MUTED)
-        bar.set_ylabel("exact match", fontsize=8, color=_MUTED)
+    bar = box(width - right + 0.18, top, 0.13, high)
+    scale = figure.colorbar(image, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
+    scale.outline.set_visible(False)
+    bar.tick_params(labelsize=7.5, length=0, colors=_MUTED)
+    bar.set_ylabel("exact match", fontsize=8, color=_MUTED)
     return figure
 
 
@@ -102,9 +111,9 @@ def save(path: Path, figure: Any) -> None:
 
 
 def _decorate(axes: Any, lengths: Sequence[int], depths: Sequence[float], bottom: bool, left: bool) -> None:
-    every_x, every_y = math.ceil(len(lengths) / 20), math.ceil(len(depths) / 11)
+    every_x, every_y = math.ceil(len(lengths) / 16), math.ceil(len(depths) / 11)
     at_x, at_y = range(0, len(lengths), every_x), range(0, len(depths), every_y)
-    axes.set_xticks(list(at_x), [length_label(lengths[i]) for i in at_x], rotation=45 if len(lengths) > 8 else 0)
+    axes.set_xticks(list(at_x), [length_label(lengths[i]) for i in at_x])
     axes.set_yticks(list(at_y), [f"{depths[i]:g}" for i in at_y])
     axes.tick_params(labelsize=7.5, length=0, pad=4, colors=_MUTED, labelleft=left)
     if bottom:
@@ -115,18 +124,23 @@ def _decorate(axes: Any, lengths: Sequence[int], depths: Sequence[float], bottom
         spine.set_visible(False)
     axes.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)  # white lines between the cells
     axes.set_yticks([i + 0.5 for i in range(len(depths) - 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.grid(which="minor", color="white", linewidth=1.2 if len(lengths) <= 16 else 0.5)
     axes.tick_params(which="minor", length=0)
 
 
-def _write_scores(axes: Any, cells: Sequence[Sequence[float | None]], columns: int) -> None:
-    """Numbers in the cells that are neither all right nor all wrong, where there is room."""
+def _write_scores(axes: Any, cells: Sequence[Sequence[float | None]], columns: int, colours: Any) -> None:
+    """Percentages in the cells that are neither all right nor all wrong, where there is room."""
     if columns > 12 or len(cells) > 15:
         return
     for y, line in enumerate(cells):
         for x, value in enumerate(line):
             if value is not None and 0 < value < 1:
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=_INK, alpha=0.75)
+                red, green, blue, _ = colours(value)
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.45
+                text = f"{100 * value:.0f}"
+                axes.text(
+                    x, y, text, ha="center", va="center", fontsize=6.5, color="white" if dark else _INK, alpha=0.8
+                )
 
 
 def _trained_line(axes: Any, lengths: Sequence[int], trained: int | None) -> None:

@@ -53,7 +53,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"settings": settings, **about}, indent=2) + "\n"
             if not self._create(text):
-                self._check(settings)
+                self.check(settings)
         except OSError as error:
             raise ConfigError(f"--out {str(self.path)!r} cannot be used: {error.strerror or error}.") from error
         return self.records()
@@ -76,18 +76,21 @@ class RunDir:
             draft.unlink()
         return True
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raises :class:`ConfigError` if the run in this directory has other values for these settings."""
         try:
-            found = json.loads(self.run_file.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = dict(json.loads(self.run_file.read_text(encoding="utf-8"))["settings"])
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError(
                 f"--out {str(self.path)!r}: run.json cannot be read as a needle run; "
                 "give another directory or --overwrite."
             ) from error
         differing = [
-            f"{key}: {_show(found.get(key, _MISSING))} there, {_show(settings.get(key, _MISSING))} now"
-            for key in sorted({*found, *settings})
-            if found.get(key, _MISSING) != settings.get(key, _MISSING)
+            f"{key}: {_show(found.get(key, _MISSING))} there, {_show(value)} now"
+            for key, value in settings.items()
+            if found.get(key, _MISSING) != value
         ]
         if differing:
             raise ConfigError(

@@ -20,6 +20,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     Attributes:
         cumulative_length: logical length, the tokens seen; the name that ``CacheLayerMixin.reset`` clears.
         start: first real slot of each row, int64 [B]; None when every slot is real.
+        attended: whether our attention has seen the newest entries; False while they are on their way to it.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
@@ -39,6 +40,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     def _clear(self) -> None:
         self.cumulative_length = 0
         self.start: Tensor | None = None
+        self.attended = True
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None
@@ -63,8 +65,15 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns all stored ones."""
+        if not self.attended:
+            raise UnsupportedCallError(
+                "an earlier call on this cache failed half-way or ran without the plug-in; start with a new cache."
+            )
+        self.attended = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.numel() == 0:

@@ -1,0 +1,50 @@
+"""Shards, batches and cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from llm_accel.eval.needle.grid import Place, Speed, batches, cost, duration, places
+from llm_accel.eval.needle.settings import Settings
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
+def test_shards_are_disjoint_complete_and_even(count):
+    settings = Settings(lengths=(512, 1024, 2048), depths=(0.0, 25.0, 50.0, 100.0), samples=3)
+    whole = places(settings)
+    assert len(whole) == len(set(whole)) == 36
+    shards = [places(settings, (i, count)) for i in range(1, count + 1)]
+    assert Counter(place for shard in shards for place in shard) == Counter(whole)
+    for length in settings.lengths:
+        shares = [sum(place.length == length for place in shard) for shard in shards]
+        assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 100])
+def test_batches_hold_one_length_and_everything_once(size):
+    wanted = places(Settings(lengths=(512, 1024), depths=(0.0, 50.0, 100.0), samples=3))
+    rows = list(batches(reversed(wanted), size))
+    assert [place for row in rows for place in row] == wanted
+    assert all(len({place.length for place in row}) == 1 and len(row) <= size for row in rows)
+
+
+def test_cost_counts_what_is_left():
+    pending = [(Place(512, 0.0, 0), 2), (Place(512, 0.0, 1), 0), (Place(1024, 0.0, 0), 1)]
+    total = cost(pending, new_tokens=10)
+    assert (total.cells, total.prompts, total.prompt_tokens, total.new_tokens) == (2, 3, 2048, 30)
+    assert total.seconds is None and "2,048 prompt tokens" in str(total)
+    assert cost(pending, 10, Speed(0.001, 0.0, 0.1)).seconds == pytest.approx(2.048 + 3.0)
+
+
+def test_speed_fits_a_linear_and_a_square_part():
+    truth = Speed(1e-4, 1e-7, 0.01)
+    fitted = Speed.fit((512, truth.seconds(512, 0)), (2048, truth.seconds(2048, 0)), 0.01)
+    assert fitted.seconds(8192, 5) == pytest.approx(truth.seconds(8192, 5))
+    assert Speed.fit((512, 1.0), None, 0.0).seconds(1024, 0) == pytest.approx(2.0)
+    assert Speed.fit((512, 1.0), (2048, 1.0), 0.0).seconds(8192, 0) >= 0  # noise must not give negative time
+
+
+def test_durations():
+    assert [duration(s) for s in (0.2, 59, 200, 7500)] == ["1 s", "59 s", "3 min 20 s", "2 h 5 min"]
