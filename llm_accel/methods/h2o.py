@@ -64,6 +64,10 @@ class H2O(StepEviction):
         return self.sinks + (self.recent or 0)
 
     @property
+    def least(self) -> int:
+        return max(1, self.reserved)  # without heavy hitters it is a plain recency window
+
+    @property
     def reserved_for(self) -> str:
         return f"{self.sinks} sinks and {self.recent or 0} recent entries are always kept and count"
 

@@ -69,11 +69,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns all stored ones."""
-        if not self.attended:
-            raise UnsupportedCallError(
-                "an earlier call on this cache failed half-way or ran without the plug-in; start with a new cache."
-            )
-        self.attended = False
+        self._admit(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.numel() == 0:
@@ -81,10 +77,18 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
-        self.cumulative_length += key_states.shape[-2]
         if self.positions is not None:
             self._append_positions(key_states.shape[-2])
         return self.keys, self.values
+
+    def _admit(self, count: int) -> None:
+        """Counts new tokens, whose entries must reach our attention before any others come."""
+        if not self.attended:
+            raise UnsupportedCallError(
+                "an earlier call on this cache failed half-way or ran without the plug-in; start with a new cache."
+            )
+        self.attended = False
+        self.cumulative_length += count
 
     def _append_positions(self, count: int) -> None:
         assert self.positions is not None

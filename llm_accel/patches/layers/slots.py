@@ -53,6 +53,7 @@ class SlotLayer(AccelLayer):
 
     def _overwrite(self, spare: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         assert self.positions is not None
+        self._admit(1)
         slot = spare[..., None]
         newest = self.positions.amax(-1, keepdim=True) + 1
         self.positions = self.positions.scatter(2, slot, newest)
@@ -60,7 +61,6 @@ class SlotLayer(AccelLayer):
             self.scores = self.scores.scatter(2, slot, 0.0)
         self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, self.keys.shape[-1]), key_states)
         self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, self.values.shape[-1]), value_states)
-        self.cumulative_length += 1
         if self.start is not None:
             self.vacant -= 1
             self.start = (self.start - 1).clamp(min=0) if self.vacant > 0 else None
@@ -130,7 +130,7 @@ class SlotLayer(AccelLayer):
         positions = self.view().positions
         if self.vacancies:
             positions = positions.scatter(2, self.spare[..., None], -1)
-        order = positions.argsort(-1, stable=True)
+        order = positions.argsort(stable=True, dim=-1)
         self.positions = positions.gather(2, order)
         self.keys = self.keys.gather(2, order[..., None].expand_as(self.keys))
         self.values = self.values.gather(2, order[..., None].expand_as(self.values))
