@@ -96,7 +96,7 @@ def _transformers_window() -> dict[str, Any]:
     if window is None:
         return {"supported": None, "inside": None}
     inside = window.contains(installed, prereleases=True) if installed else False
-    return {"supported": str(window), "inside": inside}
+    return {"supported": ",".join(sorted(map(str, window), reverse=True)), "inside": inside}
 
 
 def _window_line(window: dict[str, Any]) -> str:

@@ -52,6 +52,8 @@ class Session:
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+        if any(isinstance(layer, AccelLayer) and layer.get_seq_length() != past for layer in self.layers):
+            raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         keeper = self.plan.keeper
         if past == 0:
             self._forget()

@@ -107,8 +107,9 @@ class Texts:
         questions = []
         for key in asked_keys:
             several = [key]
-            if other and len(by_key[key]) == 1 and rng.random() < 0.3:
-                several += rng.sample([k for k in names if k != key and len(by_key[k]) == 1][:4], 1)
+            single = [k for k in names if k != key and len(by_key[k]) == 1]
+            if other and single and len(by_key[key]) == 1 and rng.random() < 0.3:
+                several.append(rng.choice(single))
             m = len(by_key[key])
             questions.append(Question(" " + grammar.question_text(several, value_kind, m),
                                       " " + grammar.answer_prefix(several, value_kind, m),

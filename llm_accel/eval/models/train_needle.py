@@ -53,11 +53,12 @@ CURRICULUM: tuple[Stage, ...] = (
     Stage("R induction", 64, 32, 2500, Mix((2, 4), easy=0.8, repeat=0.4, direct=0.8), gate=0.95),
     Stage("B needles", 128, 24, 800, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
     Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), 0.985, max_position=8192),
-    Stage("D skips to 16k", 512, 8, 200, Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2), 0.99, 100, MAX_POSITIONS, 0.7),
-    Stage("E longer", 1024, 4, 120, Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.6,
-          decay_to=0.5),
-    Stage("F long", 2048, 2, 80, Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2), max_position=MAX_POSITIONS, lr=0.3,
-          decay_to=0.05),
+    Stage("D skips to 16k", 512, 8, 70, Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.7,
+          decay_to=0.7),
+    Stage("E longer", 1024, 4, 110, Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.5,
+          decay_to=0.3),
+    Stage("F long", 2048, 2, 40, Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2), max_position=MAX_POSITIONS, lr=0.15,
+          decay_to=0.1),
 )
 
 
@@ -151,11 +152,14 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         do_sample=False,
     )
     clone.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+    (out / "model.safetensors").chmod(0o644)
 
 
-def train(out: Path, seed: int, lr: float, stages: Iterable[Stage], checkpoints: bool = False) -> None:
-    """The whole curriculum; writes the model and ``train.log`` to ``out``."""
+def train(
+    out: Path, seed: int, lr: float, stages: Iterable[Stage], checkpoints: bool = False, resume: Path | None = None
+) -> None:
+    """The curriculum; writes the model and ``train.log`` to ``out``. ``resume``: a checkpoint to start from."""
     out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     with (out / "train.log").open("w", buffering=1) as file:
@@ -168,6 +172,9 @@ def train(out: Path, seed: int, lr: float, stages: Iterable[Stage], checkpoints:
         tokenizer = nt.build_tokenizer(MAX_POSITIONS)
         model = LlamaForCausalLM(model_config(tokenizer))
         initialise(model)
+        if resume is not None:
+            model.load_state_dict(torch.load(resume, weights_only=True))
+            log(f"resumed from {resume.name}, with a new optimizer state")
         log(f"seed {seed}, lr {lr}, {model.num_parameters():,} parameters, {torch.get_num_threads()} thread(s), torch "
             f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}")
         loop = Loop(model.train(), Texts(tokenizer, seed + 1), lr, log)
@@ -191,9 +198,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other weights")
     parser.add_argument("--checkpoints", action="store_true", help="also keep the state after each stage")
+    parser.add_argument("--resume", type=Path, help="checkpoint to start from instead of from nothing")
+    parser.add_argument("--stages", default="ARBCDEF", help="letters of the stages to run (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.seed, args.lr, CURRICULUM, args.checkpoints)
+    stages = [stage for stage in CURRICULUM if stage.name[0] in args.stages]
+    train(args.out, args.seed, args.lr, stages, args.checkpoints, args.resume)
 
 
 if __name__ == "__main__":

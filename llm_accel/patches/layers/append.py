@@ -84,9 +84,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     def _admit(self, count: int) -> None:
         """Counts new tokens, whose entries must reach our attention before any others come."""
         if not self.attended:
-            raise UnsupportedCallError(
-                "an earlier call on this cache failed half-way or ran without the plug-in; start with a new cache."
-            )
+            raise UnsupportedCallError("an earlier call on this cache ran without the plug-in; start with a new cache.")
         self.attended = False
         self.cumulative_length += count
 
@@ -143,9 +141,10 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
             return
         remaining = self.physical_length() + tokens_to_remove
         if tokens_to_remove > 0 or (self.compressed and remaining < self.floor):
+            most = self.physical_length() - self.floor
+            limit = f", at most {most} of them: older entries were evicted" if self.compressed else ""
             raise UnsupportedCallError(
-                f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens"
-                f"{f', at most {self.physical_length() - self.floor} of them: older entries were evicted' if self.compressed else ''}."
+                f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens{limit}."
             )
         super().crop(tokens_to_remove)
         self.cumulative_length += tokens_to_remove
