@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "H2O",
     "AlreadyAppliedError",
     "ConfigError",
     "EvictionError",
-    "H2O",
     "Handle",
     "LayerReport",
     "LlmAccelError",

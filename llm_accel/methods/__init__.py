@@ -1,8 +1,8 @@
 """Methods: one file each, with its configuration and its pure scoring or selection on tensors."""
 
 from llm_accel.methods.base import MethodConfig, MethodInfo
-from llm_accel.methods.random_kv import RandomKV
 from llm_accel.methods.h2o import H2O
+from llm_accel.methods.random_kv import RandomKV
 from llm_accel.methods.roles import PromptCompression, PromptView, ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.snapkv import SnapKV
 from llm_accel.methods.streaming_llm import StreamingLLM

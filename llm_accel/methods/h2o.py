@@ -23,12 +23,17 @@ class H2O(StepEviction):
     heavy: int | None = option("heavy hitters kept; what the recent entries leave of the budget when not given", None)
     recent: int | None = option("newest entries, always kept; half of the budget when not given", None)
     sinks: int = option("first real tokens, always kept; 0 in the paper", 4)
-    norm: Literal["sum", "mean"] = option("rank by attention received: its sum, or its mean per query that could see it", "sum")
+    norm: Literal["sum", "mean"] = option(
+        "rank by attention received: its sum, or its mean per query that could see it", "sum"
+    )
     decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0)
 
     name: ClassVar[str] = "h2o"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="H2O, arXiv 2306.14048", cuts="KV cache after the prompt and while decoding", needs_query=False, frees_memory=True
+        paper="H2O, arXiv 2306.14048",
+        cuts="KV cache after the prompt and while decoding",
+        needs_query=False,
+        frees_memory=True,
     )
 
     def validate(self) -> None:
@@ -53,7 +58,8 @@ class H2O(StepEviction):
             total = self.heavy + self.recent
             if self.budget not in (None, total):
                 raise ConfigError(
-                    f"h2o: heavy={self.heavy} and recent={self.recent} make {total}, not budget={self.budget}; give two."
+                    f"h2o: heavy={self.heavy} and recent={self.recent} make {total}, "
+                    f"not budget={self.budget}; give two of the three."
                 )
             object.__setattr__(self, "budget", total)
         elif self.heavy is not None:

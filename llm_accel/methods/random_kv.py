@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, PromptCompression
+from llm_accel.methods.roles import PromptCompression, PromptView
 from llm_accel.methods.selection import real_slots, select_top
 
 

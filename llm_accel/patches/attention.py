@@ -49,9 +49,9 @@ class AccelAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
-        index = getattr(module, "layer_idx", None)
+        index: int | None = getattr(module, "layer_idx", None)
         layer = llm_accel.layers[index] if llm_accel is not None and index is not None else None
-        if llm_accel is None or not isinstance(layer, AccelLayer):
+        if llm_accel is None or index is None or not isinstance(layer, AccelLayer):
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         layer.attended = True
         if not layer.compressed and llm_accel.padding is not None:
@@ -61,7 +61,7 @@ class AccelAttention:
             if llm_accel.closing:
                 layer.own_storage()
             return layer.attend(self.base, module, query, key, value, **kwargs), None
-        eviction = Eviction(llm_accel, keeper, layer, int(module.layer_idx), kwargs)
+        eviction = Eviction(llm_accel, keeper, layer, index, kwargs)
         if llm_accel.flushing:
             key, value = eviction.before_attention(query, key, value)
         output = layer.attend(self.base, module, query, key, value, **kwargs)

@@ -69,9 +69,7 @@ class Eviction:
     @torch.no_grad()
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(
-                query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key)
-            )
+            votes = column_votes(query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key))
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
         if self.session.closing:
             slots = key.shape[2]

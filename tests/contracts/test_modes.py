@@ -226,9 +226,7 @@ def test_protected_tokens_stay(method: str) -> None:
     protect[:, -20:-14] = True
     protect &= batch.mask.bool()
     with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
-        model.generate(
-            batch.ids, attention_mask=batch.mask, protect_mask=protect, max_new_tokens=2, do_sample=False
-        )
+        model.generate(batch.ids, attention_mask=batch.mask, protect_mask=protect, max_new_tokens=2, do_sample=False)
         for layer in handle.report().layers:
             for row, length in enumerate(batch.lengths):
                 wanted = set((protect[row].nonzero()[:, 0] - (LONG - length)).tolist())

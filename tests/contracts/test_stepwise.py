@@ -7,8 +7,16 @@ import torch
 
 import llm_accel
 from llm_accel import H2O, StreamingLLM
-from tests.contracts.matrix import BUDGET, METHODS, STEPWISE, every_family, every_shape, every_stepwise_method
-from tests.contracts.matrix import generate, make_batch
+from tests.contracts.matrix import (
+    BUDGET,
+    METHODS,
+    STEPWISE,
+    every_family,
+    every_shape,
+    every_stepwise_method,
+    generate,
+    make_batch,
+)
 from tests.contracts.step_oracle import CompactionOracle, compacted
 from tests.tiny import prompt, tiny_model
 

@@ -249,7 +249,9 @@ def finish(settings: Settings, run_dir: RunDir, trained: int | None, plot: bool,
             Panel(method, cell_means(settings, records, method), summary["methods"][method]["exact"])
             for method in settings.methods
         ]
-        per_cell = f"{settings.samples} prompt{'s' if settings.samples > 1 else ''} per cell; beside each name: the mean"
+        per_cell = (
+            f"{settings.samples} prompt{'s' if settings.samples > 1 else ''} per cell; beside each name: the mean"
+        )
         head = title(settings, name)
         save(run_dir.heatmap_file, draw(panels, settings.lengths, settings.depths, head, per_cell, trained, palette))
     return summary

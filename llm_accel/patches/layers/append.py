@@ -13,7 +13,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
 
 
-class AccelLayer(DynamicLayer):  # type: ignore[misc]
+class AccelLayer(DynamicLayer):
     """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
 
@@ -31,10 +31,12 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    keys: Tensor  # type: ignore[assignment]  # None only before the first update
+    values: Tensor  # type: ignore[assignment]
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._clear()
 
     def _clear(self) -> None:
@@ -173,6 +175,6 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()

@@ -77,7 +77,7 @@ class SlotLayer(AccelLayer):
             self.positions = self._positions_of(slots.expand(*self.keys.shape[:2], -1))
 
     def choose_spare(self, victims: Tensor | None) -> None:
-        """Decides what the next token overwrites: an empty slot of the row if there is one, else ``victims`` [B, Hk]."""
+        """Decides what the next token overwrites: an empty slot of the row if it has one, else ``victims`` [B, Hk]."""
         if victims is None:
             self.spare = None
             return
