@@ -31,8 +31,8 @@ class AccelLayer(DynamicLayer):
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    keys: Tensor  # type: ignore[assignment]  # None only before the first update
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor  # None only before the first update
+    values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
 
     def __init__(self) -> None:
