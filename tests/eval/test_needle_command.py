@@ -46,13 +46,16 @@ def test_a_run_leaves_all_files_and_the_summary_on_the_last_line(model_path, tmp
     assert snap["dense_kv_bytes"] == dense["kv_bytes"] > snap["kv_bytes"]
 
 
-def test_the_same_command_goes_on_and_another_is_refused(model_path, tmp_path, capsys):
-    _needle(model_path, tmp_path, "--method", "dense", "--json-only")
+def test_the_same_command_goes_on_and_another_is_refused(model_path, tmp_path, capsys, monkeypatch):
+    _needle(model_path, tmp_path, "--method", "dense", "--json-only", "--no-plot")
     first = capsys.readouterr().out
     assert first.count("\n") == 1
     assert _needle(model_path, tmp_path, "--method", "dense", "--json-only") == 0
     again = capsys.readouterr()
-    assert again.out == first and "4 records are there, 0 to do" in again.err
+    assert again.out == first and "4 records are there, 0 to do" in again.err and "other versions" not in again.err
+    monkeypatch.setattr("llm_accel.eval.needle.command.versions", lambda: {"torch": "1.0"})
+    _needle(model_path, tmp_path, "--method", "dense", "--no-plot")
+    assert "made with other versions" in capsys.readouterr().err
     assert _needle(model_path, tmp_path, "--method", "dense", "--seed", "1") == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
     assert _needle(model_path, tmp_path, "--method", "dense", "--no-chat-template") == 2
@@ -64,13 +67,14 @@ def test_the_same_command_goes_on_and_another_is_refused(model_path, tmp_path, c
 @pytest.mark.parametrize("more", [
     ["--query-agnostic", "--batch-size", "3", "--samples", "2", "--key-kind", "uuid", "--lengths", "640"],
     ["--no-chat-template", "--no-answer-prefix", "--max-new-tokens", "4", "--attn", "eager"],
-    ["--task", "multivalue", "--value-kind", "uuid", "--needles", "2", "--palette", "safe", "--dtype", "bfloat16",
+    ["--task", "multivalue", "--value-kind", "uuid", "--needles", "2", "--dtype", "bfloat16",
      "--max-new-tokens", "3"],
     ["--task", "multiquery", "--needles", "2", "--distractors", "1", "--value-kind", "word"],
     ["--task", "single", "--shard", "2/2"],
 ])  # fmt: skip
 def test_all_kinds_of_runs_go_through(model_path, tmp_path, capsys, more):
-    assert _needle(model_path, tmp_path, "--method", "dense", "--method", "snapkv:budget=64", *more) == 0
+    argv = ["--method", "dense", "--method", "snapkv:budget=64", "--no-plot", *more]
+    assert _needle(model_path, tmp_path, *argv) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["complete"] is ("--shard" not in more)
     records = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
@@ -84,6 +88,7 @@ def test_all_kinds_of_runs_go_through(model_path, tmp_path, capsys, more):
     (["--attn", "nothing"], "--attn|cannot be loaded"),
     (["--method", "snapkv:budget=8"], "budget"),
     (["--shard", "3/2"], "--shard"),
+    (["--shard", "1/2", "--overwrite"], "records of the other shards"),
     (["--samples", "0"], "--samples"),
 ])  # fmt: skip
 def test_wrong_arguments_end_before_anything_is_written(model_path, tmp_path, capsys, more, message):
@@ -95,7 +100,11 @@ def test_wrong_arguments_end_before_anything_is_written(model_path, tmp_path, ca
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
     assert _needle(str(tmp_path / "no-model"), tmp_path / "run") == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert _needle(str(tmp_path / "empty"), tmp_path / "run") == 2
     assert "cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_run_still_leaves_a_summary(model_path, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llm_accel.errors import ConfigError
 from llm_accel.eval.needle import settings as s
 from llm_accel.eval.needle.encoding import Encoder, make_frame
 from llm_accel.eval.needle.engine import Engine
@@ -28,6 +29,7 @@ from llm_accel.eval.needle.table import render, title
 from llm_accel.eval.needle.tasks import check_task
 from llm_accel.registry import parse as parse_method
 
+_HAYSTACK_TOKENS = 2**18  # what is read of a long haystack at least; prompts begin anywhere in it
 _RESOLVED = ("chat_template", "max_new_tokens", "dtype", "device")  # settings that model and tokenizer may fill in
 
 
@@ -168,6 +170,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         LlmAccelError: anything wrong with the arguments, before anything is run or written.
     """
     settings, shard = settings_from(args), s.parse_shard(args.shard)
+    if args.overwrite and shard[1] > 1:
+        raise ConfigError("--overwrite with --shard would remove the records of the other shards; clear --out first.")
     if args.plot:
         require_matplotlib()
     if args.out and not args.overwrite:  # a large model loads for minutes: look first at what is known by now
@@ -195,6 +199,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     done = run_dir.open(tied, about, overwrite=args.overwrite)
     _say(f"results go to {run_dir.path}")
+    for name in ("versions", "hardware"):
+        if done and run_dir.about().get(name) != about[name]:
+            _say(f"warning: the records there were made with other {name} (see run.json); times may not compare")
     try:
         run_grid(settings, engine, maker, configs, run_dir, done, places(settings, shard), shard)
     finally:
@@ -213,12 +220,13 @@ def make_prompts(settings: Settings, tokenizer: Any) -> tuple[PromptMaker, Setti
     """
     encoder = Encoder(tokenizer)
     frame = make_frame(encoder, settings.chat_template)
-    haystack = load_haystack(settings.haystack, encoder, tokens=4 * max(settings.lengths))
+    haystack = load_haystack(settings.haystack, encoder, tokens=max(_HAYSTACK_TOKENS, 4 * max(settings.lengths)))
     settings = replace(settings, chat_template=frame.chat)
     settings = replace(settings, max_new_tokens=PromptMaker(settings, encoder, frame, haystack).max_new_tokens)
     maker = PromptMaker(settings, encoder, frame, haystack)
-    for sample in range(settings.samples):  # the only length that can be too short
-        maker.make(min(settings.lengths), settings.depths[0], sample)
+    for depth in settings.depths:  # if any length is too short, it is this one
+        for sample in range(settings.samples):
+            maker.make(min(settings.lengths), depth, sample)
     return maker, settings
 
 

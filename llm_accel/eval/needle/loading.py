@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from llm_accel.eval.needle.settings import Settings
 
 
 def model_name(settings: Settings) -> str:
-    """What titles call the model."""
-    return settings.model or "bundled needle model"
+    """What titles call the model: its id, or the last part of its path."""
+    if settings.model is None:
+        return "bundled needle model"
+    return Path(settings.model).name if Path(settings.model).exists() else settings.model
 
 
 def load_model(settings: Settings) -> tuple[Any, Any, Settings]:
@@ -53,6 +56,8 @@ def _device(name: str) -> torch.device:
 def _pretrained(name: str, dtype: Any, device: torch.device, attn: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ConfigError(f"--model {name!r}: no such folder; give a HuggingFace id or a folder with a model.")
     options = {} if attn is None else {"attn_implementation": attn}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)

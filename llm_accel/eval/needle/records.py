@@ -98,6 +98,10 @@ class RunDir:
                 "Give another --out, the settings of that run, or --overwrite to start anew."
             )
 
+    def about(self) -> dict[str, Any]:
+        """Everything in run.json."""
+        return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+
     def records(self) -> list[Record]:
         """All whole records, the first one of each place; torn lines are skipped."""
         if not self.cells_file.exists():

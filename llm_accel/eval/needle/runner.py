@@ -144,7 +144,9 @@ class _Progress:
         """Counts the records of a batch."""
         self._scores.setdefault(method, []).extend(record["exact"] for record in records)
         if time.monotonic() - self._shown > 0.5:
-            means = (f"{name.partition(':')[0]} {sum(s) / len(s):.2f}" for name, s in self._scores.items())
+            short = [name.partition(":")[0] for name in self._scores]
+            names = short if len(set(short)) == len(short) else list(self._scores)
+            means = [f"{name} {sum(s) / len(s):.2f}" for name, s in zip(names, self._scores.values(), strict=True)]
             self._bar.set_postfix_str(", ".join(means), refresh=False)
             self._shown = time.monotonic()
         self._bar.update(sum(record["length"] for record in records))
