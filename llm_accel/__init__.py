@@ -22,13 +22,14 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import RandomKV, SnapKV, StreamingLLM
+    from llm_accel.methods import H2O, RandomKV, SnapKV, StreamingLLM
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "H2O",
     "AlreadyAppliedError",
     "ConfigError",
     "EvictionError",

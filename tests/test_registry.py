@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import llm_accel
 from llm_accel import ConfigError, RandomKV, SnapKV, StreamingLLM, UnknownMethodError
+from llm_accel.methods import PromptCompression
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
 from llm_accel.registry import config_class, configure, methods, parse
 from tests.contracts.matrix import METHODS
@@ -184,8 +185,6 @@ def test_unknown_method_lists_names_nearest_first():
         ({"skip_layers": (0, 0)}, "distinct"),
         ({"skip_layers": (-1,)}, "counted from 0"),
         ({"skip_layers": (True,)}, "an integer"),
-        ({"compress": "later"}, "'eager' or 'deferred'"),
-        ({"multi_turn": None}, "'append' or 'recompress'"),
         ({"budgets": 64}, "Did you mean 'budget'"),
     ],
     ids=str,
@@ -194,6 +193,17 @@ def test_values_that_cannot_work(name: str, options: dict[str, Any], part: str):
     with pytest.raises(ConfigError, match=part) as caught:
         configure(name, options)
     assert str(caught.value).startswith(name)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in methods().items() if issubclass(kind, PromptCompression)])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"compress": "later"}, "'eager' or 'deferred'"), ({"multi_turn": None}, "'append' or 'recompress'")],
+    ids=str,
+)
+def test_choices_of_prompt_compression(name: str, options: dict[str, Any], part: str):
+    with pytest.raises(ConfigError, match=part):
+        configure(name, options)
 
 
 @pytest.mark.parametrize(

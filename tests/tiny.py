@@ -88,7 +88,7 @@ def sliding_mistral() -> PretrainedConfig:
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model of this family in fp32 and eval mode, weights drawn from ``seed``, wide enough to have sharp attention."""
+    """A model of this family in fp32 and eval mode; weights from ``seed``, wide enough for sharp attention."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
     config.initializer_range = 0.15

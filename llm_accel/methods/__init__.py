@@ -1,11 +1,25 @@
 """Methods: one file each, with its configuration and its pure scoring or selection on tensors."""
 
 from llm_accel.methods.base import MethodConfig, MethodInfo
+from llm_accel.methods.h2o import H2O
 from llm_accel.methods.random_kv import RandomKV
-from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.roles import PromptCompression, PromptView, ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.snapkv import SnapKV
 from llm_accel.methods.streaming_llm import StreamingLLM
 
-ALL: tuple[type[MethodConfig], ...] = (SnapKV, StreamingLLM, RandomKV)
+ALL: tuple[type[MethodConfig], ...] = (SnapKV, H2O, StreamingLLM, RandomKV)
 
-__all__ = ["ALL", "MethodConfig", "MethodInfo", "PromptView", "RandomKV", "ScoreAndKeep", "SnapKV", "StreamingLLM"]
+__all__ = [
+    "ALL",
+    "H2O",
+    "MethodConfig",
+    "MethodInfo",
+    "PromptCompression",
+    "PromptView",
+    "RandomKV",
+    "ScoreAndKeep",
+    "SnapKV",
+    "StepEviction",
+    "StepView",
+    "StreamingLLM",
+]

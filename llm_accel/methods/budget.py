@@ -26,9 +26,9 @@ class Budgeted(MethodConfig):
             raise ConfigError(
                 f"{self.name}: budget={self.budget} and ratio={self.ratio} were both given; give one of them."
             )
-        if self.ratio is None and (self.budget if self.budget is not None else DEFAULT_BUDGET) <= self.reserved:
+        if self.ratio is None and (self.budget if self.budget is not None else DEFAULT_BUDGET) < self.least:
             default = f"; None means {DEFAULT_BUDGET}" if self.budget is None else ""
-            self.fail("budget", f"an integer above {self.reserved} ({self.reserved_for}{default})")
+            self.fail("budget", f"an integer above {self.least - 1} ({self.reserved_for}{default})")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             self.fail("ratio", "a number in (0, 1], the fraction of the prompt that is kept")
 
@@ -36,6 +36,11 @@ class Budgeted(MethodConfig):
     def reserved(self) -> int:
         """Entries that are kept whatever the scores say."""
         return 0
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that makes sense: what is always kept and one entry by choice."""
+        return self.reserved + 1
 
     @property
     def reserved_for(self) -> str:

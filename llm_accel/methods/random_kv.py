@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.roles import PromptCompression, PromptView
 from llm_accel.methods.selection import real_slots, select_top
 
 
 @dataclass(frozen=True)
-class RandomKV(ScoreAndKeep):
+class RandomKV(PromptCompression):
     """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
 
     window: int = option("last entries of the prompt, always kept", 32)

@@ -28,6 +28,7 @@ class PromptView:
         layer: index of the layer.
         layers: number of layers of the model.
         protected: slots that must stay, bool [B, S], or None.
+        scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
     """
 
     query: Tensor
@@ -40,6 +41,7 @@ class PromptView:
     layer: int
     layers: int
     protected: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -52,19 +54,21 @@ class ScoreAndKeep(Budgeted):
     """Role: decides, once the prompt is complete, which KV entries stay (per row, KV head and layer)."""
 
     skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", ())
-    compress: Literal["eager", "deferred"] = option(
-        "eager: inside each layer at the end of the prompt; deferred: before the first decode step",
-        "eager",
-    )
-    multi_turn: Literal["append", "recompress"] = option(
-        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget",
-        "append",
-    )
 
     def validate(self) -> None:
         super().validate()
         if len(set(self.skip_layers)) != len(self.skip_layers) or any(index < 0 for index in self.skip_layers):
             self.fail("skip_layers", "distinct layer indices counted from 0")
+
+    @property
+    def deferred(self) -> bool:
+        """Whether eviction waits for the first decode step."""
+        return False
+
+    @property
+    def recompresses(self) -> bool:
+        """Whether later turns cut the cache back to the budget."""
+        return False
 
     @property
     def observed_queries(self) -> int:
@@ -75,3 +79,72 @@ class ScoreAndKeep(Budgeted):
     def select(self, view: PromptView) -> Tensor:
         """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row keeps fewer than n. Asked only when
         the longest row, of S slots, keeps fewer than S."""
+
+
+@dataclass(frozen=True)
+class PromptCompression(ScoreAndKeep):
+    """Role: compresses the prompt once; what is decoded afterwards is appended whole."""
+
+    compress: Literal["eager", "deferred"] = option(
+        "eager: inside each layer at the end of the prompt; deferred: before the first decode step", "eager"
+    )
+    multi_turn: Literal["append", "recompress"] = option(
+        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget", "append"
+    )
+
+    @property
+    def deferred(self) -> bool:
+        return self.compress == "deferred"
+
+    @property
+    def recompresses(self) -> bool:
+        return self.multi_turn == "recompress"
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a method sees of one layer when it chooses what the next token overwrites.
+
+    Attributes:
+        positions: original position of each slot, int64 [B, kv_heads, P]; -1 where a slot is empty.
+        scores: attention received, fp32 [B, kv_heads, P], for methods that ask for it, else None.
+    """
+
+    positions: Tensor
+    scores: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepEviction(ScoreAndKeep):
+    """Role: keeps the cache at its budget during decoding, by overwriting one entry per KV head and step."""
+
+    @property
+    def recompresses(self) -> bool:
+        return True
+
+    @property
+    def vacancies(self) -> int:
+        """Slots beyond the budget: 1 where the new token is seen beside a full budget and evicts afterwards."""
+        return 0
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the method ranks entries by the attention they have received."""
+        return False
+
+    @property
+    def score_decay(self) -> float:
+        """Factor on the scores at each decode step."""
+        return 1.0
+
+    def capacity(self, prompt: int) -> int | None:
+        """Slots at which overwriting begins after a prompt of that many slots; None: nothing is ever overwritten,
+        which is what a ratio means that keeps the whole prompt."""
+        if self.ratio is not None and self.entries(prompt) == prompt:
+            return None
+        limit = self.entries(prompt) if self.ratio is not None else self.entries(2**62)
+        return limit + self.vacancies
+
+    @abstractmethod
+    def victims(self, view: StepView) -> Tensor:
+        """The slot that the next token overwrites, int64 [B, kv_heads]."""

@@ -11,19 +11,23 @@ from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.roles import PromptCompression, PromptView
 from llm_accel.methods.selection import real_slots, select_top
 
 
 @dataclass(frozen=True)
-class SnapKV(ScoreAndKeep):
+class SnapKV(PromptCompression):
     """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
     window: int = option("observation window: last queries of the prompt, always kept", 32)
     kernel: int = option("pooling kernel over neighbouring positions, odd", 7)
     pool: Literal["max", "avg"] = option("pooling of the votes: max or avg", "max")
-    gqa: Literal["mean", "max"] = option("reduction of the votes over the query heads of a KV head: mean or max", "mean")
-    tie: Literal["raw", "index"] = option("equal pooled votes: raw, the higher unpooled vote wins; index, the older", "raw")
+    gqa: Literal["mean", "max"] = option(
+        "reduction of the votes over the query heads of a KV head: mean or max", "mean"
+    )
+    tie: Literal["raw", "index"] = option(
+        "equal pooled votes: raw, the higher unpooled vote wins; index, the older", "raw"
+    )
     score_dtype: Literal["fp32", "compat"] = option(
         "fp32, or compat: probabilities rounded to the model's dtype as in the published code", "fp32"
     )

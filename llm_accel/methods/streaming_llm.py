@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, ScoreAndKeep
+from llm_accel.methods.roles import PromptView, StepEviction, StepView
 from llm_accel.methods.selection import real_slots, select_top
 
 
 @dataclass(frozen=True)
-class StreamingLLM(ScoreAndKeep):
-    """Dense prompt, then only the sinks and the last entries stay. The floor that every other method must beat."""
+class StreamingLLM(StepEviction):
+    """Only the sinks and the last entries stay, in the prompt and at every decode step: the floor for other methods."""
 
     sinks: int = option("first real tokens of the prompt, always kept", 4)
 
     name: ClassVar[str] = "streaming_llm"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="StreamingLLM, arXiv 2309.17453", cuts="KV cache after the prompt", needs_query=False, frees_memory=True
+        paper="StreamingLLM, arXiv 2309.17453",
+        cuts="KV cache after the prompt and while decoding",
+        needs_query=False,
+        frees_memory=True,
     )
 
     def validate(self) -> None:
@@ -54,3 +57,8 @@ class StreamingLLM(ScoreAndKeep):
             valid=valid,
             forced=forced,
         )
+
+    def victims(self, view: StepView) -> Tensor:
+        """The oldest entry that is no sink."""
+        last = torch.iinfo(torch.int64).max
+        return view.positions.masked_fill(view.positions < self.sinks, last).argmin(-1)

@@ -1,0 +1,1 @@
+"""Everything that touches a HuggingFace model: hooks, sessions, cache layers, attention and generate."""

@@ -23,7 +23,7 @@ class GenerateProxy:
     """Instance attribute ``generate``. An object rather than a closure: deepcopy and pickle carry it to the copy."""
 
     def __init__(self, model: PreTrainedModel, hook: DecoderHook) -> None:
-        self.model = model
+        self.model: Any = model
         self.hook = hook
 
     def __call__(self, *args: Any, protect_mask: Tensor | None = None, **kwargs: Any) -> Any:

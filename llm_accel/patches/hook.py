@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.attention import accel_name, register
-from llm_accel.patches.cache import AccelLayer
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.session import Session
 from llm_accel.report import LayerReport
@@ -41,7 +40,7 @@ class DecoderHook:
         register(self.plan.base)  # a model that is loaded in another process finds its attention there
 
     def __call__(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Finds or makes the session of this call and passes it on as ``llm_accel``."""
         if args:
@@ -69,7 +68,7 @@ class DecoderHook:
         kwargs["llm_accel"] = session
         return args, kwargs
 
-    def _keep_implementation(self, decoder: nn.Module) -> None:
+    def _keep_implementation(self, decoder: Any) -> None:
         """Two models may share one configuration object; removing the plug-in from the other one resets the name."""
         config, name = decoder.config, accel_name(self.plan.base)
         current = config._attn_implementation
@@ -123,7 +122,7 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
         )
     session = session_of(cache)
     if session is not None:
-        if session.plan != plan:
+        if session.plan is not plan and session.plan != plan:
             raise UnsupportedCallError(
                 f"this cache was filled with {session.plan.title}, the model now runs {plan.title}; "
                 "start with a new cache."
@@ -142,13 +141,13 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
             raise UnsupportedCallError(
                 "this cache was filled before llm_accel.apply; start with an empty one (handle.new_cache())."
             )
-        cache.layers[index] = AccelLayer()
+        cache.layers[index] = plan.make_layer(index)
     session = Session(plan, cache)
-    cache.llm_accel = session
+    cache.llm_accel = session  # type: ignore[attr-defined]
     return session
 
 
-def _refuse(kwargs: dict[str, Any], decoder: nn.Module) -> None:
+def _refuse(kwargs: dict[str, Any], decoder: Any) -> None:
     wanted = kwargs.get("output_attentions")
     if wanted or (wanted is None and getattr(decoder.config, "output_attentions", False)):
         raise UnsupportedCallError(

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import MethodConfig, ScoreAndKeep
+from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.patches.layers import AccelLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Plan:
     def keeper(self) -> ScoreAndKeep | None:
         """The method that decides which KV entries stay, if any."""
         return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
+
+    def make_layer(self, index: int) -> AccelLayer:
+        """An empty cache layer of the kind that the methods need at this index."""
+        if isinstance(self.keeper, StepEviction) and index not in self.skipped:
+            return SlotLayer(self.keeper.vacancies)
+        return AccelLayer()
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.cache import AccelLayer
+from llm_accel.patches.layers import AccelLayer
 from llm_accel.report import LayerReport
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class Session:
         if past == 0:
             self._forget()
         self.flushing = self._awaiting_decode and length == 1 and not self._prompt_open(past)
-        in_prompt = length > 1 or self._prompt_open(past)
+        in_prompt = length > 1 or past == 0 or self._prompt_open(past)
         complete = in_prompt and (self.prompt_end is None or past + length >= self.prompt_end)
         self.padding = self._read_padding(length, past, attention_mask) if in_prompt else None
         if complete:
             self.prompt_end = None
-        if complete and keeper is not None and keeper.compress == "deferred":
+        if complete and keeper is not None and keeper.deferred:
             self._awaiting_decode, complete = True, False
         if self.flushing:
             self._awaiting_decode = False
@@ -175,7 +175,7 @@ class Session:
             per_entry = (keys.nbytes + values.nbytes) // report.physical_length
             report.dense_kv_bytes = per_entry * report.logical_length
             report.evicted = report.logical_length - report.physical_length
-            report.kept = layer.kept
+            report.kept = layer.kept_positions() if self.plan.trace else None
         else:
             report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
         return report

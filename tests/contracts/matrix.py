@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llm_accel import RandomKV, SnapKV, StreamingLLM
-from llm_accel.methods import ScoreAndKeep
+from llm_accel import H2O, RandomKV, SnapKV, StreamingLLM
+from llm_accel.methods import PromptCompression, ScoreAndKeep, StepEviction
 from tests.tiny import FAMILIES, left_padded, prompt
 
 BUDGET = 24
@@ -21,6 +21,7 @@ NEW = 6
 
 METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
     "snapkv": lambda **changes: SnapKV(**({"budget": BUDGET, "window": 8} | changes)),
+    "h2o": lambda **changes: H2O(**({"budget": BUDGET} | changes)),
     "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),
     "random": lambda **changes: RandomKV(**({"budget": BUDGET, "window": 8} | changes)),
 }
@@ -55,6 +56,17 @@ def generate(model: PreTrainedModel, batch: Batch, **changes: Any) -> tuple[torc
     return output.sequences[:, batch.ids.shape[1] :], torch.stack(output.logits, dim=1)
 
 
+def slots_after(method: str, decoded: int, budget: int = BUDGET) -> int:
+    """Entries stored per KV head ``decoded`` tokens after a prompt over budget."""
+    config = METHODS[method]()
+    return budget + (config.vacancies if isinstance(config, StepEviction) else decoded)
+
+
+STEPWISE = tuple(name for name, make in METHODS.items() if isinstance(make(), StepEviction))
+PROMPT_ONLY = tuple(name for name, make in METHODS.items() if isinstance(make(), PromptCompression))
+
 every_method = pytest.mark.parametrize("method", METHODS)
+every_prompt_method = pytest.mark.parametrize("method", PROMPT_ONLY)
+every_stepwise_method = pytest.mark.parametrize("method", STEPWISE)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_shape = pytest.mark.parametrize("shape", ["single", "padded"])

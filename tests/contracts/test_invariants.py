@@ -12,11 +12,14 @@ from tests.contracts.matrix import (
     BUDGET,
     METHODS,
     NEW,
+    STEPWISE,
     every_family,
     every_method,
+    every_prompt_method,
     every_shape,
     generate,
     make_batch,
+    slots_after,
 )
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import tiny_model
@@ -30,7 +33,7 @@ EXACT = 1e-5
 def test_nothing_to_cut_changes_nothing(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
     tokens, logits = generate(model, batch)
-    for config in (METHODS[method](budget=batch.ids.shape[1]), METHODS[method](budget=None, ratio=1.0)):
+    for config in (METHODS[method](budget=batch.ids.shape[1] + NEW), METHODS[method](budget=None, ratio=1.0)):
         with llm_accel.apply(model, config) as handle:
             ours, our_logits = generate(model, batch)
             assert not any(layer.evicted for layer in handle.report().layers)
@@ -86,7 +89,7 @@ def test_eviction_is_real(family: str, method: str, shape: str) -> None:
         if layer.skipped_reason is not None:
             continue
         acted += 1
-        expected = BUDGET + NEW - 1
+        expected = slots_after(method, NEW - 1)
         assert layer.logical_length == batch.ids.shape[1] + NEW - 1
         assert layer.physical_length == expected
         assert stored.get_seq_length() == layer.logical_length
@@ -99,7 +102,7 @@ def test_eviction_is_real(family: str, method: str, shape: str) -> None:
 
 
 @every_shape
-@every_method
+@every_prompt_method
 @every_family
 def test_evicted_is_masked(family: str, method: str, shape: str) -> None:
     steps = 17
@@ -136,7 +139,8 @@ def test_rows_are_independent(family: str, method: str) -> None:
                 if layer.kept is None:
                     continue
                 kept = layer.kept[index]
-                assert torch.equal((kept >= 0).sum(-1), torch.full((kept.shape[0],), min(length, BUDGET)))
+                present = min(length + (NEW - 1 if method in STEPWISE else 0), BUDGET)
+                assert torch.equal((kept >= 0).sum(-1), torch.full((kept.shape[0],), present))
                 if alone.kept is not None:
                     assert torch.equal(kept[kept >= 0].view(kept.shape[0], -1), alone.kept[0])
 
@@ -163,11 +167,13 @@ def test_always_kept_entries_stay(method: str) -> None:
         generate(model, batch)
         for layer in handle.report().layers:
             for row, length in enumerate(batch.lengths):
+                seen = length + (NEW - 1 if method in STEPWISE else 0)
+                recent = getattr(config, "window", BUDGET // 2)
                 for head in layer.kept[row]:
                     kept = set(head[head >= 0].tolist())
-                    assert len(kept) == min(length, BUDGET)
-                    assert kept >= set(range(min(length, getattr(config, "sinks", 0))))
-                    assert kept >= set(range(max(0, length - getattr(config, "window", 1)), length))
+                    assert len(kept) == min(seen, BUDGET)
+                    assert kept >= set(range(min(seen, getattr(config, "sinks", 0))))
+                    assert kept >= set(range(max(0, seen - recent), seen))
 
 
 @every_method

@@ -12,7 +12,17 @@ from transformers.cache_utils import DynamicCache
 
 import llm_accel
 from llm_accel import Report
-from tests.contracts.matrix import BUDGET, LONG, METHODS, Batch, every_method, every_shape, generate, make_batch
+from tests.contracts.matrix import (
+    BUDGET,
+    LONG,
+    METHODS,
+    Batch,
+    every_method,
+    every_prompt_method,
+    every_shape,
+    generate,
+    make_batch,
+)
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import prompt, tiny_model
 
@@ -49,7 +59,7 @@ def test_chunked_prefill_keeps_the_same(family: str, method: str, shape: str, ch
 
 
 @every_shape
-@every_method
+@every_prompt_method
 @every_kind
 def test_deferred_equals_eager(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
@@ -64,7 +74,7 @@ def test_deferred_equals_eager(family: str, method: str, shape: str) -> None:
         assert held == results[0][2]
 
 
-@every_method
+@every_prompt_method
 @every_kind
 def test_deferred_serves_a_hand_written_chunk_loop(family: str, method: str) -> None:
     model, ids = tiny_model(family), prompt(LONG)
@@ -85,7 +95,7 @@ def test_deferred_serves_a_hand_written_chunk_loop(family: str, method: str) -> 
 
 
 @every_shape
-@every_method
+@every_prompt_method
 @every_kind
 @pytest.mark.parametrize(
     "mode",
@@ -131,7 +141,7 @@ def two_turns(model: PreTrainedModel, batch: Batch, cache: DynamicCache, full_id
 
 @pytest.mark.parametrize("full_ids", [True, False])
 @every_shape
-@every_method
+@every_prompt_method
 @every_kind
 def test_second_turn_equals_the_masked_oracle(family: str, method: str, shape: str, full_ids: bool) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
@@ -157,7 +167,7 @@ def test_second_turn_with_nothing_to_cut_equals_dense(family: str, method: str, 
 
 
 @every_shape
-@every_method
+@every_prompt_method
 @every_kind
 def test_recompress_cuts_each_turn_back_to_the_budget(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
@@ -216,9 +226,7 @@ def test_protected_tokens_stay(method: str) -> None:
     protect[:, -20:-14] = True
     protect &= batch.mask.bool()
     with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
-        model.generate(
-            batch.ids, attention_mask=batch.mask, protect_mask=protect, max_new_tokens=2, do_sample=False
-        )
+        model.generate(batch.ids, attention_mask=batch.mask, protect_mask=protect, max_new_tokens=2, do_sample=False)
         for layer in handle.report().layers:
             for row, length in enumerate(batch.lengths):
                 wanted = set((protect[row].nonzero()[:, 0] - (LONG - length)).tolist())

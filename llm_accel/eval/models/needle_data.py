@@ -59,8 +59,9 @@ class Question:
 class Texts:
     """Makes samples. The sentence bank is tokenized once, so that generating data costs little beside training."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, split: grammar.Split = "train",
-                 bank: int = 20000) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, split: grammar.Split = "train", bank: int = 20000
+    ) -> None:
         self.rng, self.split = random.Random(seed), split
         self._backend: Any = tokenizer.backend_tokenizer
         vocab = tokenizer.get_vocab()
@@ -111,9 +112,13 @@ class Texts:
             if other and single and len(by_key[key]) == 1 and rng.random() < 0.3:
                 several.append(rng.choice(single))
             m = len(by_key[key])
-            questions.append(Question(" " + grammar.question_text(several, value_kind, m),
-                                      " " + grammar.answer_prefix(several, value_kind, m),
-                                      [v for k in several for v in by_key[k]]))
+            questions.append(
+                Question(
+                    " " + grammar.question_text(several, value_kind, m),
+                    " " + grammar.answer_prefix(several, value_kind, m),
+                    [v for k in several for v in by_key[k]],
+                )
+            )
         return [(k, " " + grammar.needle_text(k, v, value_kind)) for k, v in facts], questions, value_kind
 
     def _tail(
@@ -176,7 +181,7 @@ class Texts:
             sentences.append(rng.choice(self.bank))
             total += len(sentences[-1])
         if total > room:  # cut the head off the first sentence, so that every sentence still ends
-            last = sentences.pop()[total - room:]
+            last = sentences.pop()[total - room :]
             if last:
                 sentences.insert(0, last)
         slots = [rng.randint(0, len(sentences)) for _ in needles]

@@ -53,12 +53,36 @@ CURRICULUM: tuple[Stage, ...] = (
     Stage("R induction", 64, 32, 2500, Mix((2, 4), easy=0.8, repeat=0.4, direct=0.8), gate=0.95),
     Stage("B needles", 128, 24, 800, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
     Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), 0.985, max_position=8192),
-    Stage("D skips to 16k", 512, 8, 70, Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.7,
-          decay_to=0.7),
-    Stage("E longer", 1024, 4, 110, Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2), max_position=MAX_POSITIONS, lr=0.5,
-          decay_to=0.3),
-    Stage("F long", 2048, 2, 40, Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2), max_position=MAX_POSITIONS, lr=0.15,
-          decay_to=0.1),
+    Stage(
+        "D skips to 16k",
+        512,
+        8,
+        70,
+        Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2),
+        max_position=MAX_POSITIONS,
+        lr=0.7,
+        decay_to=0.7,
+    ),
+    Stage(
+        "E longer",
+        1024,
+        4,
+        110,
+        Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2),
+        max_position=MAX_POSITIONS,
+        lr=0.5,
+        decay_to=0.3,
+    ),
+    Stage(
+        "F long",
+        2048,
+        2,
+        40,
+        Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2),
+        max_position=MAX_POSITIONS,
+        lr=0.15,
+        decay_to=0.1,
+    ),
 )
 
 
@@ -115,12 +139,16 @@ class Loop:
             smooth += rate * (hits.float().mean().nan_to_num(smooth).item() - smooth)
             loss_smooth += rate * (loss.item() - loss_smooth)
             if i % 50 == 49:
-                self.log(f"  {stage.name:16s} step {i + 1:5d}  {time.time() - begin:5.0f} s  "
-                         f"loss {loss_smooth:.3f}  first tokens {smooth:.3f}")
+                self.log(
+                    f"  {stage.name:16s} step {i + 1:5d}  {time.time() - begin:5.0f} s  "
+                    f"loss {loss_smooth:.3f}  first tokens {smooth:.3f}"
+                )
             if smooth > stage.gate and i + 1 >= stage.min_steps:
                 break
-        self.log(f"{stage.name}: {i + 1} steps of {stage.batch} x {stage.length} tokens, "
-                 f"{self.tokens - seen:,} tokens, {time.time() - begin:.0f} s, first tokens {smooth:.3f}")
+        self.log(
+            f"{stage.name}: {i + 1} steps of {stage.batch} x {stage.length} tokens, "
+            f"{self.tokens - seen:,} tokens, {time.time() - begin:.0f} s, first tokens {smooth:.3f}"
+        )
 
 
 def validate(
@@ -148,7 +176,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     clone.load_state_dict(model.state_dict())
     clone.to(torch.bfloat16)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
     clone.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
     clone.save_pretrained(out)
@@ -175,8 +205,10 @@ def train(
         if resume is not None:
             model.load_state_dict(torch.load(resume, weights_only=True))
             log(f"resumed from {resume.name}, with a new optimizer state")
-        log(f"seed {seed}, lr {lr}, {model.num_parameters():,} parameters, {torch.get_num_threads()} thread(s), torch "
-            f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}")
+        log(
+            f"seed {seed}, lr {lr}, {model.num_parameters():,} parameters, {torch.get_num_threads()} thread(s), torch "
+            f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
+        )
         loop = Loop(model.train(), Texts(tokenizer, seed + 1), lr, log)
         for stage in stages:
             loop.run(stage)

@@ -128,8 +128,10 @@ def join_list(items: Sequence[str]) -> str:
 
 def intro_text(kind: Kind = "number") -> str:
     """An optional first paragraph that tells a model what is coming (as RULER's prompt does)."""
-    return (f"Some special magic {kind}s are hidden in the following text. "
-            f"Remember the {kind}s because you will be asked about them.")
+    return (
+        f"Some special magic {kind}s are hidden in the following text. "
+        f"Remember the {kind}s because you will be asked about them."
+    )
 
 
 def needle_text(key: str, value: str, kind: Kind = "number") -> str:

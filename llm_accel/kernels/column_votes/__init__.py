@@ -21,7 +21,7 @@ def column_votes(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    group: Literal["mean", "max"] = "mean",
+    group: Literal["mean", "max", "sum"] = "mean",
     round_to: torch.dtype | None = None,
 ) -> Tensor:
     """Attention probabilities of the observed queries, summed over the queries, reduced over each group of heads.

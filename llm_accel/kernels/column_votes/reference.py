@@ -1,4 +1,4 @@
-"""Column votes in plain torch, blocked over keys so that no [W, S] fp32 tensor of all heads is ever held."""
+"""Column votes in plain torch, blocked over queries and keys: memory is O(S) per head, never [W, S] for all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-KEY_BLOCK = 4096
+QUERY_BLOCK = 128
+KEY_BLOCK = 2048
 
 
 def column_votes_reference(
@@ -24,40 +25,53 @@ def column_votes_reference(
     """See :func:`llm_accel.kernels.column_votes.column_votes`."""
     batch, query_heads, width, _ = query.shape
     slots = key.shape[2]
-    normaliser = _row_logsumexp(query, key, start, scaling, softcap, sinks)
-    votes = torch.empty(batch, heads, slots, dtype=torch.float32, device=key.device)
-    for first, last, logits in _logit_blocks(query, key, start, scaling, softcap):
-        probability = torch.exp(logits - normaliser[..., None])
-        if round_to is not None:
-            probability = probability.to(round_to).float()
-        per_head = probability.sum(-2).view(batch, heads, query_heads // heads, last - first)
-        votes[..., first:last] = per_head.amax(2) if group == "max" else per_head.mean(2)
-    return votes
+    per_head = torch.zeros(batch, query_heads, slots, dtype=torch.float32, device=key.device)
+    for row in range(0, width, QUERY_BLOCK):
+        rows = query[:, :, row : row + QUERY_BLOCK]
+        seen = slots - width + row + rows.shape[2]
+        visible = key[:, :, :seen]
+        normaliser = _row_logsumexp(rows, visible, start, scaling, softcap, sinks)
+        for first, last, logits in _logit_blocks(rows, visible, start, scaling, softcap):
+            probability = logits.sub_(normaliser[..., None]).exp_()
+            if round_to is not None:
+                probability = probability.to(round_to).float()
+            per_head[..., first:last] += probability.sum(-2)
+    grouped = per_head.view(batch, heads, query_heads // heads, slots)
+    if group == "max":
+        return grouped.amax(2)
+    return grouped.sum(2) if group == "sum" else grouped.mean(2)
 
 
 def _row_logsumexp(
-    query: Tensor, key: Tensor, start: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    rows: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """fp32 [B, Hq, W]; +inf for rows that see nothing, so that their probabilities are 0."""
-    parts = [torch.logsumexp(logits, -1) for _, _, logits in _logit_blocks(query, key, start, scaling, softcap)]
+    """fp32 [B, Hq, rows]; +inf for rows that see nothing, so that their probabilities are 0."""
+    blocks = _logit_blocks(rows, key, start, scaling, softcap)
+    parts = [torch.logsumexp(logits, -1) for _, _, logits in blocks]
     if sinks is not None:
-        parts.append(sinks.float()[None, :, None].expand(query.shape[:3]))
+        parts.append(sinks.float()[None, :, None].expand(rows.shape[:3]))
     total = torch.logsumexp(torch.stack(parts), 0)
     return total.masked_fill(total == float("-inf"), float("inf"))
 
 
 def _logit_blocks(
-    query: Tensor, key: Tensor, start: Tensor | None, scaling: float, softcap: float | None
+    rows: Tensor, key: Tensor, start: Tensor | None, scaling: float, softcap: float | None
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(first slot, past-the-end slot, fp32 logits [B, Hq, W, block]) with -inf where a query may not look."""
-    batch, query_heads, width, head_dim = query.shape
+    """(first slot, past-the-end slot, fp32 logits [B, Hq, rows, block]) with -inf where a query may not look; the last
+    row belongs to the last slot of ``key``."""
+    batch, query_heads, count, head_dim = rows.shape
     key_heads, slots = key.shape[1], key.shape[2]
-    packed = query.reshape(batch, key_heads, (query_heads // key_heads) * width, head_dim)
-    own_slot = torch.arange(slots - width, slots, device=key.device)
+    packed = rows.reshape(batch, key_heads, (query_heads // key_heads) * count, head_dim).float()
+    own_slot = torch.arange(slots - count, slots, device=key.device)
     for first in range(0, slots, KEY_BLOCK):
         last = min(first + KEY_BLOCK, slots)
-        logits = torch.matmul(packed.float(), key[:, :, first:last].float().transpose(2, 3))
-        logits = logits.view(batch, query_heads, width, last - first).mul_(scaling)
+        logits = torch.matmul(packed, key[:, :, first:last].float().transpose(2, 3))
+        logits = logits.view(batch, query_heads, count, last - first).mul_(scaling)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         slot = torch.arange(first, last, device=key.device)

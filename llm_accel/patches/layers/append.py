@@ -1,17 +1,19 @@
-"""The cache layer: what transformers reads (logical length) kept apart from what is stored (physical length)."""
+"""The plain cache layer: logical length (what transformers reads) apart from physical length (what is stored)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.patches.base_attention import attend
 
 
-class AccelLayer(DynamicLayer):  # type: ignore[misc]
+class AccelLayer(DynamicLayer):
     """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
 
@@ -29,9 +31,12 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    keys: Tensor  # None only before the first update
+    values: Tensor
+    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._clear()
 
     def _clear(self) -> None:
@@ -66,9 +71,7 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns all stored ones."""
-        if not self.attended:
-            raise UnsupportedCallError("an earlier call on this cache ran without the plug-in; start with a new cache.")
-        self.attended = False
+        self._admit(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.numel() == 0:
@@ -76,16 +79,30 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
-        self.cumulative_length += key_states.shape[-2]
         if self.positions is not None:
             self._append_positions(key_states.shape[-2])
         return self.keys, self.values
+
+    def _admit(self, count: int) -> None:
+        """Counts new tokens, whose entries must reach our attention before any others come."""
+        if not self.attended:
+            raise UnsupportedCallError("an earlier call on this cache ran without the plug-in; start with a new cache.")
+        self.attended = False
+        self.cumulative_length += count
 
     def _append_positions(self, count: int) -> None:
         assert self.positions is not None
         steps = torch.arange(1, count + 1, device=self.positions.device)
         newest = self.positions[..., -1:] + steps
         self.positions = torch.cat([self.positions, newest], dim=-1)
+
+    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
+        return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def kept_positions(self) -> Tensor | None:
+        """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
+        return self.kept
 
     def observe(self, query: Tensor, width: int) -> None:
         """Remembers the last ``width`` queries of an incomplete prompt, in memory of their own."""
@@ -151,13 +168,13 @@ class AccelLayer(DynamicLayer):  # type: ignore[misc]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.physical_length():
             return
-        for name in ("keys", "values", "start", "window", "positions", "kept"):
+        for name in self.row_tensors:
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()

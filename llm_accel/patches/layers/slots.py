@@ -1,0 +1,147 @@
+"""Slots that are overwritten in place: the size never changes once the budget is reached."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods.roles import StepView
+from llm_accel.patches.layers.append import AccelLayer
+
+
+class SlotLayer(AccelLayer):
+    """Grows like :class:`AccelLayer` up to ``capacity``; from then on each new token overwrites one slot per KV head.
+    Rotary phases are baked into the keys, so the order of the slots means nothing while decoding.
+
+    Attributes:
+        capacity: slots at which overwriting begins; None while the prompt is incomplete or nothing is ever evicted.
+        vacancies: slots beyond the budget that are allocated empty, for methods that see budget + 1 entries.
+        scores: attention that each entry has received, fp32 [B, Hk, P], for methods that rank by it, else None.
+        spare: slot that the next token overwrites, int64 [B, Hk]; None while the layer still grows.
+        vacant: upper bound of empty slots in any row, so that ``start`` can be dropped without a synchronisation.
+    """
+
+    row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
+
+    def __init__(self, vacancies: int = 0) -> None:
+        self.vacancies = vacancies
+        super().__init__()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.capacity: int | None = None
+        self.scores: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.vacant = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrites the spare slot with one new token, or appends where the layer still grows or a turn begins."""
+        count = key_states.shape[-2]
+        if count == 1 and self.spare is not None:
+            self._overwrite(self.spare, key_states, value_states)
+            return self.keys, self.values
+        if self.spare is not None:
+            self._restore_order()
+        super().update(key_states, value_states)
+        if self.scores is not None:
+            self.scores = F.pad(self.scores, (0, count))
+        return self.keys, self.values
+
+    def _overwrite(self, spare: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        assert self.positions is not None
+        self._admit(1)
+        slot = spare[..., None]
+        newest = self.positions.amax(-1, keepdim=True) + 1
+        self.positions = self.positions.scatter(2, slot, newest)
+        if self.scores is not None:
+            self.scores = self.scores.scatter(2, slot, 0.0)
+        self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, self.keys.shape[-1]), key_states)
+        self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, self.values.shape[-1]), value_states)
+        if self.start is not None:
+            self.vacant -= 1
+            self.start = (self.start - 1).clamp(min=0) if self.vacant > 0 else None
+
+    def accumulate(self, votes: Tensor, decay: float) -> None:
+        """Adds the attention of one call, fp32 [B, Hk, P], to the scores."""
+        self.scores = votes if self.scores is None else self.scores * decay + votes
+
+    def bound(self, capacity: int | None) -> None:
+        """Sets where overwriting begins; called when a prompt is complete."""
+        self.capacity = capacity
+        if self.positions is None:
+            slots = torch.arange(self.physical_length(), device=self.keys.device)
+            self.positions = self._positions_of(slots.expand(*self.keys.shape[:2], -1))
+
+    def choose_spare(self, victims: Tensor | None) -> None:
+        """Decides what the next token overwrites: an empty slot of the row if it has one, else ``victims`` [B, Hk]."""
+        if victims is None:
+            self.spare = None
+            return
+        if self.start is None:
+            self.spare = victims
+            return
+        if self.spare is None:
+            self.vacant = int(self.start.max())
+        empty = (self.start - 1)[:, None].expand_as(victims)
+        self.spare = torch.where(empty >= 0, empty, victims)
+
+    @property
+    def full(self) -> bool:
+        """Whether every further token must overwrite a slot."""
+        return self.capacity is not None and self.physical_length() >= self.capacity
+
+    def view(self) -> StepView:
+        """What a method sees when it chooses the next victims."""
+        assert self.positions is not None
+        empty = None
+        if self.start is not None:
+            empty = torch.arange(self.physical_length(), device=self.keys.device) < self.start[:, None, None]
+        positions = self.positions if empty is None else self.positions.masked_fill(empty, -1)
+        return StepView(positions=positions, scores=self.scores)
+
+    def keep(self, indices: Tensor, trace: bool) -> None:
+        """Evicts everything but ``indices`` and allocates the vacancies on the left."""
+        indices = F.pad(indices, (self.vacancies, 0), value=-1)
+        scores = None if self.scores is None else self.scores.gather(2, indices.clamp(min=0))
+        if self.vacancies and self.start is None:
+            self.start = torch.zeros(indices.shape[0], dtype=torch.long, device=indices.device)
+        super().keep(indices, trace=True)
+        self.kept = None
+        self.scores = scores
+        self.spare = None
+
+    def kept_positions(self) -> Tensor | None:
+        """Original positions of the entries that the next token still finds, int64 [B, Hk, n], ascending."""
+        if self.positions is None:
+            return None
+        positions = self.view().positions
+        if self.vacancies and self.spare is not None:
+            positions = positions.scatter(2, self.spare[..., None], -1)
+        ordered = positions.sort(-1).values
+        return ordered[..., min(int((ordered < 0).sum(-1).min()), ordered.shape[-1]) :]
+
+    def _restore_order(self) -> None:
+        """Oldest first again, so that several tokens can be appended; an evicted spare becomes an empty slot."""
+        assert self.positions is not None and self.spare is not None
+        positions = self.view().positions
+        if self.vacancies:
+            positions = positions.scatter(2, self.spare[..., None], -1)
+        order = positions.argsort(stable=True, dim=-1)
+        self.positions = positions.gather(2, order)
+        self.keys = self.keys.gather(2, order[..., None].expand_as(self.keys))
+        self.values = self.values.gather(2, order[..., None].expand_as(self.values))
+        if self.scores is not None:
+            self.scores = self.scores.gather(2, order)
+        if self.start is not None or self.vacancies:
+            self.start = (self.positions[:, 0] < 0).sum(-1)
+        self.spare = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused once slots are overwritten or scores were added: what the removed tokens did cannot be undone."""
+        if self.compressed or self.spare is not None or self.scores is not None:
+            raise UnsupportedCallError("this cache overwrites its slots and cannot be cropped; start with a new cache.")
+        super().crop(tokens_to_remove)
