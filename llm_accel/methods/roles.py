@@ -13,6 +13,21 @@ from llm_accel.methods.budget import Budgeted
 
 
 @dataclass(frozen=True)
+class Depth:
+    """Where a layer stands among those that a method acts on.
+
+    Attributes:
+        rank: its position, 0 for the first.
+        layers: how many there are; layers without a full cache and skipped ones do not count.
+        later: whether the layer has evicted before, so that its entries are fewer than the tokens it has seen.
+    """
+
+    rank: int = 0
+    layers: int = 1
+    later: bool = False
+
+
+@dataclass(frozen=True)
 class PromptView:
     """What a method sees of one layer once the prompt is complete. Slots are right-aligned: row ``b`` holds real
     entries in ``[start[b], S)``, oldest first; everything left of ``start[b]`` is padding.
@@ -21,7 +36,8 @@ class PromptView:
         query: the last observed queries, post-RoPE, [B, Hq, W, D]; row ``i`` belongs to slot ``S - W + i``.
         key: all keys as attention sees them, post-RoPE, [B, H, S, D]; H is Hk, or Hq where the model expands latents.
         kv_heads: heads that the cache stores and that decide on their own (1 for latent caches).
-        start: first real slot of each row, int64 [B]; None when no row is padded.
+        start: first real slot of each row, int64 [B]; None when no row is padded. [B, kv_heads] where earlier
+            evictions left the heads of a row with different numbers of entries.
         scaling: softmax scale.
         softcap: logit soft cap, or None.
         sinks: learned sink logits per query head [Hq], or None.
@@ -29,6 +45,7 @@ class PromptView:
         layers: number of layers of the model.
         protected: slots that must stay, bool [B, S], or None.
         scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
+        depth: where the layer stands among those that the method acts on.
     """
 
     query: Tensor
@@ -42,6 +59,7 @@ class PromptView:
     layers: int
     protected: Tensor | None = None
     scores: Tensor | None = None
+    depth: Depth = Depth()
 
     @property
     def slots(self) -> int:
@@ -75,10 +93,24 @@ class ScoreAndKeep(Budgeted):
         """How many of the last queries the scores need."""
         return 0
 
+    @property
+    def page_size(self) -> int | None:
+        """Entries per page of the store, for methods whose heads keep different numbers of entries; None where all
+        heads of a layer keep the same number."""
+        return None
+
+    def layer_entries(self, length: int, depth: Depth) -> int:
+        """Entries that a row of ``length`` real tokens keeps in one layer, per KV head on average."""
+        return self.entries(length)
+
+    def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
+        """:meth:`layer_entries` for a tensor of row lengths, int64 [B], without a device synchronisation."""
+        return self.entries_per_row(lengths)
+
     @abstractmethod
     def select(self, view: PromptView) -> Tensor:
-        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row keeps fewer than n. Asked only when
-        the longest row, of S slots, keeps fewer than S."""
+        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row or head keeps fewer than n. Asked
+        only when some row keeps fewer entries than it has."""
 
 
 @dataclass(frozen=True)
