@@ -73,8 +73,9 @@ class AdaKV(SnapKV):
         tie_break = F.pad(raw, window_columns) if self.tie == "raw" else None
         rank = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
         lengths = (rank >= 0).sum(-1)
-        average = self.layer_entries_per_row(lengths.amax(-1), view.depth)
-        totals = torch.minimum(lengths.sum(-1), view.kv_heads * average)
+        stored = lengths.sum(-1)
+        average = self.layer_entries_per_row((stored + view.kv_heads - 1) // view.kv_heads, view.depth)
+        totals = torch.minimum(stored, view.kv_heads * average)
         return slots_of(self.shared(rank, average, totals))
 
     def shared(self, rank: Tensor, average: Tensor, totals: Tensor) -> Tensor:

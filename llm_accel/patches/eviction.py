@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.roles import PromptView, ScoreAndKeep, StepEviction
+from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
 from llm_accel.patches.layers import AccelLayer, SlotLayer
 from llm_accel.patches.session import Session
 
@@ -31,18 +31,16 @@ class Eviction:
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
-        prompt = key.shape[2] - query.shape[2]
+        stored = self.layer.physical_length()
+        prompt = stored - query.shape[2]
         if not self._over_budget(prompt):
             self.layer.window = None
             return key, value
-        kept = self._select(self.layer.window, key[:, :, :prompt])
-        newest = torch.arange(prompt, key.shape[2], device=kept.device).expand(*kept.shape[:2], -1)
+        kept = self._select(self.layer.window, self.layer.all_keys(key)[:, :, :prompt])
+        newest = torch.arange(prompt, stored, device=kept.device).expand(*kept.shape[:2], -1)
         kept = torch.cat([kept, newest], dim=-1)
-        slots = kept.clamp(min=0).repeat_interleave(key.shape[1] // kept.shape[1], dim=1)[..., None]
-        key = key.gather(2, slots.expand(-1, -1, -1, key.shape[-1]))
-        value = value.gather(2, slots.expand(-1, -1, -1, value.shape[-1]))
         self.layer.keep(kept, self.session.plan.trace)
-        return key, value
+        return self.layer.narrowed(kept, key, value)
 
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
@@ -57,19 +55,19 @@ class Eviction:
         if not self.session.closing:
             if width and self.session.observing:
                 self.layer.observe(query, width)
-        elif not self._over_budget(key.shape[2]):
+        elif not self._over_budget(self.layer.physical_length()):
             self.layer.window = None
             self.layer.own_storage()
         else:
             if width and self.layer.window is not None:
                 self.layer.observe(query, width)
                 query = self.layer.window
-            self.layer.keep(self._select(query, key), self.session.plan.trace)
+            self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
 
     @torch.no_grad()
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key))
+            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
         if self.session.closing:
             slots = key.shape[2]
@@ -84,7 +82,17 @@ class Eviction:
     def _over_budget(self, slots: int) -> bool:
         if self.layer.compressed and not self.keeper.recompresses:
             return False
-        return self.keeper.entries(slots) < slots
+        depth = self._depth()
+        if self.keeper.layer_entries(slots, depth) < slots:
+            return True
+        if self.layer.start is None:
+            return False
+        # a short row may have to evict where a long one, whose early layers keep more, does not
+        lengths = (slots - self.layer.start).flatten()
+        return bool((self.keeper.layer_entries_per_row(lengths, depth) < lengths).any())
+
+    def _depth(self) -> Depth:
+        return self.session.plan.depth(self.index, later=self.layer.compressed)
 
     @torch.no_grad()
     def _select(self, query: Tensor | None, key: Tensor) -> Tensor:
@@ -94,12 +102,13 @@ class Eviction:
             PromptView(
                 query=observed,
                 key=key,
-                kv_heads=self.layer.keys.shape[1],
+                kv_heads=self.layer.kv_heads,
                 start=self.layer.start,
                 layer=self.index,
                 layers=self.session.plan.layers,
-                protected=self.session.protected_slots(self.layer, key.shape[2]),
+                protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
                 scores=getattr(self.layer, "scores", None),
+                depth=self._depth(),
                 **self._softmax(key),
             )
         )
