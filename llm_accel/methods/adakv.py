@@ -74,7 +74,7 @@ class AdaKV(SnapKV):
         rank = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
         lengths = (rank >= 0).sum(-1)
         stored = lengths.sum(-1)
-        average = self.layer_entries_per_row((stored + view.kv_heads - 1) // view.kv_heads, view.depth)
+        average = self.row_entries((stored + view.kv_heads - 1) // view.kv_heads, view)
         totals = torch.minimum(stored, view.kv_heads * average)
         return slots_of(self.shared(rank, average, totals))
 

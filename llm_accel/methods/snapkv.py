@@ -84,7 +84,7 @@ class SnapKV(PromptCompression):
         pooled, raw = self.votes(view)
         valid = real_slots(view.start, slots, raw.device)
         lengths = valid.sum(-1).expand(view.key.shape[0])
-        counts = self.layer_entries_per_row(lengths, view.depth)
+        counts = self.row_entries(lengths, view)
         window_columns = (0, self.window)
         return select_top(
             F.pad(pooled, window_columns),
@@ -94,10 +94,6 @@ class SnapKV(PromptCompression):
             forced=self.always_kept(view),
             tie_break=F.pad(raw, window_columns) if self.tie == "raw" else None,
         )
-
-    def widest(self, counts: Tensor, view: PromptView) -> int:
-        """Entries of the row that keeps most, here the longest one, whose length needs no synchronisation."""
-        return self.layer_entries(view.slots, view.depth)
 
 
 def pooled_votes(votes: Tensor, inside: Tensor, kernel: int, pool: str) -> Tensor:

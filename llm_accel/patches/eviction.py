@@ -32,14 +32,15 @@ class Eviction:
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
         stored = self.layer.physical_length()
-        prompt = stored - query.shape[2]
-        if not self._over_budget(prompt):
-            self.layer.window = None
+        prompt, window = stored - query.shape[2], self.layer.window
+        if not self._over_budget(self.layer.mean_length() - query.shape[2]):
+            self.layer.window = window if self.keeper.cuts_every else None
             return key, value
-        kept = self._select(self.layer.window, self.layer.all_keys(key)[:, :, :prompt])
+        kept = self._select(window, self.layer.all_keys(key)[:, :, :prompt])
         newest = torch.arange(prompt, stored, device=kept.device).expand(*kept.shape[:2], -1)
         kept = torch.cat([kept, newest], dim=-1)
         self.layer.keep(kept, self.session.plan.trace)
+        self.layer.window = window if self.keeper.cuts_every else None
         return self.layer.narrowed(kept, key, value)
 
     def after_attention(self, query: Tensor, key: Tensor) -> None:
@@ -47,22 +48,37 @@ class Eviction:
         if isinstance(self.keeper, StepEviction):
             assert isinstance(self.layer, SlotLayer)
             self._step(self.keeper, self.layer, query, key)
-        else:
+        elif self.session.closing:
             self._close(query, key)
+        elif self.session.observing:
+            self._observed(query)
+        elif self.keeper.cuts_every is not None:
+            self._cut(self._observed(query), key, self.keeper.cuts_every)
 
     def _close(self, query: Tensor, key: Tensor) -> None:
-        width = self.keeper.observed_queries
-        if not self.session.closing:
-            if width and self.session.observing:
-                self.layer.observe(query, width)
-        elif not self._over_budget(self.layer.physical_length()):
-            self.layer.window = None
-            self.layer.own_storage()
-        else:
-            if width and self.layer.window is not None:
-                self.layer.observe(query, width)
-                query = self.layer.window
+        if self.layer.window is not None or self.keeper.cuts_every is not None:
+            query = self._observed(query)
+        if self._over_budget(self.layer.mean_length()):
             self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
+        else:
+            self.layer.own_storage()
+        self.layer.window = query if self.keeper.observed_queries and self.keeper.cuts_every else None
+
+    def _cut(self, query: Tensor, key: Tensor, every: int) -> None:
+        """A decode step; the layer is cut back to its budget when it holds ``every`` entries more."""
+        depth, stored = self.session.plan.depth(self.index, later=True), self.layer.mean_length()
+        if stored - self.keeper.layer_entries(stored, depth) >= every:
+            kept = self._select(query, self.layer.all_keys(key), depth, every)
+            self.layer.keep(kept, self.session.plan.trace)
+            self.layer.window = query if self.keeper.observed_queries else None
+
+    def _observed(self, query: Tensor) -> Tensor:
+        """The last queries that the scores need, those of earlier calls and of this one."""
+        if not self.keeper.observed_queries:
+            return query
+        self.layer.observe(query, self.keeper.observed_queries)
+        assert self.layer.window is not None
+        return self.layer.window
 
     @torch.no_grad()
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
@@ -85,7 +101,7 @@ class Eviction:
         depth = self._depth()
         if self.keeper.layer_entries(slots, depth) < slots:
             return True
-        if self.layer.start is None:
+        if self.layer.start is None or self.layer.compressed:
             return False
         # a short row may have to evict where a long one, whose early layers keep more, does not
         lengths = (slots - self.layer.start).flatten()
@@ -95,7 +111,7 @@ class Eviction:
         return self.session.plan.depth(self.index, later=self.layer.compressed)
 
     @torch.no_grad()
-    def _select(self, query: Tensor | None, key: Tensor) -> Tensor:
+    def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
         width = self.keeper.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
         return self.keeper.select(
@@ -108,7 +124,8 @@ class Eviction:
                 layers=self.session.plan.layers,
                 protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
                 scores=getattr(self.layer, "scores", None),
-                depth=self._depth(),
+                depth=depth or self._depth(),
+                slack=slack,
                 **self._softmax(key),
             )
         )

@@ -47,6 +47,10 @@ class Session:
         if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
             shape = tuple(protect.shape) if torch.is_tensor(protect) else type(protect).__name__
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
+        if protect is not None and self.plan.keeper is not None and self.plan.keeper.cuts_every is not None:
+            raise UnsupportedCallError(
+                "protect_mask holds for the prompt, but recompress_every evicts while decoding; leave one of them out."
+            )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()
 

@@ -182,6 +182,8 @@ class AccelLayer(DynamicLayer):
         self.cumulative_length += tokens_to_remove
         if self.positions is not None:
             self.positions = self.positions[..., :tokens_to_remove]
+        if self.window is not None:
+            self.window = self.window[:, :, :tokens_to_remove]
 
     def _drop_newest(self, count: int) -> None:
         super().crop(-count)

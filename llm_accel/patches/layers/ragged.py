@@ -26,6 +26,7 @@ class RaggedLayer(AccelLayer):
         page: entries per page.
         table: pages of each row and head in order, int64 [B, Hk, M], -1 after the last; None before the first eviction.
         longest: entries of the longest head.
+        excess: how many of these are more than :meth:`mean_length`, known without a synchronisation.
         used: pages of the pool that have an owner; they come first.
         room: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
         start: int64 [B, Hk] once there is a table.
@@ -38,7 +39,7 @@ class RaggedLayer(AccelLayer):
     def _clear(self) -> None:
         super()._clear()
         self.table: Tensor | None = None
-        self.longest = self.used = self.room = 0
+        self.longest = self.excess = self.used = self.room = 0
 
     @property
     def kv_heads(self) -> int:
@@ -55,9 +56,7 @@ class RaggedLayer(AccelLayer):
 
     def mean_length(self) -> int:
         """Entries per head of the row that holds most, rounded up."""
-        if self.table is None:
-            return super().mean_length()
-        return -(-int(self.lengths().sum(-1).max()) // self.kv_heads)
+        return super().mean_length() if self.table is None else self.longest - self.excess
 
     def token_bytes(self) -> int:
         """Bytes that one token takes in all rows and heads."""
@@ -137,6 +136,7 @@ class RaggedLayer(AccelLayer):
         self.keys, self.values = self._pool(keys, target, used), self._pool(values, target, used)
         self.table, self.used, self.start = table, used, start
         self.room = int((pages * self.page - self.lengths()).min())
+        self.excess = self.longest + -int(self.lengths().sum(-1).max()) // self.kv_heads
         self._close_eviction()
 
     def _pool(self, entries: Tensor, slots: Tensor, pages: int) -> Tensor:
