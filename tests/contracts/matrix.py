@@ -22,7 +22,7 @@ NEW = 6
 
 METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
     "snapkv": lambda **changes: SnapKV(**({"budget": BUDGET, "window": 8} | changes)),
-    "pyramidkv": lambda **changes: PyramidKV(**({"budget": BUDGET, "window": 8, "beta": 2} | changes)),
+    "pyramidkv": lambda **changes: PyramidKV(**({"budget": BUDGET, "window": 8, "beta": 2, "kernel": 5} | changes)),
     "adakv": lambda **changes: AdaKV(**({"budget": BUDGET, "window": 8, "page": 8} | changes)),
     "h2o": lambda **changes: H2O(**({"budget": BUDGET} | changes)),
     "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),

@@ -37,7 +37,9 @@ def test_200_steps_never_exceed_the_cap(method: str, shape: str) -> None:
                 cap = config.layer_entries(10**6, replace(depth, later=True))
                 assert stored < cap + EVERY
                 if index > 1 and stored < before[layer.layer]:
-                    assert (before[layer.layer], stored) == (cap + EVERY - 1, cap)
+                    assert before[layer.layer] == cap + EVERY - 1
+                    # a short row fills up later than the others and is cut when it is full itself
+                    assert stored == cap or (shape == "padded" and stored > cap)
                     cuts[layer.layer] = cuts.get(layer.layer, 0) + 1
                 before[layer.layer] = stored
             held.add(handle.report().kv_bytes)
