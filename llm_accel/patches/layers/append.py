@@ -34,6 +34,7 @@ class AccelLayer(DynamicLayer):
     keys: Tensor  # None only before the first update
     values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
+    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "compressed", "floor")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -172,6 +173,19 @@ class AccelLayer(DynamicLayer):
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the layer holds: tensors and plain values, by attribute name."""
+        tensors = {name: getattr(self, name) for name in self.row_tensors}
+        plain = {name: getattr(self, name) for name in self.plain_values}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}, plain
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Fills an empty layer with what :meth:`state` gave."""
+        if tensors:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name, content in (tensors | values).items():
+            setattr(self, name, content)
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

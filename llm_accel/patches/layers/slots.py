@@ -24,6 +24,7 @@ class SlotLayer(AccelLayer):
     """
 
     row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
+    plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
 
     def __init__(self, vacancies: int = 0) -> None:
         self.vacancies = vacancies
