@@ -47,8 +47,10 @@ def test_methods_hold_budget_question_and_answer(method, agnostic):
     prompts = _prompts()
     outcome = _engine(agnostic=agnostic).run(prompts, parse(method))
     (tail,) = {prompt.length - prompt.context_length for prompt in prompts}
-    kept = 64 + 5 + (tail if agnostic else 0)  # the last new token is never fed
-    assert outcome.kv_bytes == kept * _entry_bytes()
+    entries = 64 + 5 + (tail if agnostic else 0)  # the last new token is never fed
+    if method.startswith("streaming"):
+        entries = 64  # sinks and a ring: the budget holds while decoding too
+    assert outcome.kv_bytes == entries * _entry_bytes()
     assert outcome.dense_kv_bytes == 305 * _entry_bytes()
     assert _engine().run(prompts, None).answers == _engine().run(prompts, None).answers
     llm_accel.apply(tiny_model(), parse(method)).remove()  # nothing was left behind
