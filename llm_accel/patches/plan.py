@@ -30,6 +30,10 @@ class Plan:
     trace: bool = field(default=False, compare=False)
     backends: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        """Itself: it never changes, and compiled code recognises it by identity only."""
+        return self
+
     @property
     def keeper(self) -> ScoreAndKeep | None:
         """The method that decides which KV entries stay, if any."""
