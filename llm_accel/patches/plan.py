@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, SlotLayer
+from llm_accel.patches.layers import AccelLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Plan:
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
         if isinstance(self.keeper, StepEviction) and index not in self.skipped:
-            return SlotLayer(self.keeper.vacancies)
+            kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
+            return kind(self.keeper.vacancies)
         return AccelLayer()
 
     @property

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.rotary import Rotary
 
 
 class AccelLayer(DynamicLayer):
@@ -100,6 +101,10 @@ class AccelLayer(DynamicLayer):
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
         return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
+        """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""
+        return given
 
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
