@@ -52,6 +52,10 @@ class Session:
         if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
             shape = tuple(protect.shape) if torch.is_tensor(protect) else type(protect).__name__
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
+        if protect is not None and self.plan.keeper is not None and self.plan.keeper.cuts_every is not None:
+            raise UnsupportedCallError(
+                "protect_mask holds for the prompt, but recompress_every evicts while decoding; leave one of them out."
+            )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()
 
@@ -124,8 +128,8 @@ class Session:
     def _any_padded(self) -> bool:
         return any(isinstance(layer, AccelLayer) and layer.start is not None for layer in self.layers)
 
-    def protected_slots(self, layer: AccelLayer, slots: int) -> Tensor | None:
-        """``protect`` for the slots of one layer before its first eviction, bool [B, slots], or None."""
+    def protected_slots(self, index: int, layer: AccelLayer, slots: int) -> Tensor | None:
+        """``protect`` for the slots of layer ``index`` before its first eviction, bool [B, slots], or None."""
         keeper = self.plan.keeper
         if self.protect is None or keeper is None or layer.compressed:
             return None
@@ -145,14 +149,14 @@ class Session:
         real = real_slots(layer.start, slots, mask.device)
         mask = mask & real
         lengths = real.sum(-1)
-        kept = keeper.entries_per_row(lengths)
+        kept = keeper.layer_entries_per_row(lengths, self.plan.depth(index, later=False))
         crowded = (mask.sum(-1) + keeper.reserved > kept) & (kept < lengths)
         if bool(crowded.any()):
             row = int(crowded.long().argmax())
             raise ConfigError(
                 f"protect_mask marks {int(mask[row].sum())} tokens of row {row}, but {keeper.spec()} keeps "
-                f"{int(kept.expand(len(mask))[row])} entries there, of which {keeper.reserved} are taken "
-                f"({keeper.reserved_for}); protect fewer tokens or raise the budget."
+                f"{int(kept.expand(len(mask))[row])} entries there in layer {index}, of which {keeper.reserved} are "
+                f"taken ({keeper.reserved_for}); protect fewer tokens or raise the budget."
             )
         return mask
 
@@ -172,9 +176,10 @@ class Session:
             if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
                 continue
             seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
-            if keeper.entries(seen) < seen:
+            entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))
+            if entries < seen:
                 raise EvictionError(
-                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted nothing."
+                    f"layer {index} has seen {seen} tokens and should keep {entries}, but evicted nothing."
                 )
 
     def layer_reports(self) -> list[LayerReport]:
@@ -187,13 +192,13 @@ class Session:
         if keys is None or values is None or not keys.numel():
             return report
         report.logical_length = int(layer.get_seq_length())  # type: ignore[attr-defined]
-        report.physical_length = keys.shape[-2]
         if isinstance(layer, AccelLayer):
+            report.physical_length = layer.physical_length()
             report.kv_bytes = layer.nbytes()
-            per_entry = (keys.nbytes + values.nbytes) // report.physical_length
-            report.dense_kv_bytes = per_entry * report.logical_length
-            report.evicted = report.logical_length - report.physical_length
+            report.dense_kv_bytes = layer.token_bytes() * report.logical_length
+            report.evicted = report.logical_length - layer.mean_length()
             report.kept = layer.kept_positions() if self.plan.trace else None
         else:
+            report.physical_length = keys.shape[-2]
             report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
         return report

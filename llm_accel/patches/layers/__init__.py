@@ -1,7 +1,8 @@
 """Cache layers: one file per way to store the entries of a layer."""
 
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.ragged import RaggedLayer
 from llm_accel.patches.layers.relative import RelativeSlotLayer
 from llm_accel.patches.layers.slots import SlotLayer
 
-__all__ = ["AccelLayer", "RelativeSlotLayer", "SlotLayer"]
+__all__ = ["AccelLayer", "RaggedLayer", "RelativeSlotLayer", "SlotLayer"]
