@@ -56,6 +56,7 @@ class AccelAttention:
         layer.attended = True
         if not layer.compressed and llm_accel.padding is not None:
             layer.start = llm_accel.padding.to(key.device)
+        key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:
             if llm_accel.closing:

@@ -37,11 +37,13 @@ def attend(
     """
     if base.startswith("flash"):
         return _flash(base, module, query, key, value, start, **kwargs)
-    mask = visibility(start, query.shape[2], key.shape[2], key.device)
-    if base == "eager":
-        mask = _additive(mask, start, query, key)
-    elif query.shape[2] == key.shape[2] and start is None:
-        mask = None
+    whole_prompt = query.shape[2] == key.shape[2] and start is None
+    mask = None
+    if base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without being given one
+        mask = visibility(start, query.shape[2], key.shape[2], key.device)
+    if base == "eager" and mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
     output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
     return output
 
@@ -55,13 +57,6 @@ def visibility(start: Tensor | None, length: int, slots: int, device: torch.devi
     if start is not None:
         visible = visible & (slot[None] >= start.to(device)[:, None])[:, None]
     return visible[:, None]
-
-
-def _additive(visible: Tensor | None, start: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    if visible is None:
-        return None
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 
 
 def _flash(

@@ -47,7 +47,8 @@ class Eviction:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
             assert isinstance(self.layer, SlotLayer)
-            self._step(self.keeper, self.layer, query, key)
+            with torch.no_grad():  # as a decorator it would break every compiled graph
+                self._step(self.keeper, self.layer, query, key)
         elif self.session.closing:
             self._close(query, key)
         elif self.session.observing:
@@ -80,7 +81,6 @@ class Eviction:
         assert self.layer.window is not None
         return self.layer.window
 
-    @torch.no_grad()
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
             votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
@@ -110,25 +110,24 @@ class Eviction:
     def _depth(self) -> Depth:
         return self.session.plan.depth(self.index, later=self.layer.compressed)
 
-    @torch.no_grad()
     def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
         width = self.keeper.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
-        return self.keeper.select(
-            PromptView(
-                query=observed,
-                key=key,
-                kv_heads=self.layer.kv_heads,
-                start=self.layer.start,
-                layer=self.index,
-                layers=self.session.plan.layers,
-                protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
-                scores=getattr(self.layer, "scores", None),
-                depth=depth or self._depth(),
-                slack=slack,
-                **self._softmax(key),
-            )
+        view = PromptView(
+            query=observed,
+            key=key,
+            kv_heads=self.layer.kv_heads,
+            start=self.layer.start,
+            layer=self.index,
+            layers=self.session.plan.layers,
+            protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
+            scores=getattr(self.layer, "scores", None),
+            depth=depth or self._depth(),
+            slack=slack,
+            **self._softmax(key),
         )
+        with torch.no_grad():
+            return self.keeper.select(view)
 
     def _softmax(self, key: Tensor) -> dict[str, Any]:
         """How the model turns logits into probabilities."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import Depth, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, RaggedLayer, SlotLayer
+from llm_accel.patches.layers import AccelLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Plan:
     trace: bool = field(default=False, compare=False)
     backends: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        """Itself: it never changes, and compiled code recognises it by identity only."""
+        return self
+
     @property
     def keeper(self) -> ScoreAndKeep | None:
         """The method that decides which KV entries stay, if any."""
@@ -40,7 +44,8 @@ class Plan:
         if self.keeper is None or index in self.skipped:
             return AccelLayer()
         if isinstance(self.keeper, StepEviction):
-            return SlotLayer(self.keeper.vacancies)
+            kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
+            return kind(self.keeper.vacancies)
         return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size)
 
     def depth(self, index: int, later: bool) -> Depth:

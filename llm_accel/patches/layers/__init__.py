@@ -2,6 +2,7 @@
 
 from llm_accel.patches.layers.append import AccelLayer
 from llm_accel.patches.layers.ragged import RaggedLayer
+from llm_accel.patches.layers.relative import RelativeSlotLayer
 from llm_accel.patches.layers.slots import SlotLayer
 
-__all__ = ["AccelLayer", "RaggedLayer", "SlotLayer"]
+__all__ = ["AccelLayer", "RaggedLayer", "RelativeSlotLayer", "SlotLayer"]

@@ -32,6 +32,9 @@ class RaggedLayer(AccelLayer):
         start: int64 [B, Hk] once there is a table.
     """
 
+    shared_tensors = ("table",)
+    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
+
     def __init__(self, page: int) -> None:
         self.page = page
         super().__init__()
