@@ -22,7 +22,7 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import H2O, RandomKV, SnapKV, StreamingLLM
+    from llm_accel.methods import H2O, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
@@ -38,6 +38,7 @@ __all__ = [
     "LlmAccelError",
     "RandomKV",
     "Report",
+    "RetrievalHeads",
     "SnapKV",
     "StreamingLLM",
     "UnknownMethodError",

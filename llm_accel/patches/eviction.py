@@ -28,6 +28,7 @@ class Eviction:
         self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, kwargs: dict[str, Any]
     ) -> None:
         self.session, self.keeper, self.layer, self.index, self.kwargs = session, keeper, layer, index, kwargs
+        self.closing = session.closing
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
@@ -54,7 +55,7 @@ class Eviction:
 
     def _close(self, query: Tensor, key: Tensor) -> None:
         width = self.keeper.observed_queries
-        if not self.session.closing:
+        if not self.closing:
             if width and self.session.observing:
                 self.layer.observe(query, width)
         elif not self._over_budget(key.shape[2]):
@@ -71,7 +72,7 @@ class Eviction:
         if keeper.accumulates:
             votes = column_votes(query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key))
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
-        if self.session.closing:
+        if self.closing:
             slots = key.shape[2]
             if self._over_budget(slots):
                 layer.keep(self._select(None, key), self.session.plan.trace)

@@ -14,6 +14,7 @@ from llm_accel.methods import MethodConfig, ScoreAndKeep
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
+from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
 from llm_accel.patches.plan import Plan, check_composition
 
@@ -48,7 +49,8 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
     backends = {"attention": (base, "the model's own implementation")}
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
         backends["scores"] = VOTES_BACKEND
-    return Plan(tuple(configs), layers, base, skipped, trace, backends)
+    heads = plan_heads(model, configs, skipped)
+    return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
 
 
 def install(model: Any, plan: Plan) -> DecoderHook:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, SlotLayer
+from llm_accel.methods import HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Plan:
         skipped: layer index -> why no method acts on it.
         trace: whether original positions of kept entries are recorded.
         backends: operation -> (backend, reason).
+        split: which KV heads keep everything and which a stream, or None.
+        mask: which query heads are silenced, or None.
+        kv_heads: KV heads of a layer, where heads are split.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -29,14 +32,24 @@ class Plan:
     skipped: Mapping[int, str]
     trace: bool = field(default=False, compare=False)
     backends: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
+    split: HeadSplit | None = None
+    mask: HeadMask | None = None
+    kv_heads: int = 0
 
     @property
     def keeper(self) -> ScoreAndKeep | None:
         """The method that decides which KV entries stay, if any."""
         return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
 
+    @property
+    def evicts(self) -> bool:
+        """Whether entries leave the cache."""
+        return self.keeper is not None or self.split is not None
+
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
+        if self.split is not None and index not in self.skipped:
+            return GroupedLayer(self.split.full[index], self.kv_heads)
         if isinstance(self.keeper, StepEviction) and index not in self.skipped:
             return SlotLayer(self.keeper.vacancies)
         return AccelLayer()
@@ -54,3 +67,9 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
         raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
+    by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
+    if by_head and len(configs) > 1:
+        raise ConfigError(
+            f"{by_head[0]} cannot be combined with {', '.join(c.spec() for c in configs if c.spec() != by_head[0])}; "
+            "for SnapKV on the heads that keep everything give full_budget."
+        )

@@ -1,6 +1,7 @@
 """Cache layers: one file per way to store the entries of a layer."""
 
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.grouped import GroupedLayer
 from llm_accel.patches.layers.slots import SlotLayer
 
-__all__ = ["AccelLayer", "SlotLayer"]
+__all__ = ["AccelLayer", "GroupedLayer", "SlotLayer"]

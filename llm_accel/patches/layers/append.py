@@ -67,6 +67,19 @@ class AccelLayer(DynamicLayer):
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
 
+    def entry_bytes(self) -> int:
+        """Bytes of one entry in all rows and heads."""
+        return int(self.keys.nbytes + self.values.nbytes) // self.physical_length() if self.physical_length() else 0
+
+    def evicted(self) -> int:
+        """Entries gone per KV head."""
+        return self.cumulative_length - self.physical_length()
+
+    def pad(self, padding: Tensor, count: int) -> None:
+        """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
+        if not self.compressed:
+            self.start = padding
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
