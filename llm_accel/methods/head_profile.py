@@ -104,7 +104,15 @@ class HeadProfile:
 
     def save(self, path: Path) -> None:
         """Writes the profile as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        lines = [f"  {json.dumps(key)}: {_json_lines(value)}" for key, value in asdict(self).items()]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _json_lines(value: Any) -> str:
+    """JSON with one line per layer of a table."""
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple) and isinstance(value[0][0], float):
+        return "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+    return json.dumps(value)
 
 
 def _ranked(scores: Scores, layers: Iterable[int]) -> list[Head]:
@@ -123,7 +131,9 @@ def load_profile(path: str | Path, query_heads: int | None = None) -> HeadProfil
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        file = next((file / name for name in ("heads.json", "full_attention_heads.tsv") if (file / name).is_file()), file)
+        file = next(
+            (file / name for name in ("heads.json", "full_attention_heads.tsv") if (file / name).is_file()), file
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Roles of methods that treat the heads of a model differently. The patches know these roles, never a method by name."""
+"""Roles of methods that treat the heads of a model differently; the patches know these, never a method by name."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ class RetrievalHeads(HeadMethod):
     """Per layer and KV head either everything is kept or sinks and a window. As a test of cause and effect, mode "mask"
     takes query heads out instead and frees nothing."""
 
-    mode: Literal["stream", "mask"] = option("stream: non-retrieval heads keep sinks and window; mask: ablation", "stream")
+    mode: Literal["stream", "mask"] = option(
+        "stream: non-retrieval heads keep sinks and window; mask: ablation", "stream"
+    )
     head_list: tuple[str, ...] = option("heads given by hand as layer.head, for example 3.0+3.2, instead of scores", ())
     sinks: int = option("first real tokens that a streaming head keeps", 64)
     recent: int = option("newest entries that a streaming head keeps, the current token included", 256)
@@ -129,7 +131,9 @@ class RetrievalHeads(HeadMethod):
                 )
             pool -= {*profile.circuit, *detected}
         if count > len(pool):
-            raise ConfigError(f"{self.name}: control={self.control} draws {count} of {len(pool)} heads; give a smaller k.")
+            raise ConfigError(
+                f"{self.name}: control={self.control} draws {count} of {len(pool)} heads; give a smaller k."
+            )
         return random.Random(f"heads/{self.seed}").sample(sorted(pool), count)
 
     def _listed(self, layers: int, heads: int, kind: str) -> list[Head]:

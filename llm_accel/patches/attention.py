@@ -89,7 +89,7 @@ class AccelAttention:
             layer.pad(llm_accel.padding.to(key.device), query.shape[2])
         split = llm_accel.plan.split
         if split is not None and isinstance(layer, GroupedLayer):
-            return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, kwargs), None
+            return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:
             if llm_accel.closing:

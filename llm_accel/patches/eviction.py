@@ -28,7 +28,7 @@ class Eviction:
         self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, kwargs: dict[str, Any]
     ) -> None:
         self.session, self.keeper, self.layer, self.index, self.kwargs = session, keeper, layer, index, kwargs
-        self.closing = session.closing
+        self.closing = session.closing  # set to cut at the end of a chunk; slots are overwritten after the prompt only
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
@@ -78,7 +78,8 @@ class Eviction:
                 layer.keep(self._select(None, key), self.session.plan.trace)
             else:
                 layer.own_storage()
-            layer.bound(keeper.capacity(slots))
+            if self.session.closing:
+                layer.bound(keeper.capacity(slots))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
 

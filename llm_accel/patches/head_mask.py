@@ -16,8 +16,8 @@ from llm_accel.patches.sink_window import sink_window_attention
 
 
 def masked_rows(mask: HeadMask, session: Session, length: int) -> int:
-    """How many of the newest ``length`` queries lose the masked heads. In phase "decode" that begins with the last token
-    of the prompt, whose output is the first token of the answer."""
+    """How many of the newest ``length`` queries lose the masked heads. In phase "decode" that begins with the last
+    token of the prompt, whose output is the first token of the answer."""
     if mask.phase == "all" or not (session.closing or session.observing):
         return length
     return 1 if session.closing else 0

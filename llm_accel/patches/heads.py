@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import llm_accel
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import HeadMethod, HeadProfile, MethodConfig, ModelHeads, load_profile
 
-BUNDLED = Path(llm_accel.__file__).parent / "eval" / "models" / "needle" / "heads.json"
+BUNDLED = Path(__file__).parents[1] / "eval" / "models" / "needle" / "heads.json"
 _SHAPE = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "head_dim")
 
 

@@ -26,6 +26,7 @@ from llm_accel.patches.heads import model_heads, weights_hash
 
 DETECTORS = ("induction", "copy_paste")
 CIRCUIT_PROMPTS = 8
+APART = 2**20  # added to the seed of the prompts, so that `llm-accel needle` with the same seed judges on others
 _SMALL = 128  # query heads up to which the circuit is looked for unless told otherwise
 
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         haystack=args.haystack or "grammar",
         dtype=args.dtype,
         device=args.device,
-        seed=args.seed,
+        seed=args.seed + APART,
     )
     model, tokenizer, settings = load_model(settings)
     name = Path(args.model).name if args.model else "bundled"
@@ -123,9 +124,7 @@ def _check(args: argparse.Namespace) -> None:
 def _induction(args: argparse.Namespace, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
     tokens = 512 if args.tokens is None else args.tokens
     with progress(args.samples * model_heads(model).layers, "layer") as bar:
-        scores, echo = induction_scores(
-            model, tokenizer, tokens, args.samples, args.seed, tick=lambda: bar.update(1)
-        )
+        scores, echo = induction_scores(model, tokenizer, tokens, args.samples, args.seed, tick=lambda: bar.update(1))
     return make_profile(
         model,
         model_name(settings),

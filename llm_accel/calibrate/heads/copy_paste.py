@@ -85,7 +85,7 @@ def watch_copies(
 
 
 def copy_scores(model: Any, successes: Sequence[Copies], compat: bool = False) -> Tensor:
-    """Query-head scores fp64 [L, Hq]: the mean over successful prompts of the share of needle tokens that a head copied.
+    """Query-head scores fp64 [L, Hq]: the mean over answered prompts of the share of needle tokens that a head copied.
 
     Args:
         compat: count a token as often as it was copied, as the published scores do, which may exceed 1.

@@ -46,7 +46,9 @@ def draw(profile: HeadProfile) -> Any:
     limit = max(0.1, math.ceil(top * 10 - 1e-9) / 10)
     image = axes.imshow(scores, cmap=colours, vmin=0, vmax=limit, aspect="auto", interpolation="nearest")
     for layer, head in profile.detected():
-        axes.add_patch(Rectangle((head - 0.44, layer - 0.44), 0.88, 0.88, fill=False, edgecolor=_DETECTED, linewidth=1.6))
+        axes.add_patch(
+            Rectangle((head - 0.44, layer - 0.44), 0.88, 0.88, fill=False, edgecolor=_DETECTED, linewidth=1.6)
+        )
     if profile.circuit:
         axes.plot([h for _, h in profile.circuit], [at for at, _ in profile.circuit], "o", color="white", markersize=3)
     for group in range(1, kv_heads):

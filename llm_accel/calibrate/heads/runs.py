@@ -81,15 +81,15 @@ class Grid:
         answered = [record for record in records if record["success"]]
         if not answered:
             raise ConfigError(
-                f"the model answered none of {len(records)} prompts, and only answers tell which heads copy; give other "
-                "--lengths or --needles, or use --detector induction."
+                f"the model answered none of {len(records)} prompts, and only answers tell which heads copy; give "
+                "other --lengths or --needles, or use --detector induction."
             )
         return copy_scores(self.model, [_copies(record) for record in answered], compat), len(answered)
 
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
         answered = {record_key(record): record for record in records if record["success"]}
-        pairs = []
+        pairs: list[tuple[Sequence[int], Sequence[int]]] = []
         for prompt in self.prompts():
             record = answered.get((NAME, prompt.length, float(prompt.depth), prompt.sample))
             if record is not None and len(pairs) < count:

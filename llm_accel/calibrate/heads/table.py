@@ -27,7 +27,11 @@ def render(profile: HeadProfile, rows: int = ROWS) -> str:
         if profile.circuit is None:
             yes[1] = "-"
         score = profile.q_head_scores[layer][head]
-        lines.append(f"{layer:>5}  {head:>4}  {owner:>7}  {score:>5.3f}  {yes[0]:>9}  {yes[1]:>7}  {yes[2]:>9}".rstrip())
-    lines.append(f"retrieval heads: {len(detected)} of {layers * heads}; KV heads that keep all: {len(full)} of"
-                 f" {layers * kv_heads} (full={share:g})")
+        lines.append(
+            f"{layer:>5}  {head:>4}  {owner:>7}  {score:>5.3f}  {yes[0]:>9}  {yes[1]:>7}  {yes[2]:>9}".rstrip()
+        )
+    lines.append(
+        f"retrieval heads: {len(detected)} of {layers * heads}; KV heads that keep all: {len(full)} of"
+        f" {layers * kv_heads} (full={share:g})"
+    )
     return "\n".join(lines)

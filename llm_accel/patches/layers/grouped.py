@@ -60,8 +60,8 @@ class GroupedLayer(AccelLayer):
         stores."""
         if key_states.shape[1] != self.kv_heads:
             raise UnsupportedModelError(
-                f"the layer was planned for {self.kv_heads} KV heads and got {key_states.shape[1]}; latent attention and "
-                "tensor parallelism cannot be split by head profiles."
+                f"the layer was planned for {self.kv_heads} KV heads and got {key_states.shape[1]}; latent attention "
+                "and tensor parallelism cannot be split by head profiles."
             )
         self._admit(key_states.shape[-2])
         for group in self.groups:
@@ -84,6 +84,24 @@ class GroupedLayer(AccelLayer):
                 newest = real[:, None] - count + torch.arange(count, device=real.device)
                 newest = newest.clamp(min=-1)[:, None].expand(-1, store.positions.shape[1], -1)
                 store.positions = torch.cat([store.positions[..., :-count], newest], dim=-1)
+
+    def whole(self, key_states: Tensor, value_states: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+        """All entries of all heads as one tensor each, where that costs no more than a copy of ``limit`` entries: what
+        :meth:`update` was given if there is nothing else, or the merged stores while none has evicted. Else None."""
+        slots = {group.store.physical_length() for group in self.groups}
+        if slots != {self.cumulative_length}:
+            return None
+        if self.cumulative_length == key_states.shape[2]:
+            return key_states, value_states
+        if self.cumulative_length > limit:
+            return None
+        merged = []
+        for name, new in (("keys", key_states), ("values", value_states)):
+            full = new.new_empty(*new.shape[:2], self.cumulative_length, new.shape[3])
+            for group in self.groups:
+                full[:, group.index(new.device)] = getattr(group.store, name)
+            merged.append(full)
+        return merged[0], merged[1]
 
     def physical_length(self) -> int:
         """Slots of the longest store."""
