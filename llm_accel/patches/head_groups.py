@@ -61,7 +61,8 @@ class GroupedAttention:
 
     def _attend(self, group: HeadGroup, module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
         store = group.store
-        if group is not self.layer.stream or self.split.prefill != "lambda" or query.shape[2] == 1:
+        decoding = store.physical_length() <= self.split.sinks + self.split.recent and query.shape[2] == 1
+        if group is not self.layer.stream or self.split.prefill != "lambda" or decoding:
             return store.attend(self.base, module, query, store.keys, store.values, **kwargs)
         return sink_window_attention(
             self.base,

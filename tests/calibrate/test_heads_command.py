@@ -88,7 +88,7 @@ def test_profiles_of_other_weights_are_used_and_named(tmp_path: Path) -> None:
     data = {"model": "twin", "method": "copy_paste", "q_head_scores": rows, "kv_head_scores": [[0.2, 0.4]] * 3}
     (tmp_path / "heads.json").write_text(json.dumps(data | {"weights_hash": "0"}))
     with llm_accel.apply(model, RetrievalHeads(heads=str(tmp_path), full=0.5, sinks=2, recent=8)) as handle:
-        model(ids)
+        model.generate(ids, max_new_tokens=1)
         report = handle.report()
     assert report.backends["heads"] == ("copy_paste profile", "measured on other weights than these (twin)")
     assert [layer.kv_bytes for layer in report.layers] == [(40 + 10) * 2 * 16 * 4] * 3
