@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.hook import DecoderHook, adopt
 from llm_accel.patches.install import hook_of, install, make_plan, uninstall
+from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.registry import configure
 from llm_accel.report import Report
 
@@ -60,6 +62,14 @@ class Handle:
         cache = DynamicCache()
         adopt(cache, self._hook.plan, self._model.get_decoder().config)
         return cache
+
+    def save_cache(self, cache: DynamicCache, path: str | Path) -> None:
+        """Writes a filled cache of this method to a safetensors file, with the method and the model it belongs to."""
+        save_cache(cache, path, self._model, self._hook.plan)
+
+    def load_cache(self, path: str | Path) -> DynamicCache:
+        """Reads what :meth:`save_cache` wrote; :class:`ConfigError` if method or model differ."""
+        return load_cache(path, self._model, self._hook.plan)
 
     def __enter__(self) -> Self:
         return self

@@ -123,6 +123,11 @@ class StepEviction(ScoreAndKeep):
         return True
 
     @property
+    def relative_positions(self) -> bool:
+        """Whether positions are ranks in the cache; all heads of such a method keep the same entries."""
+        return False
+
+    @property
     def vacancies(self) -> int:
         """Slots beyond the budget: 1 where the new token is seen beside a full budget and evicts afterwards."""
         return 0

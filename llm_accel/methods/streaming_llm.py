@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ class StreamingLLM(StepEviction):
     """Only the sinks and the last entries stay, in the prompt and at every decode step: the floor for other methods."""
 
     sinks: int = option("first real tokens of the prompt, always kept", 4)
+    positions: Literal["original", "cache"] = option(
+        "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
+        "original",
+    )
 
     name: ClassVar[str] = "streaming_llm"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -39,6 +43,10 @@ class StreamingLLM(StepEviction):
     @property
     def reserved_for(self) -> str:
         return f"{self.sinks} sinks are always kept and count"
+
+    @property
+    def relative_positions(self) -> bool:
+        return self.positions == "cache"
 
     def select(self, view: PromptView) -> Tensor:
         slots, device = view.slots, view.key.device

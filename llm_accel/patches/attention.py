@@ -90,6 +90,7 @@ class AccelAttention:
         split = llm_accel.plan.split
         if split is not None and isinstance(layer, GroupedLayer):
             return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
+        key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:
             if llm_accel.closing:

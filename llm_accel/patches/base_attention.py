@@ -38,11 +38,12 @@ def attend(
     """
     if base.startswith("flash"):
         return _flash(base, module, query, key, value, start, **kwargs)
-    mask = visibility(start, query.shape[2], key.shape[2], key.device)
-    if base == "eager":
-        mask = _additive(mask, start, query, key)
-    elif query.shape[2] == key.shape[2] and start is None:
-        mask = None
+    whole_prompt = query.shape[2] == key.shape[2] and start is None
+    mask = None
+    if base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without being given one
+        mask = visibility(start, query.shape[2], key.shape[2], key.device)
+    if base == "eager" and mask is not None:
+        mask = _additive(mask, query)
     output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
     return output
 
@@ -58,9 +59,7 @@ def visibility(start: Tensor | None, length: int, slots: int, device: torch.devi
     return visible[:, None]
 
 
-def _additive(visible: Tensor | None, start: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    if visible is None:
-        return None
+def _additive(visible: Tensor, query: Tensor) -> Tensor:
     lowest = torch.finfo(query.dtype).min
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 
@@ -96,7 +95,7 @@ def attend_visible(
     """Attention over the entries that ``visible``, bool [B or 1, 1, T, P], names; FlashAttention takes no such mask, so
     that the model's eager attention stands in for it. Otherwise as :func:`attend`."""
     base = "eager" if base.startswith("flash") else base
-    mask = _additive(visible, None, query, key) if base == "eager" else visible
+    mask = _additive(visible, query) if base == "eager" else visible
     output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
     return output
 

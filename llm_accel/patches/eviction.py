@@ -49,7 +49,8 @@ class Eviction:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
             assert isinstance(self.layer, SlotLayer)
-            self._step(self.keeper, self.layer, query, key)
+            with torch.no_grad():  # as a decorator it would break every compiled graph
+                self._step(self.keeper, self.layer, query, key)
         else:
             self._close(query, key)
 
@@ -67,7 +68,6 @@ class Eviction:
                 query = self.layer.window
             self.layer.keep(self._select(query, key), self.session.plan.trace)
 
-    @torch.no_grad()
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
             votes = column_votes(query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key))
@@ -88,23 +88,22 @@ class Eviction:
             return False
         return self.keeper.entries(slots) < slots
 
-    @torch.no_grad()
     def _select(self, query: Tensor | None, key: Tensor) -> Tensor:
         width = self.keeper.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
-        return self.keeper.select(
-            PromptView(
-                query=observed,
-                key=key,
-                kv_heads=self.layer.keys.shape[1],
-                start=self.layer.start,
-                layer=self.index,
-                layers=self.session.plan.layers,
-                protected=self.session.protected_slots(self.layer, key.shape[2]),
-                scores=getattr(self.layer, "scores", None),
-                **self._softmax(key),
-            )
+        view = PromptView(
+            query=observed,
+            key=key,
+            kv_heads=self.layer.keys.shape[1],
+            start=self.layer.start,
+            layer=self.index,
+            layers=self.session.plan.layers,
+            protected=self.session.protected_slots(self.layer, key.shape[2]),
+            scores=getattr(self.layer, "scores", None),
+            **self._softmax(key),
         )
+        with torch.no_grad():
+            return self.keeper.select(view)
 
     def _softmax(self, key: Tensor) -> dict[str, Any]:
         """How the model turns logits into probabilities."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import HeadMethod, HeadProfile, MethodConfig, ModelHeads, load_profile
+from llm_accel.patches.identity import weight_hash
 
 BUNDLED = Path(__file__).parents[1] / "eval" / "models" / "needle" / "heads.json"
-_SHAPE = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "head_dim")
 
 
 def plan_heads(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int, str]) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def find_profile(model: Any, method: HeadMethod, counts: ModelHeads) -> HeadProf
     if BUNDLED.is_file():
         profile = load_profile(BUNDLED)
         same_shape = profile.shape == (counts.layers, counts.query_heads, counts.kv_heads)
-        if same_shape and profile.weights_hash == weights_hash(model):
+        if same_shape and profile.weights_hash == weight_hash(model):
             return profile
     raise ConfigError(
         f"{method.name}: heads=None works for the bundled model only, and these are other weights; find the heads of "
@@ -61,27 +60,9 @@ def find_profile(model: Any, method: HeadMethod, counts: ModelHeads) -> HeadProf
     )
 
 
-def config_hash(model: Any) -> str:
-    """Fingerprint of a decoder's sizes, 16 hex digits; the same in every version of transformers."""
-    config, counts = model.get_decoder().config, model_heads(model)
-    sizes = [getattr(config, name, None) for name in _SHAPE]
-    text = repr((sizes, counts.layers, counts.query_heads, counts.kv_heads))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_hash(model: Any) -> str:
-    """Fingerprint of a decoder's weights, 16 hex digits: name, shape and first numbers of every parameter, in bf16, so
-    that a copy in another precision has the same one."""
-    digest = hashlib.sha256()
-    for name, tensor in model.get_decoder().named_parameters():
-        head = tensor.detach().flatten()[:16].bfloat16().float().cpu().tolist()
-        digest.update(f"{name} {tuple(tensor.shape)} {head}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def _origin(model: Any, profile: HeadProfile) -> str:
     if not profile.weights_hash:
         return f"of {profile.model or 'an unnamed model'}, which weights it was made for is not known"
-    if profile.weights_hash == weights_hash(model):
+    if profile.weights_hash == weight_hash(model):
         return "measured on these weights"
     return f"measured on other weights than these ({profile.model})"

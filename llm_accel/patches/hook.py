@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.session import Session
@@ -64,7 +65,10 @@ class DecoderHook:
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
             return args, kwargs  # the model itself says what is missing
-        session.begin(inputs.shape[1], cache.get_seq_length(), kwargs.get("attention_mask"))
+        length, past = inputs.shape[1], cache.get_seq_length()
+        session.begin(length, past, kwargs.get("attention_mask"))
+        if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
+            kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         self._latest = weakref.ref(session)
         kwargs["llm_accel"] = session
         return args, kwargs

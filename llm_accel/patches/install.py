@@ -10,13 +10,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels.column_votes import BACKEND as VOTES_BACKEND
-from llm_accel.methods import MethodConfig, ScoreAndKeep
+from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
 from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
 from llm_accel.patches.plan import Plan, check_composition
+from llm_accel.patches.rotary import why_no_rotary
 
 
 def hook_of(model: Any) -> DecoderHook | None:
@@ -45,6 +46,7 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
             "Load it with one of them or call model.set_attn_implementation(...)."
         )
     skipped = _skipped_layers(model, decoder.config, configs, strict)
+    _check_positions(decoder, configs, skipped)
     layers = int(decoder.config.num_hidden_layers)
     backends = {"attention": (base, "the model's own implementation")}
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
@@ -144,6 +146,23 @@ def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], st
                 )
             skipped.setdefault(index, "named in skip_layers")
     return skipped
+
+
+def _check_positions(decoder: Any, configs: Sequence[MethodConfig], skipped: dict[int, str]) -> None:
+    """Positions as ranks in the cache need keys that can be turned, in every layer."""
+    ranked = next((c for c in configs if isinstance(c, StepEviction) and c.relative_positions), None)
+    if ranked is None:
+        return
+    reason = why_no_rotary(decoder)
+    if reason is None and skipped:
+        reason = f"its layers {sorted(skipped)} keep their own positions ({'; '.join(sorted(set(skipped.values())))})"
+    if reason is None and getattr(decoder.config, "kv_lora_rank", None):
+        reason = "its cache holds latents, not keys"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{ranked.spec()} turns keys to their rank in the cache, which {decoder.config.model_type} does not allow: "
+            f"{reason}. Use positions='original'."
+        )
 
 
 def _why_not(layer: Any, config: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, SlotLayer
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Plan:
     mask: HeadMask | None = None
     kv_heads: int = 0
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        """Itself: it never changes, and compiled code recognises it by identity only."""
+        return self
+
     @property
     def keeper(self) -> ScoreAndKeep | None:
         """The method that decides which KV entries stay, if any."""
@@ -51,7 +55,8 @@ class Plan:
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if isinstance(self.keeper, StepEviction) and index not in self.skipped:
-            return SlotLayer(self.keeper.vacancies)
+            kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
+            return kind(self.keeper.vacancies)
         return AccelLayer()
 
     @property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.layers import AccelLayer, GroupedLayer
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
+from llm_accel.patches.rotary import Rotary
 from llm_accel.report import LayerReport
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Session:
         flushing: whether layers evict before the attention of the running call (deferred compression).
         observing: whether layers remember the last queries, because more of the prompt or the eviction is to come.
         padding: leading padding tokens of each row, int64 [B], where the running call tells them, else None.
+        rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
+        arrived_at: positions of the running call's tokens in such methods, int64 [B, T], else None.
         protect: prompt positions that must stay, bool [B, n], or None.
     """
 
@@ -40,6 +43,8 @@ class Session:
         self.observing = False
         self.padding: Tensor | None = None
         self.protect: Tensor | None = None
+        self.rotary: Rotary | None = None
+        self.arrived_at: Tensor | None = None
         self._awaiting_decode = False
 
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
@@ -71,6 +76,19 @@ class Session:
             self._awaiting_decode = False
         self.closing = complete
         self.observing = in_prompt and not complete
+
+    def rank_positions(self, decoder: Any, inputs: Tensor, past: int, given: Tensor | None) -> Tensor:
+        """Positions of the new tokens where positions are ranks in the cache, int64 [B, T]; a first prompt keeps those
+        that it was given, or that the model would count."""
+        batch, length = inputs.shape[:2]
+        ranked = next(layer for layer in self.layers if isinstance(layer, RelativeSlotLayer))
+        if past > 0:
+            given = ranked.next_positions(length)
+        elif given is None:
+            given = torch.arange(length, device=inputs.device)[None]
+        self.rotary = Rotary(decoder)
+        self.arrived_at = given.expand(batch, -1)
+        return self.arrived_at
 
     def _forget(self) -> None:
         """An emptied cache starts over: nothing of its earlier prompt counts, only what was announced for this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,6 +248,21 @@ def test_a_copied_cache_is_reusable_for_another_question() -> None:
         answers = [model(question, past_key_values=copy.deepcopy(cache)).logits for question in questions]
         assert torch.equal(model(questions[0], past_key_values=cache).logits, answers[0])
         assert not torch.equal(answers[0], answers[1])
+
+
+@torch.no_grad()
+@every_shape
+def test_a_cache_from_disk_answers_the_same(tmp_path: Path, shape: str) -> None:
+    model, batch = tiny_model("llama"), make_batch(shape, long=True)
+    with llm_accel.apply(model, split()) as handle:
+        cache = handle.new_cache()
+        generate(model, batch, past_key_values=cache)
+        handle.save_cache(cache, tmp_path / "cache")
+        loaded = handle.load_cache(tmp_path / "cache")
+        question = prompt(5, seed=8, batch=len(batch.ids))
+        assert torch.equal(
+            model(question, past_key_values=cache).logits, model(question, past_key_values=loaded).logits
+        )
 
 
 def test_snapkv_on_the_full_heads() -> None:

@@ -22,7 +22,8 @@ from llm_accel.eval.needle.heatmap import require_matplotlib
 from llm_accel.eval.needle.loading import load_model, model_name
 from llm_accel.eval.needle.records import RunDir
 from llm_accel.eval.needle.settings import Settings
-from llm_accel.patches.heads import model_heads, weights_hash
+from llm_accel.patches.heads import model_heads
+from llm_accel.patches.identity import weight_hash
 
 DETECTORS = ("induction", "copy_paste")
 CIRCUIT_PROMPTS = 8
@@ -141,7 +142,7 @@ def _induction(args: argparse.Namespace, model: Any, tokenizer: Any, settings: S
 def _copy_paste(args: argparse.Namespace, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
     maker, settings = make_prompts(settings, tokenizer)
     settings = replace(settings, methods=("copy_paste",))
-    tied = settings.to_dict() | {"prompt_hash": prompts_digest(maker), "weights_hash": weights_hash(model)}
+    tied = settings.to_dict() | {"prompt_hash": prompts_digest(maker), "weights_hash": weight_hash(model)}
     run_dir = RunDir(out)
     done = run_dir.open(tied, {"command": "heads", "versions": _versions(), "argv": sys.argv[1:]}, args.overwrite)
     grid = Grid(model, tokenizer, maker, settings)

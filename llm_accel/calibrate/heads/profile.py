@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from llm_accel.methods.head_profile import Head, HeadProfile, Scores, load_profile
-from llm_accel.patches.heads import config_hash, model_heads, weights_hash
+from llm_accel.patches.heads import model_heads
+from llm_accel.patches.identity import config_hash, weight_hash
 
 __all__ = ["HeadProfile", "kv_scores", "load_profile", "make_profile"]
 
@@ -44,7 +45,7 @@ def make_profile(
         n_instances=n_instances,
         seed=seed,
         config_hash=config_hash(model),
-        weights_hash=weights_hash(model),
+        weights_hash=weight_hash(model),
         versions=versions,
         settings=settings,
     )

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.rotary import Rotary
 
 
 class AccelLayer(DynamicLayer):
@@ -34,6 +35,7 @@ class AccelLayer(DynamicLayer):
     keys: Tensor  # None only before the first update
     values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
+    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "compressed", "floor")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ class AccelLayer(DynamicLayer):
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
         if not self.compressed:
-            self.start = padding
+            self.start = padding.clone()  # layers saved to one file must not share a tensor
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -112,6 +114,10 @@ class AccelLayer(DynamicLayer):
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
         return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
+        """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""
+        return given
 
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
@@ -185,6 +191,19 @@ class AccelLayer(DynamicLayer):
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the layer holds: tensors and plain values, by attribute name."""
+        tensors = {name: getattr(self, name) for name in self.row_tensors}
+        plain = {name: getattr(self, name) for name in self.plain_values}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}, plain
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Fills an empty layer with what :meth:`state` gave."""
+        if tensors:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name, content in (tensors | values).items():
+            setattr(self, name, content)
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.patches.layers.append import AccelLayer
 from llm_accel.patches.layers.slots import SlotLayer
+
+_GROUPS = ("full", "stream")
+_OWN = ("cumulative_length", "compressed")
 
 
 class HeadGroup:
@@ -74,7 +78,7 @@ class GroupedLayer(AccelLayer):
         """Marks the leading padding of each row; a stream that was cut before the prompt ended may still get some."""
         if self.compressed:
             return
-        self.start = padding
+        self.start = padding.clone()
         real = self.cumulative_length - padding
         for group in self.groups:
             store = group.store
@@ -159,6 +163,30 @@ class GroupedLayer(AccelLayer):
         super().batch_select_indices(indices)
         for group in self.groups:
             group.store.batch_select_indices(indices)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the stores hold, under the names of their groups."""
+        tensors, plain = (
+            {} if self.start is None else {"start": self.start},
+            {name: getattr(self, name) for name in _OWN},
+        )
+        for name in _GROUPS:
+            group: HeadGroup = getattr(self, name)
+            if group.heads:
+                held, plain[name] = group.store.state()
+                tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
+        return tensors, plain
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Fills an empty layer with what :meth:`state` gave."""
+        self.start = tensors.get("start")
+        for name in _OWN:
+            setattr(self, name, values[name])
+        for name in _GROUPS:
+            if name in values:
+                own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+                getattr(self, name).store.restore(own, values[name])
+        self.is_initialized = True
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

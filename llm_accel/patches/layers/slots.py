@@ -24,6 +24,7 @@ class SlotLayer(AccelLayer):
     """
 
     row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
+    plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
 
     def __init__(self, vacancies: int = 0) -> None:
         self.vacancies = vacancies
@@ -72,6 +73,10 @@ class SlotLayer(AccelLayer):
     def bound(self, capacity: int | None) -> None:
         """Sets where overwriting begins; called when a prompt is complete."""
         self.capacity = capacity
+        self.count_positions()
+
+    def count_positions(self) -> None:
+        """Gives each slot of an unevicted prompt its original position."""
         if self.positions is None:
             slots = torch.arange(self.physical_length(), device=self.keys.device)
             self.positions = self._positions_of(slots.expand(*self.keys.shape[:2], -1))
