@@ -22,7 +22,7 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import H2O, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
+    from llm_accel.methods import H2O, AdaKV, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
@@ -30,12 +30,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "H2O",
+    "AdaKV",
     "AlreadyAppliedError",
     "ConfigError",
     "EvictionError",
     "Handle",
     "LayerReport",
     "LlmAccelError",
+    "PyramidKV",
     "RandomKV",
     "Report",
     "RetrievalHeads",

@@ -15,10 +15,11 @@ class LayerReport:
     Attributes:
         layer: index of the layer.
         logical_length: tokens that the layer has seen; what transformers reads as the cache length.
-        physical_length: KV entries stored per KV head (of the longest row and head).
+        physical_length: KV entries stored per KV head (of the longest row, and of its longest head).
         kv_bytes: bytes of the storage that holds keys and values.
         dense_kv_bytes: bytes that the dense model would hold.
-        evicted: entries gone per KV head: logical minus physical length; where heads differ, of the one that lost most.
+        evicted: entries gone per KV head: logical minus physical length, which counts on average over the heads of a
+            row where they hold different numbers of entries.
         skipped_reason: why the layer was left as it is, or None.
         kept: with ``trace=True``, original positions of the entries kept when the prompt was compressed, int64
             [B, Hk, n], ascending, counted from the first real token of each row; -1 first where a row keeps fewer.

@@ -47,12 +47,13 @@ class RandomKV(PromptCompression):
         if view.protected is not None:
             forced = forced | view.protected
         batch = view.key.shape[0]
+        counts = self.row_entries(lengths.expand(batch), view)
         head = torch.arange(view.kv_heads, device=device)[None, :, None]
         draw = _uniform(position[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
         return select_top(
             draw.expand(batch, view.kv_heads, slots),
-            counts=self.entries_per_row(lengths.expand(batch)),
-            width=self.entries(slots),
+            counts=counts,
+            width=self.widest(counts, view),
             valid=valid,
             forced=forced,
         )

@@ -6,10 +6,27 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from llm_accel.errors import ConfigError
 from llm_accel.methods.base import option
 from llm_accel.methods.budget import Budgeted
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where a layer stands among those that a method acts on.
+
+    Attributes:
+        rank: its position, 0 for the first.
+        layers: how many there are; layers without a full cache and skipped ones do not count.
+        later: whether the layer has evicted before, so that its entries are fewer than the tokens it has seen.
+    """
+
+    rank: int = 0
+    layers: int = 1
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,8 @@ class PromptView:
         query: the last observed queries, post-RoPE, [B, Hq, W, D]; row ``i`` belongs to slot ``S - W + i``.
         key: all keys as attention sees them, post-RoPE, [B, H, S, D]; H is Hk, or Hq where the model expands latents.
         kv_heads: heads that the cache stores and that decide on their own (1 for latent caches).
-        start: first real slot of each row, int64 [B]; None when no row is padded.
+        start: first real slot of each row, int64 [B]; None when no row is padded. [B, kv_heads] where earlier
+            evictions left the heads of a row with different numbers of entries.
         scaling: softmax scale.
         softcap: logit soft cap, or None.
         sinks: learned sink logits per query head [Hq], or None.
@@ -29,6 +47,8 @@ class PromptView:
         layers: number of layers of the model.
         protected: slots that must stay, bool [B, S], or None.
         scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
+        depth: where the layer stands among those that the method acts on.
+        slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
     """
 
     query: Tensor
@@ -42,6 +62,8 @@ class PromptView:
     layers: int
     protected: Tensor | None = None
     scores: Tensor | None = None
+    depth: Depth = Depth()
+    slack: int = 1
 
     @property
     def slots(self) -> int:
@@ -75,10 +97,38 @@ class ScoreAndKeep(Budgeted):
         """How many of the last queries the scores need."""
         return 0
 
+    @property
+    def page_size(self) -> int | None:
+        """Entries per page of the store, for methods whose heads keep different numbers of entries; None where all
+        heads of a layer keep the same number."""
+        return None
+
+    def layer_entries(self, length: int, depth: Depth) -> int:
+        """Entries that a row of ``length`` real tokens keeps in one layer, per KV head on average."""
+        return self.entries(length)
+
+    def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
+        """:meth:`layer_entries` for a tensor of row lengths, int64 [B], without a device synchronisation."""
+        return self.entries_per_row(lengths)
+
+    @property
+    def cuts_every(self) -> int | None:
+        """Entries above the budget at which layers are cut back to it while decoding, or None."""
+        return None
+
+    def row_entries(self, lengths: Tensor, view: PromptView) -> Tensor:
+        """Entries per KV head that each row of ``lengths`` real entries keeps in this view, int64 [B]."""
+        entries = self.layer_entries_per_row(lengths, view.depth)
+        return torch.where(lengths - entries >= view.slack, entries, lengths)
+
+    def widest(self, counts: Tensor, view: PromptView) -> int:
+        """The largest of ``counts``; without a synchronisation where it is that of the longest row."""
+        return self.layer_entries(view.slots, view.depth) if view.slack <= 1 else int(counts.max())
+
     @abstractmethod
     def select(self, view: PromptView) -> Tensor:
-        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row keeps fewer than n. Asked only when
-        the longest row, of S slots, keeps fewer than S."""
+        """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row or head keeps fewer than n. Asked
+        only when some row keeps fewer entries than it has."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +142,34 @@ class PromptCompression(ScoreAndKeep):
         "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget", "append"
     )
 
+    recompress_every: int | None = option(
+        "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
+        None,
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.recompress_every is None:
+            return
+        if self.recompress_every < 1:
+            self.fail("recompress_every", "an integer of at least 1, or None")
+        if self.ratio is not None:
+            raise ConfigError(
+                f"{self.name}: recompress_every={self.recompress_every} caps a cache whose prompt is not known; "
+                f"give budget instead of ratio={self.ratio}."
+            )
+
     @property
     def deferred(self) -> bool:
         return self.compress == "deferred"
 
     @property
     def recompresses(self) -> bool:
-        return self.multi_turn == "recompress"
+        return self.multi_turn == "recompress" or self.recompress_every is not None
+
+    @property
+    def cuts_every(self) -> int | None:
+        return self.recompress_every
 
 
 @dataclass(frozen=True)

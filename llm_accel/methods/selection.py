@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST = torch.iinfo(torch.int64).max
+FIRST = torch.iinfo(torch.int64).max
 
 
 def real_slots(start: Tensor | None, slots: int, device: torch.device) -> Tensor:
-    """bool [B or 1, slots]: True where a slot holds a real token (right-aligned rows, padding on the left)."""
+    """bool [B or 1, slots]: True where a slot holds a real token (right-aligned rows, padding on the left);
+    [B, heads, slots] for a ``start`` of [B, heads]."""
     index = torch.arange(slots, device=device)
     if start is None:
         return torch.ones(1, slots, dtype=torch.bool, device=device)
-    return index[None] >= start[:, None]
+    return index >= start[..., None]
 
 
 def select_top(
@@ -38,15 +39,35 @@ def select_top(
     Returns:
         int64 [B, H, width], ascending, -1 first where a row keeps fewer than ``width``.
     """
+    rank = total_order(score, valid, forced, tie_break)
+    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    surplus = torch.arange(width, device=score.device)[None] >= counts[:, None]
+    return best.masked_fill(surplus[:, None], -1).sort(dim=-1).values
+
+
+def total_order(score: Tensor, valid: Tensor, forced: Tensor | None, tie_break: Tensor | None) -> Tensor:
+    """The order of :func:`select_top` as numbers: int64 [B, H, S], higher is better, :data:`FIRST` where forced, -1
+    where not valid; equal numbers are settled by the lower index. Masks are [B or 1, S] or [B, H, S]."""
     rank = _ordered_bits(score) << 31
     if tie_break is not None:
         rank = rank | _ordered_bits(tie_break)
     if forced is not None:
-        rank = rank.masked_fill(forced[:, None], _FIRST)
-    rank = rank.masked_fill(~valid[:, None], -1)
-    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    surplus = torch.arange(width, device=score.device)[None] >= counts[:, None]
-    return best.masked_fill(surplus[:, None], -1).sort(dim=-1).values
+        rank = rank.masked_fill(_per_head(forced), FIRST)
+    return rank.masked_fill(~_per_head(valid), -1)
+
+
+def slots_of(kept: Tensor) -> Tensor:
+    """Slots of a mask, bool [B, H, S] -> int64 [B, H, n], ascending, -1 first where a head keeps fewer than the
+    longest; one device synchronisation tells n."""
+    slots = kept.shape[-1]
+    width = int(kept.sum(-1).max())
+    index = torch.arange(slots, device=kept.device)
+    return torch.where(kept, index, -1).sort(dim=-1).values[..., slots - width :]
+
+
+def _per_head(mask: Tensor) -> Tensor:
+    """A mask of rows or of heads with a dimension for the heads."""
+    return mask[:, None] if mask.ndim == 2 else mask
 
 
 def _ordered_bits(score: Tensor) -> Tensor:

@@ -70,24 +70,28 @@ class SnapKV(PromptCompression):
             group=self.gqa,
             round_to=rounding,
         )[..., : view.slots - self.window]
-        inside = real_slots(view.start, view.slots, raw.device)[:, None, : raw.shape[-1]]
+        inside = real_slots(view.start, view.slots, raw.device)[..., : raw.shape[-1]]
+        inside = inside[:, None] if inside.ndim == 2 else inside
         return pooled_votes(raw, inside, self.kernel, self.pool), raw
+
+    def always_kept(self, view: PromptView) -> Tensor:
+        """bool [B or 1, S]: the observation window and what the user protects."""
+        window = torch.arange(view.slots, device=view.key.device)[None] >= view.slots - self.window
+        return window if view.protected is None else window | view.protected
 
     def select(self, view: PromptView) -> Tensor:
         slots = view.slots
         pooled, raw = self.votes(view)
         valid = real_slots(view.start, slots, raw.device)
-        forced = torch.arange(slots, device=raw.device)[None] >= slots - self.window
-        if view.protected is not None:
-            forced = forced | view.protected
         lengths = valid.sum(-1).expand(view.key.shape[0])
+        counts = self.row_entries(lengths, view)
         window_columns = (0, self.window)
         return select_top(
             F.pad(pooled, window_columns),
-            counts=self.entries_per_row(lengths),
-            width=self.entries(slots),
+            counts=counts,
+            width=self.widest(counts, view),
             valid=valid,
-            forced=forced,
+            forced=self.always_kept(view),
             tie_break=F.pad(raw, window_columns) if self.tie == "raw" else None,
         )
 
@@ -97,7 +101,7 @@ def pooled_votes(votes: Tensor, inside: Tensor, kernel: int, pool: str) -> Tenso
 
     Args:
         votes: fp32 >= 0, [B, H, n], zero where ``inside`` is False.
-        inside: bool [B or 1, 1, n], True for real entries.
+        inside: bool [B or 1, H or 1, n], True for real entries.
         kernel: odd width; stride 1, length preserved.
         pool: "max" or "avg".
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.roles import PromptView, ScoreAndKeep, StepEviction
+from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
 from llm_accel.patches.layers import AccelLayer, SlotLayer
 from llm_accel.patches.session import Session
 
@@ -32,18 +32,17 @@ class Eviction:
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
-        prompt = key.shape[2] - query.shape[2]
-        if not self._over_budget(prompt):
-            self.layer.window = None
+        stored = self.layer.physical_length()
+        prompt, window = stored - query.shape[2], self.layer.window
+        if not self._over_budget(self.layer.mean_length() - query.shape[2]):
+            self.layer.window = window if self.keeper.cuts_every else None
             return key, value
-        kept = self._select(self.layer.window, key[:, :, :prompt])
-        newest = torch.arange(prompt, key.shape[2], device=kept.device).expand(*kept.shape[:2], -1)
+        kept = self._select(window, self.layer.all_keys(key)[:, :, :prompt])
+        newest = torch.arange(prompt, stored, device=kept.device).expand(*kept.shape[:2], -1)
         kept = torch.cat([kept, newest], dim=-1)
-        slots = kept.clamp(min=0).repeat_interleave(key.shape[1] // kept.shape[1], dim=1)[..., None]
-        key = key.gather(2, slots.expand(-1, -1, -1, key.shape[-1]))
-        value = value.gather(2, slots.expand(-1, -1, -1, value.shape[-1]))
         self.layer.keep(kept, self.session.plan.trace)
-        return key, value
+        self.layer.window = window if self.keeper.cuts_every else None
+        return self.layer.narrowed(kept, key, value)
 
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
@@ -51,26 +50,41 @@ class Eviction:
             assert isinstance(self.layer, SlotLayer)
             with torch.no_grad():  # as a decorator it would break every compiled graph
                 self._step(self.keeper, self.layer, query, key)
-        else:
+        elif self.session.closing:
             self._close(query, key)
+        elif self.session.observing:
+            self._observed(query)
+        elif self.keeper.cuts_every is not None:
+            self._cut(self._observed(query), key, self.keeper.cuts_every)
 
     def _close(self, query: Tensor, key: Tensor) -> None:
-        width = self.keeper.observed_queries
-        if not self.closing:
-            if width and self.session.observing:
-                self.layer.observe(query, width)
-        elif not self._over_budget(key.shape[2]):
-            self.layer.window = None
-            self.layer.own_storage()
+        if self.layer.window is not None or self.keeper.cuts_every is not None:
+            query = self._observed(query)
+        if self._over_budget(self.layer.mean_length()):
+            self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
         else:
-            if width and self.layer.window is not None:
-                self.layer.observe(query, width)
-                query = self.layer.window
-            self.layer.keep(self._select(query, key), self.session.plan.trace)
+            self.layer.own_storage()
+        self.layer.window = query if self.keeper.observed_queries and self.keeper.cuts_every else None
+
+    def _cut(self, query: Tensor, key: Tensor, every: int) -> None:
+        """A decode step; the layer is cut back to its budget when it holds ``every`` entries more."""
+        depth, stored = self.session.plan.depth(self.index, later=True), self.layer.mean_length()
+        if stored - self.keeper.layer_entries(stored, depth) >= every:
+            kept = self._select(query, self.layer.all_keys(key), depth, every)
+            self.layer.keep(kept, self.session.plan.trace)
+            self.layer.window = query if self.keeper.observed_queries else None
+
+    def _observed(self, query: Tensor) -> Tensor:
+        """The last queries that the scores need, those of earlier calls and of this one."""
+        if not self.keeper.observed_queries:
+            return query
+        self.layer.observe(query, self.keeper.observed_queries)
+        assert self.layer.window is not None
+        return self.layer.window
 
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(query, key, layer.start, heads=layer.keys.shape[1], group="sum", **self._softmax(key))
+            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
         if self.closing:
             slots = key.shape[2]
@@ -86,20 +100,32 @@ class Eviction:
     def _over_budget(self, slots: int) -> bool:
         if self.layer.compressed and not self.keeper.recompresses:
             return False
-        return self.keeper.entries(slots) < slots
+        depth = self._depth()
+        if self.keeper.layer_entries(slots, depth) < slots:
+            return True
+        if self.layer.start is None or self.layer.compressed:
+            return False
+        # a short row may have to evict where a long one, whose early layers keep more, does not
+        lengths = (slots - self.layer.start).flatten()
+        return bool((self.keeper.layer_entries_per_row(lengths, depth) < lengths).any())
 
-    def _select(self, query: Tensor | None, key: Tensor) -> Tensor:
+    def _depth(self) -> Depth:
+        return self.session.plan.depth(self.index, later=self.layer.compressed)
+
+    def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
         width = self.keeper.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
         view = PromptView(
             query=observed,
             key=key,
-            kv_heads=self.layer.keys.shape[1],
+            kv_heads=self.layer.kv_heads,
             start=self.layer.start,
             layer=self.index,
             layers=self.session.plan.layers,
-            protected=self.session.protected_slots(self.layer, key.shape[2]),
+            protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
             scores=getattr(self.layer, "scores", None),
+            depth=depth or self._depth(),
+            slack=slack,
             **self._softmax(key),
         )
         with torch.no_grad():

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels.column_votes import BACKEND as VOTES_BACKEND
+from llm_accel.kernels.ragged_decode import BACKEND as RAGGED_BACKEND
 from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
@@ -51,6 +52,8 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
     backends = {"attention": (base, "the model's own implementation")}
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
         backends["scores"] = VOTES_BACKEND
+    if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
+        backends["decode"] = RAGGED_BACKEND
     heads = plan_heads(model, configs, skipped)
     return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
 

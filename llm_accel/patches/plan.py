@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer, SlotLayer
+from llm_accel.methods import Depth, HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,17 @@ class Plan:
         """An empty cache layer of the kind that the methods need at this index."""
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
-        if isinstance(self.keeper, StepEviction) and index not in self.skipped:
+        if self.keeper is None or index in self.skipped:
+            return AccelLayer()
+        if isinstance(self.keeper, StepEviction):
             kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
             return kind(self.keeper.vacancies)
-        return AccelLayer()
+        return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size)
+
+    def depth(self, index: int, later: bool) -> Depth:
+        """Where a layer stands among those that the methods act on; ``later``: it has evicted before."""
+        acting = [layer for layer in range(self.layers) if layer not in self.skipped]
+        return Depth(acting.index(index), len(acting), later)
 
     @property
     def title(self) -> str:

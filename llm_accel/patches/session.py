@@ -54,6 +54,10 @@ class Session:
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
         if protect is not None and self.plan.keeper is None:
             raise ConfigError(f"protect_mask: {self.plan.title} does not choose entries, so it cannot protect any.")
+        if protect is not None and self.plan.keeper is not None and self.plan.keeper.cuts_every is not None:
+            raise UnsupportedCallError(
+                "protect_mask holds for the prompt, but recompress_every evicts while decoding; leave one of them out."
+            )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()
 
@@ -126,8 +130,8 @@ class Session:
     def _any_padded(self) -> bool:
         return any(isinstance(layer, AccelLayer) and layer.start is not None for layer in self.layers)
 
-    def protected_slots(self, layer: AccelLayer, slots: int) -> Tensor | None:
-        """``protect`` for the slots of one layer before its first eviction, bool [B, slots], or None."""
+    def protected_slots(self, index: int, layer: AccelLayer, slots: int) -> Tensor | None:
+        """``protect`` for the slots of layer ``index`` before its first eviction, bool [B, slots], or None."""
         keeper = self.plan.keeper
         if self.protect is None or keeper is None or layer.compressed:
             return None
@@ -147,14 +151,14 @@ class Session:
         real = real_slots(layer.start, slots, mask.device)
         mask = mask & real
         lengths = real.sum(-1)
-        kept = keeper.entries_per_row(lengths)
+        kept = keeper.layer_entries_per_row(lengths, self.plan.depth(index, later=False))
         crowded = (mask.sum(-1) + keeper.reserved > kept) & (kept < lengths)
         if bool(crowded.any()):
             row = int(crowded.long().argmax())
             raise ConfigError(
                 f"protect_mask marks {int(mask[row].sum())} tokens of row {row}, but {keeper.spec()} keeps "
-                f"{int(kept.expand(len(mask))[row])} entries there, of which {keeper.reserved} are taken "
-                f"({keeper.reserved_for}); protect fewer tokens or raise the budget."
+                f"{int(kept.expand(len(mask))[row])} entries there in layer {index}, of which {keeper.reserved} are "
+                f"taken ({keeper.reserved_for}); protect fewer tokens or raise the budget."
             )
         return mask
 
@@ -181,9 +185,10 @@ class Session:
             if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
                 continue
             seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
-            if keeper.entries(seen) < seen:
+            entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))
+            if entries < seen:
                 raise EvictionError(
-                    f"layer {index} has seen {seen} tokens and should keep {keeper.entries(seen)}, but evicted nothing."
+                    f"layer {index} has seen {seen} tokens and should keep {entries}, but evicted nothing."
                 )
 
     def layer_reports(self) -> list[LayerReport]:
@@ -197,8 +202,8 @@ class Session:
                 report.logical_length = layer.get_seq_length()
                 report.physical_length = layer.physical_length()
                 report.kv_bytes = layer.nbytes()
-                report.dense_kv_bytes = layer.entry_bytes() * report.logical_length
-                report.evicted = layer.evicted()
+                report.dense_kv_bytes = layer.token_bytes() * report.logical_length
+                report.evicted = report.logical_length - layer.mean_length()
                 report.kept = layer.kept_positions() if self.plan.trace else None
             return report
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llm_accel import H2O, RandomKV, SnapKV, StreamingLLM
-from llm_accel.methods import PromptCompression, ScoreAndKeep, StepEviction
+from llm_accel import H2O, AdaKV, PyramidKV, RandomKV, SnapKV, StreamingLLM
+from llm_accel.methods import Depth, PromptCompression, ScoreAndKeep, StepEviction
+from llm_accel.report import LayerReport, Report
 from tests.tiny import FAMILIES, left_padded, prompt
 
 BUDGET = 24
@@ -21,6 +22,8 @@ NEW = 6
 
 METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
     "snapkv": lambda **changes: SnapKV(**({"budget": BUDGET, "window": 8} | changes)),
+    "pyramidkv": lambda **changes: PyramidKV(**({"budget": BUDGET, "window": 8, "beta": 2} | changes)),
+    "adakv": lambda **changes: AdaKV(**({"budget": BUDGET, "window": 8, "page": 8} | changes)),
     "h2o": lambda **changes: H2O(**({"budget": BUDGET} | changes)),
     "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),
     "random": lambda **changes: RandomKV(**({"budget": BUDGET, "window": 8} | changes)),
@@ -58,10 +61,52 @@ def generate(model: PreTrainedModel, batch: Batch, **changes: Any) -> tuple[torc
     return output.sequences[:, batch.ids.shape[1] :], torch.stack(output.logits, dim=1)
 
 
-def slots_after(method: str, decoded: int, budget: int = BUDGET) -> int:
-    """Entries stored per KV head ``decoded`` tokens after a prompt over budget."""
+def acting(report: Report) -> list[tuple[LayerReport, Depth]]:
+    """The layers that a method acts on and where each of them stands among them."""
+    layers = [layer for layer in report.layers if layer.skipped_reason is None]
+    return [(layer, Depth(rank, len(layers))) for rank, layer in enumerate(layers)]
+
+
+def stored_after(method: str, decoded: int, depth: Depth, lengths: tuple[int, ...] = (LONG,)) -> int:
+    """Entries stored per KV head, on average over the heads of a layer, ``decoded`` tokens after a prompt over budget;
+    of the row that stores most."""
     config = METHODS[method]()
-    return budget + (config.vacancies if isinstance(config, StepEviction) else decoded)
+    kept = max(config.layer_entries(length, depth) for length in lengths)
+    return kept + (config.vacancies if isinstance(config, StepEviction) else decoded)
+
+
+def check_stored(method: str, layer: LayerReport, entries: int) -> None:
+    """``entries`` per KV head are stored: in every one, or on average where the method shares a layer out."""
+    assert layer.evicted == layer.logical_length - entries
+    if METHODS[method]().page_size is None:
+        assert layer.physical_length == entries
+    else:
+        assert layer.physical_length >= entries
+
+
+def check_kept(method: str, kept: torch.Tensor, entries: int) -> list[set[int]]:
+    """One row, [Hk, n], keeps ``entries`` per KV head, or as many in total and no head less than what is sure; what
+    it keeps in each head."""
+    config = METHODS[method]()
+    heads = [{position for position in head if position >= 0} for head in kept.tolist()]
+    assert sum(map(len, heads)) == len(heads) * entries
+    for head in heads:
+        sure = min(entries, getattr(config, "window", 0) + 1)
+        assert len(head) == entries if config.page_size is None else len(head) >= sure
+    return heads
+
+
+def pages_held(kept: torch.Tensor, page: int, decoded: int) -> int:
+    """Pages that heads with ``kept`` entries each, [B, Hk], hold after decoding: as many as the entries fill, then one
+    for every head whenever there is none left."""
+
+    def filled(step: int) -> int:
+        return sum(-(-(entries + step) // page) for entries in kept.flatten().tolist())
+
+    pages = filled(0)
+    for step in range(1, decoded + 1):
+        pages = pages + kept.numel() if filled(step) > pages else pages
+    return pages
 
 
 STEPWISE = tuple(name for name, make in METHODS.items() if isinstance(make(), StepEviction))

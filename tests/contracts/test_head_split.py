@@ -98,7 +98,7 @@ def test_bytes_equal_the_formula(family: str, prefill: str, shape: str) -> None:
         assert layer.dense_kv_bytes == entry * 2 * seen
         assert layer.logical_length == stored.get_seq_length() == seen
         assert layer.physical_length == seen
-        assert layer.evicted == (seen - SINKS - RECENT if full < 2 else 0)
+        assert layer.evicted == ((2 - full) * (seen - SINKS - RECENT)) // 2
 
 
 @every_shape

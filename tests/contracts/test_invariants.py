@@ -8,18 +8,23 @@ import pytest
 import torch
 
 import llm_accel
+from llm_accel.patches.layers import RaggedLayer
 from tests.contracts.matrix import (
     BUDGET,
     METHODS,
     NEW,
     STEPWISE,
+    acting,
+    check_kept,
+    check_stored,
     every_family,
     every_method,
     every_prompt_method,
     every_shape,
     generate,
     make_batch,
-    slots_after,
+    pages_held,
+    stored_after,
 )
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import tiny_model
@@ -84,21 +89,25 @@ def test_eviction_is_real(family: str, method: str, shape: str) -> None:
         cache = handle.new_cache()
         generate(model, batch, past_key_values=cache)
         report = handle.report()
-    acted = 0
-    for layer, stored in zip(report.layers, cache.layers, strict=True):
-        if layer.skipped_reason is not None:
-            continue
-        acted += 1
-        expected = slots_after(method, NEW - 1)
+    assert acting(report)
+    for layer, depth in acting(report):
+        stored = cache.layers[layer.layer]
+        expected = stored_after(method, NEW - 1, depth, batch.lengths)
         assert layer.logical_length == batch.ids.shape[1] + NEW - 1
-        assert layer.physical_length == expected
         assert stored.get_seq_length() == layer.logical_length
-        width = stored.keys.shape[-1] + stored.values.shape[-1]
-        formula = len(batch.ids) * stored.keys.shape[1] * expected * width * stored.keys.element_size()
+        check_stored(method, layer, expected)
+        heads = len(batch.ids) * stored.kv_heads
+        entry = (stored.keys.shape[-1] + stored.values.shape[-1]) * stored.keys.element_size()
+        slots = heads * expected
+        if isinstance(stored, RaggedLayer) and stored.kv_heads > 1:
+            after_prompt = stored.lengths() - (NEW - 1)
+            for row, length in zip(after_prompt, batch.lengths, strict=True):
+                assert row.sum() == stored.kv_heads * METHODS[method]().layer_entries(length, depth)
+            assert layer.physical_length == stored.lengths().max()
+            slots = pages_held(after_prompt, stored.page, NEW - 1) * stored.page
         held = stored.keys.untyped_storage().nbytes() + stored.values.untyped_storage().nbytes()
-        assert held == formula == layer.kv_bytes
-        assert layer.dense_kv_bytes == formula // expected * layer.logical_length
-    assert acted > 0
+        assert held == slots * entry == layer.kv_bytes
+        assert layer.dense_kv_bytes == heads * entry * layer.logical_length
 
 
 @every_shape
@@ -128,21 +137,21 @@ def test_rows_are_independent(family: str, method: str) -> None:
     model, batch = tiny_model(family), make_batch("padded", long=True)
     with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
         tokens, logits = generate(model, batch)
-        together = handle.report().layers
+        together = handle.report()
         for index, length in enumerate(batch.lengths):
             row = make_batch("single", long=True)
             row = type(row)(batch.row(index), None, (length,))
             alone_tokens, alone_logits = generate(model, row)
             assert torch.equal(tokens[index], alone_tokens[0])
             assert (logits[index] - alone_logits[0]).abs().max() <= EXACT
-            for layer, alone in zip(together, handle.report().layers, strict=True):
+            for layer, depth in acting(together):
+                alone = handle.report().layers[layer.layer]
                 if layer.kept is None:
                     continue
-                kept = layer.kept[index]
-                present = min(length + (NEW - 1 if method in STEPWISE else 0), BUDGET)
-                assert torch.equal((kept >= 0).sum(-1), torch.full((kept.shape[0],), present))
+                present = METHODS[method]().layer_entries(length + (NEW - 1 if method in STEPWISE else 0), depth)
+                heads = check_kept(method, layer.kept[index], present)
                 if alone.kept is not None:
-                    assert torch.equal(kept[kept >= 0].view(kept.shape[0], -1), alone.kept[0])
+                    assert heads == check_kept(method, alone.kept[0], present)
 
 
 @every_shape
@@ -165,13 +174,11 @@ def test_always_kept_entries_stay(method: str) -> None:
     config = METHODS[method]()
     with llm_accel.apply(model, config, trace=True) as handle:
         generate(model, batch)
-        for layer in handle.report().layers:
+        for layer, depth in acting(handle.report()):
             for row, length in enumerate(batch.lengths):
                 seen = length + (NEW - 1 if method in STEPWISE else 0)
                 recent = getattr(config, "window", BUDGET // 2)
-                for head in layer.kept[row]:
-                    kept = set(head[head >= 0].tolist())
-                    assert len(kept) == min(seen, BUDGET)
+                for kept in check_kept(method, layer.kept[row], config.layer_entries(seen, depth)):
                     assert kept >= set(range(min(seen, getattr(config, "sinks", 0))))
                     assert kept >= set(range(max(0, seen - recent), seen))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,17 @@ from transformers.cache_utils import DynamicCache
 import llm_accel
 from llm_accel import Report
 from tests.contracts.matrix import (
-    BUDGET,
     LONG,
     METHODS,
     Batch,
+    acting,
+    check_stored,
     every_method,
     every_prompt_method,
     every_shape,
     generate,
     make_batch,
+    stored_after,
 )
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import prompt, tiny_model
@@ -88,8 +91,8 @@ def test_deferred_serves_a_hand_written_chunk_loop(family: str, method: str) -> 
         for chunk in ids.split(10, dim=1):
             last = model(chunk, past_key_values=cache).logits[:, -1]
         deferred_step = model(ids[:, :1], past_key_values=cache).logits
-        ours = [layer for layer in handle.report().layers if layer.skipped_reason is None]
-        assert all(layer.physical_length == BUDGET + 1 for layer in ours)
+        for layer, depth in acting(handle.report()):
+            check_stored(method, layer, stored_after(method, 1, depth))
     assert (last - expected).abs().max() <= EXACT
     assert (step - deferred_step).abs().max() <= EXACT
 
@@ -174,12 +177,11 @@ def test_recompress_cuts_each_turn_back_to_the_budget(family: str, method: str, 
     with llm_accel.apply(model, METHODS[method](multi_turn="recompress"), trace=True) as handle:
         two_turns(model, batch, handle.new_cache(), full_ids=True)
         report = handle.report()
-    for layer in report.layers:
-        if layer.skipped_reason is None:
-            assert layer.physical_length == BUDGET + 4 - 1
-            kept = layer.kept[0, 0]
-            assert torch.equal(kept, kept.sort().values)
-            assert kept[-1] == layer.logical_length - 4
+    for layer, depth in acting(report):
+        check_stored(method, layer, stored_after(method, 4 - 1, replace(depth, later=True)))
+        kept = layer.kept[0, 0]
+        assert torch.equal(kept, kept.sort().values)
+        assert kept[-1] == layer.logical_length - 4
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ def column_votes(
     Args:
         query: [B, Hq, W, D], post-RoPE; row ``i`` belongs to slot ``S - W + i`` and sees slots up to its own.
         key: [B, H, S, D], post-RoPE; query head ``h`` attends to key head ``h // (Hq // H)``.
-        start: first real slot of each row, int64 [B]; None when no row is padded. Rows right-aligned.
+        start: first real slot of each row, int64 [B], or of each key head, int64 [B, H]; None when no row is padded.
+            Rows right-aligned.
         heads: number of groups that the Hq query heads are reduced to, in order.
         scaling: softmax scale.
         softcap: logit soft cap, applied before the softmax.

@@ -75,7 +75,8 @@ def _logit_blocks(
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         slot = torch.arange(first, last, device=key.device)
-        hidden = (slot[None] > own_slot[:, None])[None]
+        hidden = (slot[None] > own_slot[:, None])[None, None]
         if start is not None:
-            hidden = hidden | (slot[None] < start[:, None])[:, None]
-        yield first, last, logits.masked_fill_(hidden[:, None], float("-inf"))
+            per_head = start[:, None] if start.ndim == 1 else start.repeat_interleave(query_heads // key_heads, 1)
+            hidden = hidden | (slot < per_head[..., None, None])
+        yield first, last, logits.masked_fill_(hidden, float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class AccelLayer(DynamicLayer):
     keys: Tensor  # None only before the first update
     values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
+    shared_tensors: ClassVar[tuple[str, ...]] = ()
     plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "compressed", "floor")
 
     def __init__(self) -> None:
@@ -63,19 +64,24 @@ class AccelLayer(DynamicLayer):
         """Slots stored."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
+    def mean_length(self) -> int:
+        """Slots stored per KV head, averaged where heads store different numbers."""
+        return self.physical_length()
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that are stored."""
+        return self.keys.shape[1]
+
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all rows and heads."""
+        return (self.keys.nbytes + self.values.nbytes) // self.physical_length()
+
     def nbytes(self) -> int:
         """Bytes of the storage behind keys and values, views included."""
         if not self.physical_length():
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
-
-    def entry_bytes(self) -> int:
-        """Bytes of one entry in all rows and heads."""
-        return int(self.keys.nbytes + self.values.nbytes) // self.physical_length() if self.physical_length() else 0
-
-    def evicted(self) -> int:
-        """Entries gone per KV head."""
-        return self.cumulative_length - self.physical_length()
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
@@ -119,6 +125,16 @@ class AccelLayer(DynamicLayer):
         """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""
         return given
 
+    def all_keys(self, key: Tensor) -> Tensor:
+        """Keys of all entries as attention sees them; ``key`` is what attention was called with."""
+        return key
+
+    def narrowed(self, kept: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention is called with after everything but ``kept`` was evicted: ``key`` and ``value`` cut to it."""
+        slots = kept.clamp(min=0).repeat_interleave(key.shape[1] // kept.shape[1], dim=1)[..., None]
+        key = key.gather(2, slots.expand(-1, -1, -1, key.shape[-1]))
+        return key, value.gather(2, slots.expand(-1, -1, -1, value.shape[-1]))
+
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
         return self.kept
@@ -139,13 +155,20 @@ class AccelLayer(DynamicLayer):
 
     def keep(self, indices: Tensor, trace: bool) -> None:
         """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter rows."""
-        if trace:
-            self.positions = self._positions_of(indices)
-            self.kept = self.positions
+        self._record(indices, trace)
         slots = indices.clamp(min=0)[..., None]
         self.keys = self.keys.gather(2, slots.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, slots.expand(-1, -1, -1, self.values.shape[-1]))
         self.start = None if self.start is None else (indices[:, 0] < 0).sum(-1)
+        self._close_eviction()
+
+    def _record(self, indices: Tensor, trace: bool) -> None:
+        """Remembers the original positions of what is about to be kept."""
+        if trace:
+            self.positions = self._positions_of(indices)
+            self.kept = self.positions
+
+    def _close_eviction(self) -> None:
         self.compressed = True
         self.floor = self.physical_length()
         self.window = None
@@ -167,10 +190,15 @@ class AccelLayer(DynamicLayer):
             raise UnsupportedCallError(
                 f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens{limit}."
             )
-        super().crop(tokens_to_remove)
+        self._drop_newest(-tokens_to_remove)
         self.cumulative_length += tokens_to_remove
         if self.positions is not None:
             self.positions = self.positions[..., :tokens_to_remove]
+        if self.window is not None:
+            self.window = self.window[:, :, :tokens_to_remove]
+
+    def _drop_newest(self, count: int) -> None:
+        super().crop(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows, for beam search."""
@@ -187,14 +215,17 @@ class AccelLayer(DynamicLayer):
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.physical_length():
             return
-        for name in self.row_tensors:
+        self._map_tensors(change, self.row_tensors)
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor], names: Iterable[str]) -> None:
+        for name in names:
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the layer holds: tensors and plain values, by attribute name."""
-        tensors = {name: getattr(self, name) for name in self.row_tensors}
+        tensors = {name: getattr(self, name) for name in (*self.row_tensors, *self.shared_tensors)}
         plain = {name: getattr(self, name) for name in self.plain_values}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}, plain
 

@@ -44,13 +44,12 @@ class GroupedLayer(AccelLayer):
 
     Attributes:
         groups: full heads first; groups without heads are left out.
-        kv_heads: all heads of the layer.
     """
 
     row_tensors = ("start",)
 
     def __init__(self, full: Sequence[int], kv_heads: int) -> None:
-        self.kv_heads = kv_heads
+        self._heads = kv_heads
         rest = [head for head in range(kv_heads) if head not in full]
         self.full = HeadGroup(sorted(full), AccelLayer())
         self.stream = HeadGroup(rest, SlotLayer())
@@ -111,17 +110,22 @@ class GroupedLayer(AccelLayer):
         """Slots of the longest store."""
         return max((group.store.physical_length() for group in self.groups), default=0)
 
-    def evicted(self) -> int:
-        """Entries gone from the head that lost most."""
-        return self.cumulative_length - min(group.store.physical_length() for group in self.groups)
+    def mean_length(self) -> int:
+        """Slots stored per KV head, averaged over the heads and rounded up."""
+        return -(-sum(len(group.heads) * group.store.physical_length() for group in self.groups) // self._heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """All KV heads of the layer."""
+        return self._heads
 
     def nbytes(self) -> int:
         """Bytes of the storage behind all stores."""
         return sum(group.store.nbytes() for group in self.groups)
 
-    def entry_bytes(self) -> int:
-        """Bytes of one entry in all rows and heads."""
-        return sum(group.store.entry_bytes() for group in self.groups)
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all rows and heads."""
+        return sum(group.store.token_bytes() for group in self.groups)
 
     def own_storage(self) -> None:
         """Lets no store keep a larger tensor alive."""

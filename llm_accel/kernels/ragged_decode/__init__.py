@@ -1,0 +1,40 @@
+"""Ragged attention: the newest queries over a paged cache whose heads hold different numbers of entries."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llm_accel.kernels.ragged_decode.reference import ragged_attention_reference
+
+BACKEND = ("torch", "plain-torch reference, one partial softmax per page")
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of the newest T queries of each row over the entries of each head.
+
+    Args:
+        query: [B, Hq, T, D], post-RoPE; query head ``h`` attends to KV head ``h // (Hq // H)``. The last T entries of
+            every head belong to these queries, causal among themselves.
+        keys: pool of pages [N, page, D], post-RoPE. Every slot is finite, those that hold no entry included.
+        values: pool of pages [N, page, Dv].
+        table: pages of each row and head in order, int64 [B, H, M]; -1 after the last. A page has one owner.
+        lengths: entries of each row and head, int64 [B, H], at least T. Entry ``i`` is slot ``i % page`` of page
+            ``i // page`` of its owner.
+        scaling: softmax scale.
+        softcap: logit soft cap, applied before the softmax.
+        sinks: learned sink logits [Hq] that take part in the softmax and add nothing.
+
+    Returns:
+        [B, T, Hq, Dv] in the dtype of ``query``.
+    """
+    return ragged_attention_reference(query, keys, values, table, lengths, scaling, softcap, sinks)

@@ -1,0 +1,132 @@
+"""AdaKV: the heads of a layer share one budget, and heads with more to remember get more of it (arXiv 2407.11550)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.pyramidkv import pyramid_entries
+from llm_accel.methods.roles import Depth, PromptView
+from llm_accel.methods.selection import FIRST, real_slots, slots_of, total_order
+from llm_accel.methods.snapkv import SnapKV
+
+_BETA = 20
+_SHARES = 10**6  # alpha counts in millionths, so that shares are exact
+
+
+@dataclass(frozen=True)
+class AdaKV(SnapKV):
+    """SnapKV's votes compete across the heads of a layer; together the heads keep exactly as much as in SnapKV.
+    ``alpha=1`` leaves nothing to compete for and is SnapKV."""
+
+    alpha: float = option("share of the budget beside the window that each head has for sure, in [0, 1]", 0.2)
+    rule: Literal["floor", "blend"] = option(
+        "floor: a sure share, the rest to the highest votes of all heads; blend: the published mix of both", "floor"
+    )
+    normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
+    base: Literal["snapkv", "pyramidkv"] = option("how layers are budgeted: all alike, or as in pyramidkv", "snapkv")
+    beta: int = option("steepness of base=pyramidkv", _BETA)
+    page: int = option("entries per page of the store, whose pages belong to one row and head", 64)
+
+    name: ClassVar[str] = "adakv"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        paper="AdaKV, arXiv 2407.11550",
+        cuts="KV cache after the prompt, each head to its own size",
+        needs_query=True,
+        frees_memory=True,
+    )
+
+    def validate(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            self.fail("alpha", "a number in [0, 1]")
+        if self.page < 1:
+            self.fail("page", "an integer of at least 1")
+        if self.beta < 1 or (self.base != "pyramidkv" and self.beta != _BETA):
+            self.fail("beta", "an integer of at least 1, together with base='pyramidkv'")
+        super().validate()
+
+    @property
+    def page_size(self) -> int | None:
+        return self.page
+
+    def layer_entries(self, length: int, depth: Depth) -> int:
+        return int(self.layer_entries_per_row(torch.tensor([length]), depth)[0])
+
+    def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
+        average = self.entries_per_row(lengths)
+        if self.base == "snapkv":
+            return average
+        return pyramid_entries(lengths, average, self.window, self.beta, depth)
+
+    def select(self, view: PromptView) -> Tensor:
+        pooled, raw = self.votes(view)
+        if self.normalize:
+            mass = raw.sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
+            pooled, raw = pooled / mass, raw / mass
+        valid = real_slots(view.start, view.slots, raw.device)
+        window_columns = (0, self.window)
+        tie_break = F.pad(raw, window_columns) if self.tie == "raw" else None
+        rank = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
+        lengths = (rank >= 0).sum(-1)
+        stored = lengths.sum(-1)
+        average = self.row_entries((stored + view.kv_heads - 1) // view.kv_heads, view)
+        totals = torch.minimum(stored, view.kv_heads * average)
+        return slots_of(self.shared(rank, average, totals))
+
+    def shared(self, rank: Tensor, average: Tensor, totals: Tensor) -> Tensor:
+        """The entries that the heads keep when they share ``totals``.
+
+        Args:
+            rank: order of the entries, higher is better, :data:`FIRST` where forced, -1 where empty, int64 [B, H, S].
+            average: entries per head, window included, int64 [B].
+            totals: entries of all heads of a row, int64 [B].
+
+        Returns:
+            bool [B, H, S], ``totals[b]`` of them True in row ``b``.
+        """
+        chosen = (average - self.window).clamp(min=0)
+        share = round(self.alpha * _SHARES)
+        if self.rule == "floor":
+            sure = torch.minimum(chosen, (chosen * share // _SHARES).clamp(min=int(share > 0)))[:, None]
+        else:
+            won = best_of_all(rank, totals).sum(-1) - (rank >= 0).sum(-1).clamp(max=self.window)
+            sure = blended(won.clamp(min=0), share)
+        order = rank.sort(dim=-1, descending=True, stable=True).indices
+        steps = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
+        place = torch.empty_like(order).scatter_(-1, order, steps)
+        secured = (place < self.window + sure[..., None]) & (rank >= 0)
+        return best_of_all(rank.masked_fill(secured, FIRST), totals)
+
+
+def best_of_all(rank: Tensor, totals: Tensor) -> Tensor:
+    """The ``totals[b]`` best entries of all heads of row ``b``; equal ones by the lower index, then the lower head.
+    int64 [B, H, S] and [B] -> bool [B, H, S]."""
+    batch, heads, slots = rank.shape
+    order = rank.transpose(1, 2).reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.arange(heads * slots, device=rank.device) < totals[:, None]
+    mask = torch.zeros_like(taken).scatter_(-1, order, taken)
+    return mask.view(batch, slots, heads).transpose(1, 2) & (rank >= 0)
+
+
+def blended(won: Tensor, share: int) -> Tensor:
+    """Entries per head that mix what heads win in open competition with an even split, rounded so that the sum stays:
+    the largest remainders are rounded up, the lower head first where they are equal.
+
+    Args:
+        won: entries of each head in open competition, int64 [B, H].
+        share: weight of the even split in millionths.
+
+    Returns:
+        int64 [B, H] with the row sums of ``won``.
+    """
+    heads, total = won.shape[-1], won.sum(-1, keepdim=True)
+    unit = heads * _SHARES
+    scaled = won * (heads * (_SHARES - share)) + total * share
+    whole, remainder = scaled // unit, scaled % unit
+    place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return whole + (place < total - whole.sum(-1, keepdim=True))

@@ -1,0 +1,206 @@
+"""Pages that belong to one row and head each, so that heads of a layer can hold different numbers of entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_accel.kernels.ragged_decode import ragged_attention
+from llm_accel.patches.layers.append import AccelLayer
+
+
+class RaggedLayer(AccelLayer):
+    """:class:`AccelLayer` until the first eviction. From then on ``keys`` and ``values`` are pools of pages,
+    [N, page, D], and each row and head owns as many pages as its entries fill. Compaction allocates exactly those;
+    where decoding needs more, the pool grows by a page for each row and head, so that it is copied once in ``page``
+    steps at most. A layer with a single KV head has nothing to share out and stays as it is.
+
+    To methods the entries look right-aligned, as in :class:`AccelLayer`: head ``h`` of row ``b`` holds slots
+    ``start[b, h]..P-1`` of the longest head's P.
+
+    Attributes:
+        page: entries per page.
+        table: pages of each row and head in order, int64 [B, Hk, M], -1 after the last; None before the first eviction.
+        longest: entries of the longest head.
+        excess: how many of these are more than :meth:`mean_length`, known without a synchronisation.
+        used: pages of the pool that have an owner; they come first.
+        room: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
+        start: int64 [B, Hk] once there is a table.
+    """
+
+    shared_tensors = ("table",)
+    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        super().__init__()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.table: Tensor | None = None
+        self.longest = self.excess = self.used = self.room = 0
+
+    @property
+    def kv_heads(self) -> int:
+        return super().kv_heads if self.table is None else self.table.shape[1]
+
+    def lengths(self) -> Tensor:
+        """Entries of each row and head, int64 [B, Hk]."""
+        assert self.start is not None
+        return self.longest - self.start
+
+    def physical_length(self) -> int:
+        """Entries of the longest head."""
+        return super().physical_length() if self.table is None else self.longest
+
+    def mean_length(self) -> int:
+        """Entries per head of the row that holds most, rounded up."""
+        return super().mean_length() if self.table is None else self.longest - self.excess
+
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all rows and heads."""
+        if self.table is None:
+            return super().token_bytes()
+        width = self.keys.shape[-1] + self.values.shape[-1]
+        return self.table.shape[0] * self.table.shape[1] * width * self.keys.element_size()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Appends new entries [B, Hk, T, D]. Returns all stored ones before the first eviction, afterwards the new ones
+        alone: :meth:`attend` reads the pool."""
+        if self.table is None:
+            return super().update(key_states, value_states)
+        count = key_states.shape[-2]
+        self._admit(count)
+        if count > self.room:
+            self._reserve(count)
+        entries = self.lengths()[..., None] + torch.arange(count, device=self.keys.device)
+        slots = self._slots(self.table, entries)
+        self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
+        self.values.view(-1, self.values.shape[-1])[slots] = value_states
+        self.longest += count
+        self.room -= count
+        if self.positions is not None:
+            self._append_positions(count)
+        return key_states, value_states
+
+    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Attention of the newest queries over all stored entries, [B, T, Hq, Dv]."""
+        if self.table is None:
+            return super().attend(base, module, query, key, value, **kwargs)
+        scaling = kwargs.get("scaling")
+        return ragged_attention(
+            query,
+            self.keys,
+            self.values,
+            self.table,
+            self.lengths(),
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+
+    def all_keys(self, key: Tensor) -> Tensor:
+        """Keys of all entries, [B, Hk, P, D], right-aligned; ``key`` is what attention was called with."""
+        if self.table is None:
+            return super().all_keys(key)
+        assert self.start is not None
+        entries = torch.arange(self.longest, device=self.keys.device) - self.start[..., None]
+        return self.keys.view(-1, self.keys.shape[-1])[self._slots(self.table, entries.clamp(min=0))]
+
+    def narrowed(self, kept: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention is called with after everything but ``kept`` was evicted."""
+        return super().narrowed(kept, key, value) if self.table is None else (key, value)
+
+    def keep(self, indices: Tensor, trace: bool) -> None:
+        """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter heads."""
+        if self.kv_heads == 1:
+            super().keep(indices, trace)
+            return
+        self._record(indices, trace)
+        row, head, column = (indices >= 0).nonzero(as_tuple=True)
+        slot = indices[row, head, column]
+        start = (indices < 0).sum(-1)
+        self.longest = indices.shape[-1]
+        pages = self._pages_for(self.longest - start)
+        table, used = numbered(pages)
+        target = self._slot(table, row, head, column - start[row, head])
+        if self.table is None:
+            keys, values = self.keys[row, head, slot], self.values[row, head, slot]
+        else:
+            assert self.start is not None
+            origin = self._slot(self.table, row, head, slot - self.start[row, head])
+            keys, values = self.keys.flatten(0, 1)[origin], self.values.flatten(0, 1)[origin]
+        self.keys, self.values = self._pool(keys, target, used), self._pool(values, target, used)
+        self.table, self.used, self.start = table, used, start
+        self.room = int((pages * self.page - self.lengths()).min())
+        self.excess = self.longest + -int(self.lengths().sum(-1).max()) // self.kv_heads
+        self._close_eviction()
+
+    def _pool(self, entries: Tensor, slots: Tensor, pages: int) -> Tensor:
+        """A pool that holds ``entries`` [E, D] at ``slots`` and zeros elsewhere."""
+        pool = entries.new_zeros(pages, self.page, entries.shape[-1])
+        pool.view(-1, entries.shape[-1])[slots] = entries
+        return pool
+
+    def _pages_for(self, lengths: Tensor) -> Tensor:
+        return (lengths + self.page - 1) // self.page
+
+    def _slots(self, table: Tensor, entries: Tensor) -> Tensor:
+        """Pool slots of the given entries of each row and head, int64 [B, Hk, n]."""
+        return table.gather(2, entries // self.page) * self.page + entries % self.page
+
+    def _slot(self, table: Tensor, row: Tensor, head: Tensor, entry: Tensor) -> Tensor:
+        """Pool slots of single entries, int64 [E]."""
+        return table[row, head, entry // self.page] * self.page + entry % self.page
+
+    def _reserve(self, count: int) -> None:
+        """Gives each row and head the pages that ``count`` more tokens need."""
+        assert self.table is not None
+        held, lengths = (self.table >= 0).sum(-1), self.lengths()
+        wanted = torch.maximum(held, self._pages_for(lengths + count))
+        needed = int((wanted - held).sum())
+        spare = self.keys.shape[0] - self.used
+        if needed > spare:
+            growth = max(needed, held.numel()) - spare
+            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, growth))
+            self.values = F.pad(self.values, (0, 0, 0, 0, 0, growth))
+        table = F.pad(self.table, (0, max(0, int(wanted.max()) - self.table.shape[2])), value=-1)
+        rank = torch.arange(table.shape[2], device=table.device)
+        fresh = (rank >= held[..., None]) & (rank < wanted[..., None])
+        table[fresh] = torch.arange(self.used, self.used + needed, device=table.device)
+        self.table, self.used = table, self.used + needed
+        self.room = int((wanted * self.page - lengths).min())
+
+    def _drop_newest(self, count: int) -> None:
+        if self.table is None:
+            super()._drop_newest(count)
+        else:
+            self.longest -= count
+            self.room += count
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.table is None:
+            super()._map_rows(change)
+            return
+        table = change(self.table).clone()
+        owned = table >= 0
+        source = table[owned]
+        table[owned] = torch.arange(source.numel(), device=table.device)
+        self.keys, self.values = self.keys[source], self.values[source]
+        self.table, self.used = table, source.numel()
+        self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
+
+
+def numbered(pages: Tensor) -> tuple[Tensor, int]:
+    """A table that gives each row and head its number of ``pages``, int64 [B, Hk], in order, and how many there are."""
+    owned = torch.arange(int(pages.max()), device=pages.device) < pages[..., None]
+    total = int(owned.sum())
+    table = torch.full(owned.shape, -1, dtype=torch.long, device=pages.device)
+    table[owned] = torch.arange(total, device=pages.device)
+    return table, total
