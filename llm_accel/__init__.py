@@ -22,7 +22,7 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import H2O, AdaKV, PyramidKV, RandomKV, SnapKV, StreamingLLM
+    from llm_accel.methods import H2O, AdaKV, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
@@ -40,6 +40,7 @@ __all__ = [
     "PyramidKV",
     "RandomKV",
     "Report",
+    "RetrievalHeads",
     "SnapKV",
     "StreamingLLM",
     "UnknownMethodError",

@@ -29,6 +29,7 @@ COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
     "doctor": Command("llm_accel.doctor", "versions, GPU, and which kernels and backends are live and why not"),
     "needle": Command("llm_accel.eval.needle.command", "needle-in-a-haystack grid, several methods side by side"),
+    "heads": Command("llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map"),
 }
 
 

@@ -11,7 +11,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import base_function
 from llm_accel.patches.eviction import Eviction
-from llm_accel.patches.layers import AccelLayer
+from llm_accel.patches.head_groups import GroupedAttention
+from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
+from llm_accel.patches.layers import AccelLayer, GroupedLayer
 from llm_accel.patches.session import Session
 
 PREFIX = "llm_accel_"
@@ -50,12 +52,44 @@ class AccelAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
         index: int | None = getattr(module, "layer_idx", None)
+        mask = None if llm_accel is None else llm_accel.plan.mask
+        if llm_accel is None or index is None or mask is None or not mask.heads[index]:
+            return self._unmasked(module, query, key, value, attention_mask, llm_accel, index, **kwargs)
+        heads, rows = mask.heads[index], masked_rows(mask, llm_accel, query.shape[2])
+
+        def attention(query: Tensor) -> Tensor:
+            return self._unmasked(module, query, key, value, attention_mask, llm_accel, index, **kwargs)[0]
+
+        if rows == 0:
+            return attention(query), None
+        if mask.mode != "window":
+            return attend_without(mask, heads, rows, query, attention), None
+        output, layer = attention(query), llm_accel.layers[index]
+        if isinstance(layer, AccelLayer):  # other layers have windows of their own
+            tensors = (query, key, value)
+            output = attend_window(mask, heads, rows, self.base, module, tensors, layer, output, kwargs)
+        return output, None
+
+    def _unmasked(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        llm_accel: Session | None,
+        index: int | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         layer = llm_accel.layers[index] if llm_accel is not None and index is not None else None
         if llm_accel is None or index is None or not isinstance(layer, AccelLayer):
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         layer.attended = True
-        if not layer.compressed and llm_accel.padding is not None:
-            layer.start = llm_accel.padding.to(key.device)
+        if llm_accel.padding is not None:
+            layer.pad(llm_accel.padding.to(key.device), query.shape[2])
+        split = llm_accel.plan.split
+        if split is not None and isinstance(layer, GroupedLayer):
+            return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
         key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,7 @@ def attend(
     if base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without being given one
         mask = visibility(start, query.shape[2], key.shape[2], key.device)
     if base == "eager" and mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+        mask = _additive(mask, query)
     output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
     return output
 
@@ -57,6 +57,11 @@ def visibility(start: Tensor | None, length: int, slots: int, device: torch.devi
     if start is not None:
         visible = visible & (slot[None] >= start.to(device)[:, None])[:, None]
     return visible[:, None]
+
+
+def _additive(visible: Tensor, query: Tensor) -> Tensor:
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 
 
 def _flash(
@@ -82,3 +87,26 @@ def _flash(
         s_aux=kwargs.get("s_aux"),
         attn_implementation=base,
     )
+
+
+def attend_visible(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention over the entries that ``visible``, bool [B or 1, 1, T, P], names; FlashAttention takes no such mask, so
+    that the model's eager attention stands in for it. Otherwise as :func:`attend`."""
+    base = "eager" if base.startswith("flash") else base
+    mask = _additive(visible, query) if base == "eager" else visible
+    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
+    return output
+
+
+def of_heads(module: nn.Module, kwargs: dict[str, Any], heads: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    """Module and arguments of an attention call that computes only the query heads ``heads``, int64 [n]: learned sinks
+    are one number per head, which eager attention reads from the module."""
+    if kwargs.get("s_aux") is not None:
+        kwargs = kwargs | {"s_aux": kwargs["s_aux"][heads]}
+    sinks = module._parameters.get("sinks")
+    if sinks is not None:
+        module = copy.copy(module)
+        module.__dict__["_parameters"] = {**module._parameters, "sinks": sinks[heads]}
+    return module, kwargs

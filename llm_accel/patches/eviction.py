@@ -28,6 +28,7 @@ class Eviction:
         self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, kwargs: dict[str, Any]
     ) -> None:
         self.session, self.keeper, self.layer, self.index, self.kwargs = session, keeper, layer, index, kwargs
+        self.closing = session.closing  # set to cut at the end of a chunk; slots are overwritten after the prompt only
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
@@ -85,13 +86,14 @@ class Eviction:
         if keeper.accumulates:
             votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
-        if self.session.closing:
+        if self.closing:
             slots = key.shape[2]
             if self._over_budget(slots):
                 layer.keep(self._select(None, key), self.session.plan.trace)
             else:
                 layer.own_storage()
-            layer.bound(keeper.capacity(slots))
+            if self.session.closing:
+                layer.bound(keeper.capacity(slots))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
 

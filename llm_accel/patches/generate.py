@@ -65,7 +65,7 @@ class GenerateProxy:
         return getattr(self.model.generation_config, name, None) if value is None else value
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
-        if self.hook.plan.keeper is not None:
+        if self.hook.plan.evicts:
             for name in _ASSISTED:
                 if self._setting(name, kwargs):
                     raise UnsupportedCallError(

@@ -55,8 +55,9 @@ class DecoderHook:
             return args, kwargs
         if cache is None:
             use_cache = kwargs.get("use_cache")
-            if not (decoder.config.use_cache if use_cache is None else use_cache) or decoder.training:
-                return args, kwargs
+            cached = decoder.config.use_cache if use_cache is None else use_cache
+            if decoder.training or not (cached or self.plan.mask is not None):
+                return args, kwargs  # nothing is kept, so there is nothing to evict; masked heads need the session
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         self._keep_implementation(decoder)
         _refuse(kwargs, decoder)

@@ -15,6 +15,7 @@ from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
+from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
 from llm_accel.patches.plan import Plan, check_composition
 from llm_accel.patches.rotary import why_no_rotary
@@ -53,7 +54,8 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
         backends["scores"] = VOTES_BACKEND
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = RAGGED_BACKEND
-    return Plan(tuple(configs), layers, base, skipped, trace, backends)
+    heads = plan_heads(model, configs, skipped)
+    return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
 
 
 def install(model: Any, plan: Plan) -> DecoderHook:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import Depth, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
+from llm_accel.methods import Depth, HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Plan:
         skipped: layer index -> why no method acts on it.
         trace: whether original positions of kept entries are recorded.
         backends: operation -> (backend, reason).
+        split: which KV heads keep everything and which a stream, or None.
+        mask: which query heads are silenced, or None.
+        kv_heads: KV heads of a layer, where heads are split.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -29,6 +32,9 @@ class Plan:
     skipped: Mapping[int, str]
     trace: bool = field(default=False, compare=False)
     backends: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False)
+    split: HeadSplit | None = None
+    mask: HeadMask | None = None
+    kv_heads: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         """Itself: it never changes, and compiled code recognises it by identity only."""
@@ -39,8 +45,15 @@ class Plan:
         """The method that decides which KV entries stay, if any."""
         return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
 
+    @property
+    def evicts(self) -> bool:
+        """Whether entries leave the cache."""
+        return self.keeper is not None or self.split is not None
+
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
+        if self.split is not None and index not in self.skipped:
+            return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.keeper is None or index in self.skipped:
             return AccelLayer()
         if isinstance(self.keeper, StepEviction):
@@ -66,3 +79,9 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
         raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
+    by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
+    if by_head and len(configs) > 1:
+        raise ConfigError(
+            f"{by_head[0]} cannot be combined with {', '.join(c.spec() for c in configs if c.spec() != by_head[0])}; "
+            "for SnapKV on the heads that keep everything give full_budget."
+        )

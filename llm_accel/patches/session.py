@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.layers import AccelLayer, RelativeSlotLayer
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.patches.rotary import Rotary
 from llm_accel.report import LayerReport
 
@@ -52,6 +52,8 @@ class Session:
         if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
             shape = tuple(protect.shape) if torch.is_tensor(protect) else type(protect).__name__
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
+        if protect is not None and self.plan.keeper is None:
+            raise ConfigError(f"protect_mask: {self.plan.title} does not choose entries, so it cannot protect any.")
         if protect is not None and self.plan.keeper is not None and self.plan.keeper.cuts_every is not None:
             raise UnsupportedCallError(
                 "protect_mask holds for the prompt, but recompress_every evicts while decoding; leave one of them out."
@@ -169,8 +171,15 @@ class Session:
                     f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
                     "not hidden. Remove the plug-in and report the model class."
                 )
+        if not (self.closing or self.flushing):
+            return
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, GroupedLayer) and self.plan.split is not None and layer.stream.heads:
+                limit, held = self.plan.split.sinks + self.plan.split.recent, layer.stream.store.physical_length()
+                if held > limit:
+                    raise EvictionError(f"layer {index} streams {limit} entries per head, but holds {held}.")
         keeper = self.plan.keeper
-        if keeper is None or not (self.closing or self.flushing):
+        if keeper is None:
             return
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
@@ -187,18 +196,19 @@ class Session:
         return [self._layer_report(index, layer) for index, layer in enumerate(self.layers)]
 
     def _layer_report(self, index: int, layer: object) -> LayerReport:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         report = LayerReport(index, skipped_reason=self.plan.skipped.get(index))
-        if keys is None or values is None or not keys.numel():
-            return report
-        report.logical_length = int(layer.get_seq_length())  # type: ignore[attr-defined]
         if isinstance(layer, AccelLayer):
-            report.physical_length = layer.physical_length()
-            report.kv_bytes = layer.nbytes()
-            report.dense_kv_bytes = layer.token_bytes() * report.logical_length
-            report.evicted = report.logical_length - layer.mean_length()
-            report.kept = layer.kept_positions() if self.plan.trace else None
-        else:
+            if layer.physical_length():
+                report.logical_length = layer.get_seq_length()
+                report.physical_length = layer.physical_length()
+                report.kv_bytes = layer.nbytes()
+                report.dense_kv_bytes = layer.token_bytes() * report.logical_length
+                report.evicted = report.logical_length - layer.mean_length()
+                report.kept = layer.kept_positions() if self.plan.trace else None
+            return report
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and values is not None and keys.numel():
+            report.logical_length = int(layer.get_seq_length())  # type: ignore[attr-defined]
             report.physical_length = keys.shape[-2]
             report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
         return report

@@ -28,6 +28,8 @@ METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
     "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),
     "random": lambda **changes: RandomKV(**({"budget": BUDGET, "window": 8} | changes)),
 }
+# methods with contracts of their own, because heads of one layer hold different numbers of entries
+BY_HEAD = ("retrieval_heads",)
 
 
 @dataclass(frozen=True)

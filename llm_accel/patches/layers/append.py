@@ -83,6 +83,11 @@ class AccelLayer(DynamicLayer):
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
 
+    def pad(self, padding: Tensor, count: int) -> None:
+        """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
+        if not self.compressed:
+            self.start = padding.clone()  # layers saved to one file must not share a tensor
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Runs a model to learn about it before it is accelerated."""

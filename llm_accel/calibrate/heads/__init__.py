@@ -1,0 +1,1 @@
+"""Which heads retrieve: detectors, their profile, the command."""
