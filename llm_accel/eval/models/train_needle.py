@@ -57,8 +57,8 @@ CURRICULUM: tuple[Stage, ...] = (
         "D skips to 16k",
         512,
         8,
-        70,
-        Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.2),
+        200,
+        Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.1),
         max_position=MAX_POSITIONS,
         lr=0.7,
         decay_to=0.7,
@@ -67,22 +67,33 @@ CURRICULUM: tuple[Stage, ...] = (
         "E longer",
         1024,
         4,
-        110,
-        Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.2),
+        260,
+        Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.1),
         max_position=MAX_POSITIONS,
         lr=0.5,
-        decay_to=0.3,
+        decay_to=0.6,
     ),
     Stage(
         "F long",
         2048,
         2,
-        40,
-        Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.2),
+        160,
+        Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.1),
         max_position=MAX_POSITIONS,
-        lr=0.15,
-        decay_to=0.1,
+        lr=0.3,
+        decay_to=0.5,
     ),
+    Stage(
+        "G longer still",
+        4096,
+        1,
+        150,
+        Mix((2, 10), (4, 8), 0.0, 0.02, 0.1, 0.1),
+        max_position=MAX_POSITIONS,
+        lr=0.3,
+        decay_to=0.2,
+    ),
+    Stage("H longest", 8192, 1, 24, Mix((2, 10), (6, 8), 0.0, 0.02, 0.1, 0.1), max_position=MAX_POSITIONS, lr=0.06),
 )
 
 
@@ -216,7 +227,7 @@ def train(
                 torch.save(model.state_dict(), out / f"after_{stage.name[0]}.pt")
         save(model.train(False), tokenizer, out)
         log(f"trained: {loop.step} steps, {loop.tokens:,} tokens, {time.time() - begin:.0f} s")
-        for length, samples in ((200, 44), (512, 44), (1024, 44), (2048, 44), (4096, 22), (8192, 22)):
+        for length, samples in ((200, 44), (512, 44), (1024, 44), (2048, 44), (4096, 44), (8192, 44)):
             accuracy = validate(model, tokenizer, length, samples, seed=10_000)
             log(f"validation, {length} tokens: {accuracy:.3f} of {samples}")
         log(f"total: {time.time() - begin:.0f} s")
@@ -231,7 +242,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other weights")
     parser.add_argument("--checkpoints", action="store_true", help="also keep the state after each stage")
     parser.add_argument("--resume", type=Path, help="checkpoint to start from instead of from nothing")
-    parser.add_argument("--stages", default="ARBCDEF", help="letters of the stages to run (default: all)")
+    parser.add_argument("--stages", default="ARBCDEFGH", help="letters of the stages to run (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     stages = [stage for stage in CURRICULUM if stage.name[0] in args.stages]
