@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
+from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.patches.rotary import Rotary
@@ -54,9 +55,10 @@ class Session:
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
         if protect is not None and self.plan.keeper is None:
             raise ConfigError(f"protect_mask: {self.plan.title} does not choose entries, so it cannot protect any.")
-        if protect is not None and self.plan.keeper is not None and self.plan.keeper.cuts_every is not None:
+        keeper = self.plan.keeper
+        if protect is not None and (isinstance(keeper, StepEviction) or (keeper and keeper.cuts_every is not None)):
             raise UnsupportedCallError(
-                "protect_mask holds for the prompt, but recompress_every evicts while decoding; leave one of them out."
+                f"protect_mask holds for the prompt, but {self.plan.title} evicts while decoding; leave one of them out."
             )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()

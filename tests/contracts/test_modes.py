@@ -221,7 +221,7 @@ def test_inputs_embeds_equal_input_ids(family: str, method: str, shape: str) -> 
     assert torch.equal(tokens, from_embeds)
 
 
-@every_method
+@every_prompt_method
 def test_protected_tokens_stay(method: str) -> None:
     model, batch = tiny_model("llama"), make_batch("padded", long=True)
     protect = torch.zeros_like(batch.ids, dtype=torch.bool)

@@ -152,3 +152,13 @@ def test_a_second_turn_evicts_down_to_the_budget(method: str, shape: str) -> Non
 
 def test_the_matrix_has_stepwise_methods() -> None:
     assert set(STEPWISE) >= {"h2o", "streaming_llm"}
+
+
+@every_stepwise_method
+def test_protection_that_decoding_would_break_is_refused(method: str) -> None:
+    model, ids = tiny_model("llama"), prompt(40)
+    with (
+        llm_accel.apply(model, METHODS[method]()),
+        pytest.raises(llm_accel.UnsupportedCallError, match="evicts while decoding"),
+    ):
+        model.generate(ids, protect_mask=torch.ones_like(ids, dtype=torch.bool), max_new_tokens=2)
