@@ -58,7 +58,8 @@ class Session:
         keeper = self.plan.keeper
         if protect is not None and (isinstance(keeper, StepEviction) or (keeper and keeper.cuts_every is not None)):
             raise UnsupportedCallError(
-                f"protect_mask holds for the prompt, but {self.plan.title} evicts while decoding; leave one of them out."
+                f"protect_mask holds for the prompt, but {self.plan.title} evicts while decoding; "
+                "leave one of them out."
             )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()
