@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from llm_accel import RetrievalHeads
-
-NAME = "head_oracle"
+from tests.contracts.plain_attention import attention_output, attention_weights, running
 
 
 @dataclass
@@ -39,22 +36,10 @@ class HeadOracle:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query @ keys.transpose(2, 3) * kwargs["scaling"]
-        if kwargs.get("softcap") is not None:
-            logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
-        if attention_mask is not None:
-            logits = logits + attention_mask
+        shown = None
         if module.layer_idx in self.layers:
             shown = self._shown(module.layer_idx, query.shape[0], key.shape[1], query.shape[2], key.shape[2])
-            logits = logits.masked_fill(~shown.repeat_interleave(groups, 1), torch.finfo(logits.dtype).min)
-        if kwargs.get("s_aux") is not None:
-            sink = kwargs["s_aux"].view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-        else:
-            weights = logits.softmax(-1)
-        return (weights @ values).transpose(1, 2).contiguous(), None
+        return attention_output(attention_weights(query, key, attention_mask, shown, kwargs), value), None
 
     def _shown(self, layer: int, batch: int, heads: int, length: int, columns: int) -> Tensor:
         """bool [B, Hk, T, P]: what each query may see, causality aside."""
@@ -71,15 +56,6 @@ class HeadOracle:
         return shown
 
 
-@contextmanager
-def split_heads(model: PreTrainedModel, oracle: HeadOracle) -> Iterator[None]:
+def split_heads(model: PreTrainedModel, oracle: HeadOracle) -> AbstractContextManager[None]:
     """Runs a stock model with the oracle's attention."""
-    config = model.get_decoder().config
-    before = config._attn_implementation
-    AttentionInterface.register(NAME, oracle)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
+    return running(model, oracle)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
-NAME = "masked_oracle"
+from tests.contracts.plain_attention import attention_output, attention_weights, running
 
 
 class MaskedOracle:
@@ -24,25 +22,11 @@ class MaskedOracle:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query @ keys.transpose(2, 3) * kwargs["scaling"]
-        if kwargs.get("softcap") is not None:
-            logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
-        if attention_mask is not None:
-            logits = logits + attention_mask
         visible = self.visible.get(module.layer_idx)
+        shown = None
         if visible is not None and key.shape[2] > visible.shape[2]:
-            rest = key.shape[2] - visible.shape[2]
-            shown = nn.functional.pad(visible, (0, rest), value=True)
-            shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
-            logits = logits.masked_fill(~shown[:, :, None], float("-inf"))
-        if kwargs.get("s_aux") is not None:
-            sink = kwargs["s_aux"].view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-        else:
-            weights = logits.softmax(-1)
-        return (weights @ values).transpose(1, 2).contiguous(), None
+            shown = nn.functional.pad(visible, (0, key.shape[2] - visible.shape[2]), value=True)[:, :, None]
+        return attention_output(attention_weights(query, key, attention_mask, shown, kwargs), value), None
 
 
 def visible_columns(kept: Tensor, prompt: int, lengths: tuple[int, ...]) -> Tensor:
@@ -53,15 +37,6 @@ def visible_columns(kept: Tensor, prompt: int, lengths: tuple[int, ...]) -> Tens
     return shown.scatter(2, columns, True)[..., :prompt]
 
 
-@contextmanager
-def masked(model: PreTrainedModel, visible: dict[int, Tensor]) -> Iterator[None]:
+def masked(model: PreTrainedModel, visible: dict[int, Tensor]) -> AbstractContextManager[None]:
     """Runs a stock model with the oracle's attention."""
-    config = model.get_decoder().config
-    before = config._attn_implementation
-    AttentionInterface.register(NAME, MaskedOracle(visible))
-    AttentionMaskInterface.register(NAME, eager_mask)
-    config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
+    return running(model, MaskedOracle(visible))

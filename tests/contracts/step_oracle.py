@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from llm_accel import H2O, StreamingLLM
-
-NAME = "compaction_oracle"
+from tests.contracts.plain_attention import attention_output, attention_weights, running
 
 
 @dataclass
@@ -38,27 +36,16 @@ class CompactionOracle:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query @ keys.transpose(2, 3) * kwargs["scaling"]
-        if kwargs.get("softcap") is not None:
-            logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
-        if attention_mask is not None:
-            logits = logits + attention_mask
         heads = self.kv_heads or key.shape[1]
         acts = module.layer_idx in self.layers
+        shown = None
         if acts and query.shape[2] == 1:
             self._before_step(module.layer_idx, key.shape[2] - 1)
             shown = self._shown(module.layer_idx, query.shape[0], heads, key.shape[2])
-            logits = logits.masked_fill(~shown.repeat_interleave(query.shape[1] // heads, 1), float("-inf"))
-        if kwargs.get("s_aux") is not None:
-            sink = kwargs["s_aux"].view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-        else:
-            weights = logits.softmax(-1)
+        weights = attention_weights(query, key, attention_mask, shown, kwargs)
         if acts:
             self._after_step(module.layer_idx, weights, heads)
-        return (weights @ values).transpose(1, 2).contiguous(), None
+        return attention_output(weights, value), None
 
     def _padding(self, row: int) -> int:
         return max(self.lengths) - self.lengths[row]
@@ -109,12 +96,5 @@ class CompactionOracle:
 @contextmanager
 def compacted(model: PreTrainedModel, oracle: CompactionOracle) -> Iterator[CompactionOracle]:
     """Runs a stock model with the oracle's attention."""
-    config = model.get_decoder().config
-    before = config._attn_implementation
-    AttentionInterface.register(NAME, oracle)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    config._attn_implementation_internal = NAME
-    try:
+    with running(model, oracle):
         yield oracle
-    finally:
-        config._attn_implementation_internal = before
