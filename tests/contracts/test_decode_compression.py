@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 import llm_accel
 from llm_accel import AdaKV, ConfigError, PyramidKV, RandomKV, SnapKV, UnsupportedCallError
 from llm_accel.methods import Depth, PromptCompression, PromptView
 from tests.contracts.matrix import BUDGET, LONG, METHODS, acting, every_prompt_method, every_shape, generate, make_batch
-from tests.contracts.oracle import NAME, MaskedOracle, masked
+from tests.contracts.oracle import MaskedOracle
+from tests.contracts.plain_attention import running
 from tests.tiny import prompt, tiny_model
 
 EVERY, STEPS, WINDOW = 16, 60, 8
@@ -89,8 +89,7 @@ CONFIGS: list[PromptCompression] = [
 def test_each_cut_is_the_methods_choice_and_hides_the_rest(config: PromptCompression, length: int) -> None:
     model, stock, ids = tiny_model("llama"), tiny_model("llama"), prompt(length)
     tokens, recorder, checked = prompt(STEPS, seed=9), Recorder(), 0
-    with llm_accel.apply(model, config, trace=True) as handle, masked(stock, {}):
-        AttentionInterface.register(NAME, recorder)
+    with llm_accel.apply(model, config, trace=True) as handle, running(stock, recorder):
         cache, dense, seen = handle.new_cache(), None, 0
         visible = {layer: torch.ones(1, 2, 0, dtype=torch.bool) for layer in range(3)}
         for step in [ids, *tokens.split(1, dim=1)]:
