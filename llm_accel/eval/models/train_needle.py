@@ -45,55 +45,27 @@ class Stage:
     min_steps: int = 60
     max_position: int = 0  # above ``length``: skipped positions
     lr: float = 1.0
-    decay_to: float = 1.0  # linear decay of the learning rate within the stage
+    decay_to: float = 1.0  # the learning rate falls linearly to this share of itself within the stage
 
+
+# Stages D to H stretch the lookup: name, length, batch, steps, needles, questions, learning rate at start and end.
+_STRETCH: tuple[tuple[str, int, int, int, tuple[int, int], tuple[int, int], float, float], ...] = (
+    ("D skips to 16k", 512, 8, 500, (2, 8), (2, 8), 0.8, 0.5),
+    ("E longer", 1024, 4, 400, (2, 10), (2, 8), 0.5, 0.25),
+    ("F long", 2048, 2, 200, (2, 10), (2, 8), 0.25, 0.12),
+    ("G longer still", 4096, 1, 100, (2, 10), (4, 8), 0.12, 0.04),
+    ("H longest", 8192, 1, 12, (2, 10), (6, 8), 0.04, 0.02),
+)
 
 CURRICULUM: tuple[Stage, ...] = (
     Stage("A language", 96, 24, 60, Mix(direct=0.3, repeat=0.2, first=1.0)),
     Stage("R induction", 64, 32, 2500, Mix((2, 4), easy=0.8, repeat=0.4, direct=0.8), gate=0.95),
     Stage("B needles", 128, 24, 800, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
-    Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), 0.985, max_position=8192),
-    Stage(
-        "D skips to 16k",
-        512,
-        8,
-        200,
-        Mix((2, 8), (2, 8), 0.02, 0.05, 0.2, 0.1),
-        max_position=MAX_POSITIONS,
-        lr=0.7,
-        decay_to=0.7,
+    Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), max_position=8192),
+    *(
+        Stage(name, length, batch, steps, Mix(n, q, 0.0, 0.02, 0.15, 0.1), 2.0, 60, MAX_POSITIONS, lr, end / lr)
+        for name, length, batch, steps, n, q, lr, end in _STRETCH
     ),
-    Stage(
-        "E longer",
-        1024,
-        4,
-        260,
-        Mix((2, 10), (2, 8), 0.01, 0.02, 0.2, 0.1),
-        max_position=MAX_POSITIONS,
-        lr=0.5,
-        decay_to=0.6,
-    ),
-    Stage(
-        "F long",
-        2048,
-        2,
-        160,
-        Mix((2, 10), (2, 8), 0.0, 0.02, 0.1, 0.1),
-        max_position=MAX_POSITIONS,
-        lr=0.3,
-        decay_to=0.5,
-    ),
-    Stage(
-        "G longer still",
-        4096,
-        1,
-        150,
-        Mix((2, 10), (4, 8), 0.0, 0.02, 0.1, 0.1),
-        max_position=MAX_POSITIONS,
-        lr=0.3,
-        decay_to=0.2,
-    ),
-    Stage("H longest", 8192, 1, 24, Mix((2, 10), (6, 8), 0.0, 0.02, 0.1, 0.1), max_position=MAX_POSITIONS, lr=0.06),
 )
 
 
