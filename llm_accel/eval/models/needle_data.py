@@ -71,7 +71,7 @@ class Texts:
         self.bank = [self.encode(" " + s) for s in islice(grammar.filler_sentences(self.rng), bank)]
         self._words = [i for word, i in vocab.items() if word.startswith("Ġ") and len(word) > 1]
         self._numbers = [i for word, i in vocab.items() if word.isascii() and word.isdigit()]
-        self._train_keys = [*grammar.TRAIN_KEYS, *grammar.value_words()]
+        self._train_keys = [*grammar.TRAIN_KEYS, *grammar.common_words()]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without bos."""

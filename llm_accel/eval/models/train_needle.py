@@ -50,11 +50,11 @@ class Stage:
 
 # Stages D to H stretch the lookup: name, length, batch, steps, needles, questions, learning rate at start and end.
 _STRETCH: tuple[tuple[str, int, int, int, tuple[int, int], tuple[int, int], float, float], ...] = (
-    ("D skips to 16k", 512, 8, 500, (2, 8), (2, 8), 0.8, 0.5),
-    ("E longer", 1024, 4, 400, (2, 10), (2, 8), 0.5, 0.25),
-    ("F long", 2048, 2, 200, (2, 10), (2, 8), 0.25, 0.12),
-    ("G longer still", 4096, 1, 100, (2, 10), (4, 8), 0.12, 0.04),
-    ("H longest", 8192, 1, 12, (2, 10), (6, 8), 0.04, 0.02),
+    ("D skips to 16k", 512, 8, 600, (2, 8), (2, 8), 1.0, 0.6),
+    ("E longer", 1024, 4, 400, (2, 10), (2, 8), 0.6, 0.3),
+    ("F long", 2048, 2, 200, (2, 10), (2, 8), 0.3, 0.2),
+    ("G longer still", 4096, 1, 150, (2, 10), (4, 8), 0.2, 0.06),
+    ("H longest", 8192, 1, 12, (2, 10), (6, 8), 0.06, 0.03),
 )
 
 CURRICULUM: tuple[Stage, ...] = (
@@ -63,7 +63,18 @@ CURRICULUM: tuple[Stage, ...] = (
     Stage("B needles", 128, 24, 800, Mix(easy=0.25, repeat=0.05, direct=0.35), gate=0.97, max_position=512),
     Stage("C more needles", 256, 12, 300, Mix((4, 6), (3, 6), 0.03, 0.1, 0.3, 0.15), max_position=8192),
     *(
-        Stage(name, length, batch, steps, Mix(n, q, 0.0, 0.02, 0.15, 0.1), 2.0, 60, MAX_POSITIONS, lr, end / lr)
+        Stage(
+            name,
+            length,
+            batch,
+            steps,
+            Mix(n, q, repeat=0.05, direct=0.15, other=0.1),
+            2.0,
+            60,
+            MAX_POSITIONS,
+            lr,
+            end / lr,
+        )
         for name, length, batch, steps, n, q, lr, end in _STRETCH
     ),
 )

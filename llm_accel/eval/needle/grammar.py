@@ -186,6 +186,11 @@ def value_words() -> tuple[str, ...]:
     return _POOLS["NOUN"]
 
 
+def common_words() -> tuple[str, ...]:
+    """Nouns, adjectives, verbs and adverbs of the filler: further keys to train on, none of them held out."""
+    return tuple(word for pool in ("NOUN", "ADJ", "VERB", "ADV") for word in _POOLS[pool])
+
+
 def vocabulary() -> list[str]:
     """Every word of the grammar as it is tokenized, sorted: with its leading space, and bare where it starts a text."""
     keys, values = ["KEY", "KEY", "KEY"], ["NOUN"]
