@@ -62,6 +62,12 @@ class RaggedLayer(AccelLayer):
         """Entries per head of the row that holds most, rounded up."""
         return super().mean_length() if self.table is None else self.longest - self.excess
 
+    def row_lengths(self) -> Tensor:
+        """Real entries of each row, per KV head on average and rounded up, int64 [B]."""
+        if self.table is None:
+            return super().row_lengths()
+        return (self.lengths().sum(-1) + self.kv_heads - 1) // self.kv_heads
+
     def token_bytes(self) -> int:
         """Bytes that one token takes in all rows and heads."""
         if self.table is None:
