@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.hook import DecoderHook, adopt
-from llm_accel.patches.install import hook_of, install, make_plan, uninstall
+from llm_accel.patches.install import hook_of, install, make_plan, uninstall, unwrapped
 from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.registry import configure
 from llm_accel.report import Report
@@ -91,7 +91,7 @@ def apply(
     """Accelerates one model instance; plain ``model.generate()`` from here on.
 
     Args:
-        model: a decoder-only transformers model, text or vision-language.
+        model: a decoder-only transformers model, text or vision-language, or what ``torch.compile`` made of it.
         method: a name (see :func:`llm_accel.methods`), a configuration object, or a list of either to compose.
         trace: record the original positions of kept entries in ``Handle.report()``.
         strict: raise where a layer would be left as it is or a backend would be replaced by a slower one.
@@ -107,10 +107,11 @@ def apply(
     configs = [configure(one, options if len(given) == 1 else {}) for one in given]
     if len(given) > 1 and options:
         configure(configs[0], options)
+    model = unwrapped(model)
     plan = make_plan(model, configs, trace, strict)
     return Handle(model, install(model, plan))
 
 
 def remove(model: Any) -> None:
     """Takes the plug-in off a model, exactly; a no-op on a model without one."""
-    uninstall(model)
+    uninstall(unwrapped(model))

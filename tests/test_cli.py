@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ import types
 import pytest
 
 from llm_accel import ConfigError, __version__, cli
+from llm_accel.eval.models import bundled
 from llm_accel.registry import methods
 
 
@@ -126,6 +128,25 @@ def test_bad_methods_are_explained(spec: str, part: str, tmp_path, capsys: pytes
     assert cli.main(["needle", "--out", str(out), "--method", "dense", "--method", spec]) == 2
     output = capsys.readouterr()
     assert part in output.err and output.out == "" and not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "cut weights"])
+@pytest.mark.parametrize("command", ["needle", "heads"])
+def test_missing_weights_of_the_bundled_model_are_explained(
+    command: str, damage: str, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "model"
+    if damage != "no folder":
+        shutil.copytree(bundled.needle_model_path(), broken)
+        weights = broken / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000] if damage == "cut weights" else b"")
+        if damage == "no weights":
+            weights.unlink()
+    monkeypatch.setattr(bundled, "needle_model_path", lambda: broken)
+    assert cli.main([command, "--out", str(tmp_path / "out")]) == 2
+    output = capsys.readouterr()
+    assert f"bundled needle model cannot be loaded from {broken}" in output.err and "Reinstall" in output.err
+    assert "Traceback" not in output.err and output.out == "" and not (tmp_path / "out").exists()
 
 
 # --- methods and doctor ----------------------------------------------------------------------------------------------

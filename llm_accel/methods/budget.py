@@ -19,7 +19,9 @@ class Budgeted(MethodConfig):
     """Entries kept per KV head and layer, counted with everything that is always kept (window, sinks, recent)."""
 
     budget: int | None = option(f"KV entries kept per KV head and layer; {DEFAULT_BUDGET} when no ratio is given", None)
-    ratio: float | None = option("fraction of the prompt kept, in (0, 1]; instead of budget", None)
+    ratio: float | None = option(
+        "fraction of the prompt (earlier turns included) kept, in (0, 1]; not with budget", None
+    )
 
     def validate(self) -> None:
         if self.budget is not None and self.ratio is not None:

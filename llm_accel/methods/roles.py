@@ -49,6 +49,7 @@ class PromptView:
         scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
         depth: where the layer stands among those that the method acts on.
         slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
+        seen: tokens that each row has seen, int64 [B or 1]; None where none of them was evicted before.
     """
 
     query: Tensor
@@ -64,11 +65,26 @@ class PromptView:
     scores: Tensor | None = None
     depth: Depth = Depth()
     slack: int = 1
+    seen: Tensor | None = None
 
     @property
     def slots(self) -> int:
         """Stored slots S, padding included."""
         return self.key.shape[2]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real entries of each row, int64 [B]; [B, kv_heads] where heads differ."""
+        if self.start is None:
+            return torch.full(self.key.shape[:1], self.slots, device=self.key.device)
+        return self.slots - self.start
+
+    @property
+    def ranks(self) -> Tensor:
+        """Rank of each slot among the real ones of its row, int64 [B or 1, S], below 0 for padding; [B, kv_heads, S]
+        where heads differ. It is the original position until something is evicted."""
+        index = torch.arange(self.slots, device=self.key.device)
+        return index[None] if self.start is None else index - self.start[..., None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class ScoreAndKeep(Budgeted):
         return None
 
     def layer_entries(self, length: int, depth: Depth) -> int:
-        """Entries that a row of ``length`` real tokens keeps in one layer, per KV head on average."""
+        """Entries that a row which has seen ``length`` tokens keeps in one layer, per KV head on average."""
         return self.entries(length)
 
     def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
@@ -118,12 +134,14 @@ class ScoreAndKeep(Budgeted):
 
     def row_entries(self, lengths: Tensor, view: PromptView) -> Tensor:
         """Entries per KV head that each row of ``lengths`` real entries keeps in this view, int64 [B]."""
-        entries = self.layer_entries_per_row(lengths, view.depth)
+        seen = lengths if view.seen is None else view.seen
+        entries = torch.minimum(lengths, self.layer_entries_per_row(seen, view.depth))
         return torch.where(lengths - entries >= view.slack, entries, lengths)
 
     def widest(self, counts: Tensor, view: PromptView) -> int:
         """The largest of ``counts``; without a synchronisation where it is that of the longest row."""
-        return self.layer_entries(view.slots, view.depth) if view.slack <= 1 else int(counts.max())
+        first_cut = view.seen is None and view.slack <= 1
+        return self.layer_entries(view.slots, view.depth) if first_cut else int(counts.max())
 
     @abstractmethod
     def select(self, view: PromptView) -> Tensor:
@@ -139,9 +157,10 @@ class PromptCompression(ScoreAndKeep):
         "eager: inside each layer at the end of the prompt; deferred: before the first decode step", "eager"
     )
     multi_turn: Literal["append", "recompress"] = option(
-        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget", "append"
+        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget, or to "
+        "ratio of all tokens seen so far",
+        "append",
     )
-
     recompress_every: int | None = option(
         "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
         None,
@@ -213,12 +232,12 @@ class StepEviction(ScoreAndKeep):
         """Factor on the scores at each decode step."""
         return 1.0
 
-    def capacity(self, prompt: int) -> int | None:
-        """Slots at which overwriting begins after a prompt of that many slots; None: nothing is ever overwritten,
-        which is what a ratio means that keeps the whole prompt."""
-        if self.ratio is not None and self.entries(prompt) == prompt:
+    def capacity(self, seen: int) -> int | None:
+        """Slots at which overwriting begins when a prompt is complete, after ``seen`` tokens in all; None: nothing is
+        ever overwritten, which is what a ratio means that keeps everything."""
+        if self.ratio is not None and self.entries(seen) == seen:
             return None
-        limit = self.entries(prompt) if self.ratio is not None else self.entries(2**62)
+        limit = self.entries(seen) if self.ratio is not None else self.entries(2**62)
         return limit + self.vacancies
 
     @abstractmethod

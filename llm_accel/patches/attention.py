@@ -13,7 +13,7 @@ from llm_accel.patches.base_attention import base_function
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
-from llm_accel.patches.layers import AccelLayer, GroupedLayer
+from llm_accel.patches.layers import GroupedLayer
 from llm_accel.patches.session import Session
 
 PREFIX = "llm_accel_"
@@ -64,8 +64,8 @@ class AccelAttention:
             return attention(query), None
         if mask.mode != "window":
             return attend_without(mask, heads, rows, query, attention), None
-        output, layer = attention(query), llm_accel.layers[index]
-        if isinstance(layer, AccelLayer):  # other layers have windows of their own
+        output, layer = attention(query), llm_accel.ours.get(index)
+        if layer is not None:  # other layers have windows of their own
             tensors = (query, key, value)
             output = attend_window(mask, heads, rows, self.base, module, tensors, layer, output, kwargs)
         return output, None
@@ -81,8 +81,8 @@ class AccelAttention:
         index: int | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        layer = llm_accel.layers[index] if llm_accel is not None and index is not None else None
-        if llm_accel is None or index is None or not isinstance(layer, AccelLayer):
+        layer = llm_accel.ours.get(index) if llm_accel is not None and index is not None else None
+        if llm_accel is None or index is None or layer is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         layer.attended = True
         if llm_accel.padding is not None:

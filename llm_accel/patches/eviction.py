@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
+from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import AccelLayer, SlotLayer
 from llm_accel.patches.session import Session
 
@@ -34,7 +35,7 @@ class Eviction:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
         stored = self.layer.physical_length()
         prompt, window = stored - query.shape[2], self.layer.window
-        if not self._over_budget(self.layer.mean_length() - query.shape[2]):
+        if not self._over_budget(newest=query.shape[2]):
             self.layer.window = window if self.keeper.cuts_every else None
             return key, value
         kept = self._select(window, self.layer.all_keys(key)[:, :, :prompt])
@@ -60,7 +61,7 @@ class Eviction:
     def _close(self, query: Tensor, key: Tensor) -> None:
         if self.layer.window is not None or self.keeper.cuts_every is not None:
             query = self._observed(query)
-        if self._over_budget(self.layer.mean_length()):
+        if self._over_budget():
             self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
         else:
             self.layer.own_storage()
@@ -69,7 +70,7 @@ class Eviction:
     def _cut(self, query: Tensor, key: Tensor, every: int) -> None:
         """A decode step; the layer is cut back to its budget when it holds ``every`` entries more."""
         depth, stored = self.session.plan.depth(self.index, later=True), self.layer.mean_length()
-        if stored - self.keeper.layer_entries(stored, depth) >= every:
+        if stored - self.keeper.layer_entries(self.layer.cumulative_length, depth) >= every:
             kept = self._select(query, self.layer.all_keys(key), depth, every)
             self.layer.keep(kept, self.session.plan.trace)
             self.layer.window = query if self.keeper.observed_queries else None
@@ -84,30 +85,37 @@ class Eviction:
 
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
+            softmax = softmax_of(self.kwargs, key.shape[-1])
+            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **softmax)
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
         if self.closing:
-            slots = key.shape[2]
-            if self._over_budget(slots):
+            if self._over_budget():
                 layer.keep(self._select(None, key), self.session.plan.trace)
             else:
                 layer.own_storage()
             if self.session.closing:
-                layer.bound(keeper.capacity(slots))
+                layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
 
-    def _over_budget(self, slots: int) -> bool:
+    def _over_budget(self, newest: int = 0) -> bool:
+        """Whether some row stores more than it may keep, the ``newest`` entries aside. Budgets are counted from the
+        tokens seen, so that a ratio does not shrink what a former turn has shrunk already."""
         if self.layer.compressed and not self.keeper.recompresses:
             return False
         depth = self._depth()
-        if self.keeper.layer_entries(slots, depth) < slots:
+        entries = self.keeper.layer_entries(self.layer.cumulative_length - newest, depth)
+        if entries < self.layer.mean_length() - newest:
             return True
-        if self.layer.start is None or self.layer.compressed:
+        if self.layer.start is None:
             return False
         # a short row may have to evict where a long one, whose early layers keep more, does not
-        lengths = (slots - self.layer.start).flatten()
-        return bool((self.keeper.layer_entries_per_row(lengths, depth) < lengths).any())
+        lengths, seen = self.layer.row_lengths() - newest, self._seen(newest)
+        return bool((self.keeper.layer_entries_per_row(lengths if seen is None else seen, depth) < lengths).any())
+
+    def _seen(self, newest: int) -> Tensor | None:
+        seen = self.layer.seen()
+        return None if seen is None else seen - newest
 
     def _depth(self) -> Depth:
         return self.session.plan.depth(self.index, later=self.layer.compressed)
@@ -126,16 +134,8 @@ class Eviction:
             scores=getattr(self.layer, "scores", None),
             depth=depth or self._depth(),
             slack=slack,
-            **self._softmax(key),
+            seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
+            **softmax_of(self.kwargs, key.shape[-1]),
         )
         with torch.no_grad():
             return self.keeper.select(view)
-
-    def _softmax(self, key: Tensor) -> dict[str, Any]:
-        """How the model turns logits into probabilities."""
-        scaling = self.kwargs.get("scaling")
-        return {
-            "scaling": key.shape[-1] ** -0.5 if scaling is None else scaling,
-            "softcap": self.kwargs.get("softcap"),
-            "sinks": self.kwargs.get("s_aux"),
-        }

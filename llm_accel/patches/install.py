@@ -21,6 +21,11 @@ from llm_accel.patches.plan import Plan, check_composition
 from llm_accel.patches.rotary import why_no_rotary
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside ``torch.compile(model)``, which is a wrapper that holds it; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def hook_of(model: Any) -> DecoderHook | None:
     """The plug-in's hook on this model, if there is one."""
     if not isinstance(model, PreTrainedModel):
@@ -102,7 +107,7 @@ def _decoder(model: Any) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}; give the transformers model itself (for a PEFT model "
-            "model.get_base_model(), for a compiled one the model before torch.compile)."
+            "model.get_base_model())."
         )
     family = getattr(model.config, "model_type", type(model).__name__)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -148,6 +153,12 @@ def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], st
                     f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
                 )
             skipped.setdefault(index, "named in skip_layers")
+        if cache_layers and skipped.keys() >= set(range(len(cache_layers))):
+            raise ConfigError(
+                f"{method.name}: skip_layers={method.skip_layers} leaves no layer to act on; "  # type: ignore[attr-defined]
+                f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1} "
+                f"({'; '.join(sorted(set(skipped.values())))}). Name fewer layers."
+            )
     return skipped
 
 

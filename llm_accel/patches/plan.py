@@ -24,6 +24,7 @@ class Plan:
         split: which KV heads keep everything and which a stream, or None.
         mask: which query heads are silenced, or None.
         kv_heads: KV heads of a layer, where heads are split.
+        keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -35,15 +36,21 @@ class Plan:
     split: HeadSplit | None = None
     mask: HeadMask | None = None
     kv_heads: int = 0
+    keeper: ScoreAndKeep | None = field(init=False, compare=False)
+    _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        acting = [layer for layer in range(self.layers) if layer not in self.skipped]
+        places = [
+            (Depth(rank, len(acting), later=False), Depth(rank, len(acting), later=True)) for rank in range(len(acting))
+        ]
+        keeper = next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
+        object.__setattr__(self, "keeper", keeper)
+        object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         """Itself: it never changes, and compiled code recognises it by identity only."""
         return self
-
-    @property
-    def keeper(self) -> ScoreAndKeep | None:
-        """The method that decides which KV entries stay, if any."""
-        return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
 
     @property
     def evicts(self) -> bool:
@@ -63,8 +70,7 @@ class Plan:
 
     def depth(self, index: int, later: bool) -> Depth:
         """Where a layer stands among those that the methods act on; ``later``: it has evicted before."""
-        acting = [layer for layer in range(self.layers) if layer not in self.skipped]
-        return Depth(acting.index(index), len(acting), later)
+        return self._depths[index][later]
 
     @property
     def title(self) -> str:

@@ -25,6 +25,7 @@ class Session:
 
     Attributes:
         plan: what the methods do to this model.
+        ours: those of the cache's layers that are ours, by index.
         prompt_end: logical length at which the prompt is complete; None when nobody announced it.
         closing: whether the running call completes the prompt, so that layers evict after their attention.
         flushing: whether layers evict before the attention of the running call (deferred compression).
@@ -38,6 +39,7 @@ class Session:
     def __init__(self, plan: Plan, cache: Cache) -> None:
         self.plan = plan
         self.layers = cache.layers
+        self.ours = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, AccelLayer)}
         self.prompt_end: int | None = None
         self.closing = False
         self.flushing = False
@@ -66,8 +68,10 @@ class Session:
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
-        if any(isinstance(layer, AccelLayer) and layer.get_seq_length() != past for layer in self.layers):
-            raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
+        for layer in self.ours.values():
+            if layer.cumulative_length != past:
+                raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
+            layer.expected = True
         keeper = self.plan.keeper
         if past == 0:
             self._forget()
@@ -88,7 +92,7 @@ class Session:
         """Positions of the new tokens where positions are ranks in the cache, int64 [B, T]; a first prompt keeps those
         that it was given, or that the model would count."""
         batch, length = inputs.shape[:2]
-        ranked = next(layer for layer in self.layers if isinstance(layer, RelativeSlotLayer))
+        ranked = next(layer for layer in self.ours.values() if isinstance(layer, RelativeSlotLayer))
         if past > 0:
             given = ranked.next_positions(length)
         elif given is None:
@@ -128,10 +132,10 @@ class Session:
 
     def any_compressed(self) -> bool:
         """Whether some layer of this cache has evicted entries."""
-        return any(isinstance(layer, AccelLayer) and layer.compressed for layer in self.layers)
+        return any(layer.compressed for layer in self.ours.values())
 
     def _any_padded(self) -> bool:
-        return any(isinstance(layer, AccelLayer) and layer.start is not None for layer in self.layers)
+        return any(layer.start is not None for layer in self.ours.values())
 
     def protected_slots(self, index: int, layer: AccelLayer, slots: int) -> Tensor | None:
         """``protect`` for the slots of layer ``index`` before its first eviction, bool [B, slots], or None."""
@@ -168,15 +172,15 @@ class Session:
     def verify(self) -> None:
         """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
         a layer over budget evicted nothing."""
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, AccelLayer) and not layer.attended:
+        for index, layer in self.ours.items():
+            if not layer.attended:
                 raise EvictionError(
                     f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
                     "not hidden. Remove the plug-in and report the model class."
                 )
         if not (self.closing or self.flushing):
             return
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.ours.items():
             if isinstance(layer, GroupedLayer) and self.plan.split is not None and layer.stream.heads:
                 limit, held = self.plan.split.sinks + self.plan.split.recent, layer.stream.store.physical_length()
                 if held > limit:
@@ -184,8 +188,8 @@ class Session:
         keeper = self.plan.keeper
         if keeper is None:
             return
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, AccelLayer) or index in self.plan.skipped or layer.compressed:
+        for index, layer in self.ours.items():
+            if index in self.plan.skipped or layer.compressed:
                 continue
             seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
             entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))

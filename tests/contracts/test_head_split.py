@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,19 @@ from transformers.cache_utils import DynamicCache
 import llm_accel
 from llm_accel import RetrievalHeads
 from tests.contracts.head_oracle import HeadOracle, split_heads
+from tests.contracts.laws import (
+    EXACT,
+    check_copied_cache,
+    check_going_past_raises,
+    check_no_memory,
+    check_nothing_to_cut,
+    check_undo,
+    searched,
+    two_turns,
+)
 from tests.contracts.matrix import LONG, NEW, every_shape, generate, make_batch
-from tests.contracts.test_modes import two_turns
 from tests.tiny import FAMILIES, prompt, tiny_model
 
-EXACT = 1e-5
 SINKS, RECENT = 3, 12
 FULL = ("0.1", "1.0", "2.0", "2.1")  # of two KV heads: one, one, both
 every_split_family = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_v3"])
@@ -53,29 +60,14 @@ def test_generation_equals_the_masked_oracle(family: str, prefill: str, shape: s
 @every_split_family
 def test_nothing_to_cut_changes_nothing(family: str, prefill: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
-    tokens, logits = generate(model, batch)
-    roomy = split(recent=LONG + NEW - SINKS, prefill=prefill)
-    for config in (RetrievalHeads(full=1.0, sinks=SINKS, recent=RECENT, prefill=prefill), roomy):
-        with llm_accel.apply(model, config) as handle:
-            ours, our_logits = generate(model, batch)
-            assert not any(layer.evicted for layer in handle.report().layers)
-        assert torch.equal(ours, tokens)
-        assert torch.equal(our_logits, logits)
+    check_nothing_to_cut(model, batch, split(recent=LONG + NEW - SINKS, prefill=prefill))
+    check_nothing_to_cut(model, batch, RetrievalHeads(full=1.0, sinks=SINKS, recent=RECENT, prefill=prefill))
 
 
 @every_shape
 @every_split_family
 def test_undo_is_exact(family: str, shape: str) -> None:
-    model, bystander, batch = tiny_model(family), tiny_model(family), make_batch(shape, long=True)
-    config, attributes = copy.deepcopy(model.config.to_dict()), set(model.__dict__)
-    before = generate(model, batch)
-    handle = llm_accel.apply(model, split())
-    assert torch.equal(generate(bystander, batch)[1], before[1])
-    assert not torch.equal(generate(model, batch)[1], before[1])
-    handle.remove()
-    assert torch.equal(generate(model, batch)[1], before[1])
-    assert model.config.to_dict() == config
-    assert set(model.__dict__) == attributes
+    check_undo(family, make_batch(shape, long=True), split())
 
 
 @every_shape
@@ -183,11 +175,7 @@ def test_rows_are_independent(family: str, prefill: str) -> None:
 @every_shape
 @every_prefill
 def test_no_memory_between_calls(prefill: str, shape: str) -> None:
-    model, first, other = tiny_model("llama"), make_batch(shape, long=True), make_batch(shape, long=False)
-    with llm_accel.apply(model, split(prefill=prefill)):
-        once = generate(model, first)
-        generate(model, other)
-        assert torch.equal(once[1], generate(model, first)[1])
+    check_no_memory(tiny_model("llama"), shape, split(prefill=prefill))
 
 
 @pytest.mark.parametrize(
@@ -200,16 +188,11 @@ def test_no_memory_between_calls(prefill: str, shape: str) -> None:
 def test_search_modes_equal_the_oracle(family: str, shape: str, mode: dict[str, Any]) -> None:
     model, batch, config = tiny_model(family), make_batch(shape, long=True), split()
 
-    def sequences() -> torch.Tensor:
-        torch.manual_seed(5)
-        options = {"max_new_tokens": 8, "do_sample": False} | mode
-        return model.generate(batch.ids, attention_mask=batch.mask, **options)
-
     with llm_accel.apply(model, config) as handle:
-        ours = sequences()
+        ours = searched(model, batch, mode)
         acted = acted_on(handle.report())
     with split_heads(model, HeadOracle(config, batch.lengths, acted)):
-        assert torch.equal(ours, sequences())
+        assert torch.equal(ours, searched(model, batch, mode))
 
 
 @pytest.mark.parametrize("full_ids", [True, False])
@@ -238,16 +221,8 @@ def test_second_turn_keeps_full_heads_whole_and_streams_bounded(shape: str) -> N
                 assert group.store.physical_length() == wanted
 
 
-@torch.no_grad()
 def test_a_copied_cache_is_reusable_for_another_question() -> None:
-    model, batch = tiny_model("llama"), make_batch("single", long=True)
-    with llm_accel.apply(model, split()) as handle:
-        cache = handle.new_cache()
-        model(batch.ids, past_key_values=cache)
-        questions = [prompt(5, seed=seed) for seed in (11, 12)]
-        answers = [model(question, past_key_values=copy.deepcopy(cache)).logits for question in questions]
-        assert torch.equal(model(questions[0], past_key_values=cache).logits, answers[0])
-        assert not torch.equal(answers[0], answers[1])
+    check_copied_cache(split())
 
 
 @torch.no_grad()
@@ -290,15 +265,4 @@ def test_what_cannot_work_is_refused() -> None:
 
 
 def test_a_layer_that_goes_past_the_plug_in_raises() -> None:
-    model, batch = tiny_model("llama"), make_batch("single", long=True)
-    with llm_accel.apply(model, split()):
-        attention = model.model.layers[1].self_attn
-        forward = attention.forward
-
-        def around(*args: object, **kwargs: object) -> object:
-            kwargs.pop("llm_accel", None)
-            return forward(*args, **kwargs)
-
-        attention.forward = around
-        with pytest.raises(llm_accel.EvictionError, match="layer 1"):
-            generate(model, batch)
+    check_going_past_raises(split())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
-import pytest
 import torch
 
 import llm_accel
 from llm_accel.patches.layers import RaggedLayer
+from tests.contracts.laws import (
+    EXACT,
+    check_going_past_raises,
+    check_no_memory,
+    check_nothing_to_cut,
+    check_undo,
+)
 from tests.contracts.matrix import (
     BUDGET,
     METHODS,
@@ -29,55 +33,28 @@ from tests.contracts.matrix import (
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import tiny_model
 
-EXACT = 1e-5
-
 
 @every_shape
 @every_method
 @every_family
 def test_nothing_to_cut_changes_nothing(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
-    tokens, logits = generate(model, batch)
     for config in (METHODS[method](budget=batch.ids.shape[1] + NEW), METHODS[method](budget=None, ratio=1.0)):
-        with llm_accel.apply(model, config) as handle:
-            ours, our_logits = generate(model, batch)
-            assert not any(layer.evicted for layer in handle.report().layers)
-        assert torch.equal(ours, tokens)
-        assert torch.equal(our_logits, logits)
+        check_nothing_to_cut(model, batch, config)
 
 
 @every_shape
 @every_method
 @every_family
 def test_short_prompts_pass_through(family: str, method: str, shape: str) -> None:
-    model, batch = tiny_model(family), make_batch(shape, long=False)
-    tokens, logits = generate(model, batch)
-    with llm_accel.apply(model, METHODS[method]()):
-        ours, our_logits = generate(model, batch)
-    assert torch.equal(ours, tokens)
-    assert torch.equal(our_logits, logits)
+    check_nothing_to_cut(tiny_model(family), make_batch(shape, long=False), METHODS[method]())
 
 
 @every_shape
 @every_method
 @every_family
 def test_undo_is_exact(family: str, method: str, shape: str) -> None:
-    model, bystander, batch = tiny_model(family), tiny_model(family), make_batch(shape, long=True)
-    config, attributes = copy.deepcopy(model.config.to_dict()), set(model.__dict__)
-    implementation = model.get_decoder().config._attn_implementation
-    before = generate(model, batch)
-    handle = llm_accel.apply(model, METHODS[method]())
-    assert torch.equal(generate(bystander, batch)[1], before[1])
-    assert not torch.equal(generate(model, batch)[1], before[1])
-    handle.remove()
-    after = generate(model, batch)
-    assert torch.equal(after[0], before[0])
-    assert torch.equal(after[1], before[1])
-    assert model.config.to_dict() == config
-    assert model.get_decoder().config._attn_implementation == implementation
-    assert set(model.__dict__) == attributes
-    assert not model.get_decoder()._forward_pre_hooks
-    assert not model.get_decoder()._forward_hooks
+    check_undo(family, make_batch(shape, long=True), METHODS[method]())
 
 
 @every_shape
@@ -158,14 +135,7 @@ def test_rows_are_independent(family: str, method: str) -> None:
 @every_method
 @every_family
 def test_no_memory_between_calls(family: str, method: str, shape: str) -> None:
-    model, first = tiny_model(family), make_batch(shape, long=True)
-    other = make_batch(shape, long=False)
-    with llm_accel.apply(model, METHODS[method]()):
-        once = generate(model, first)
-        generate(model, other)
-        twice = generate(model, first)
-    assert torch.equal(once[0], twice[0])
-    assert torch.equal(once[1], twice[1])
+    check_no_memory(tiny_model(family), shape, METHODS[method]())
 
 
 @every_method
@@ -185,15 +155,4 @@ def test_always_kept_entries_stay(method: str) -> None:
 
 @every_method
 def test_a_call_that_should_have_evicted_and_did_not_raises(method: str) -> None:
-    model, batch = tiny_model("llama"), make_batch("single", long=True)
-    with llm_accel.apply(model, METHODS[method]()):
-        attention = model.model.layers[1].self_attn
-        forward = attention.forward
-
-        def around(*args: object, **kwargs: object) -> object:
-            kwargs.pop("llm_accel", None)
-            return forward(*args, **kwargs)
-
-        attention.forward = around
-        with pytest.raises(llm_accel.EvictionError, match="layer 1"):
-            generate(model, batch)
+    check_going_past_raises(METHODS[method]())

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
 from llm_accel import Report
+from tests.contracts.laws import EXACT, check_copied_cache, searched, two_turns
 from tests.contracts.matrix import (
     LONG,
     METHODS,
+    STEPWISE,
     Batch,
     acting,
+    check_kept,
     check_stored,
     every_method,
     every_prompt_method,
@@ -29,7 +30,6 @@ from tests.contracts.matrix import (
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import prompt, tiny_model
 
-EXACT = 1e-5
 # one family per mechanism: plain, softcap + sliding, learned sinks, shared latent index
 KINDS = ("llama", "gemma2", "gpt_oss", "deepseek_v3")
 every_kind = pytest.mark.parametrize("family", KINDS)
@@ -113,33 +113,14 @@ def test_search_modes_equal_the_masked_oracle(family: str, method: str, shape: s
     model, batch = tiny_model(family), make_batch(shape, long=True)
     rows = max(mode.get("num_beams", 1), mode["num_return_sequences"] if mode.get("do_sample") else 1)
 
-    def sequences() -> torch.Tensor:
-        torch.manual_seed(5)
-        options = {"max_new_tokens": 8, "do_sample": False} | mode
-        return model.generate(batch.ids, attention_mask=batch.mask, **options)
-
     with llm_accel.apply(model, METHODS[method](), trace=True) as handle:
-        ours = sequences()
+        ours = searched(model, batch, mode)
         visible = visible_of(handle.report(), batch, rows)
-    dense = sequences()
+    dense = searched(model, batch, mode)
     with masked(model, visible):
-        oracle = sequences()
+        oracle = searched(model, batch, mode)
     assert torch.equal(ours, oracle)
     assert ours.shape[0] == dense.shape[0]
-
-
-def two_turns(model: PreTrainedModel, batch: Batch, cache: DynamicCache, full_ids: bool) -> tuple[torch.Tensor, ...]:
-    """A second question on the same cache, given with the whole conversation or with the new tokens only."""
-    rows = batch.ids.shape[0]
-    mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
-    first, logits = generate(model, batch, past_key_values=cache)
-    question = prompt(9, seed=7, batch=rows)
-    history = torch.cat([batch.ids, first, question], dim=1)
-    history_mask = torch.cat([mask, torch.ones(rows, first.shape[1] + 9, dtype=mask.dtype)], dim=1)
-    given = history if full_ids else history[:, cache.get_seq_length() :]
-    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    output = model.generate(given, attention_mask=history_mask, past_key_values=cache, **options)
-    return logits, torch.stack(output.logits, dim=1)
 
 
 @pytest.mark.parametrize("full_ids", [True, False])
@@ -184,18 +165,51 @@ def test_recompress_cuts_each_turn_back_to_the_budget(family: str, method: str, 
         assert kept[-1] == layer.logical_length - 4
 
 
-@torch.no_grad()
 @every_method
 def test_a_copied_cache_is_reusable_for_another_question(method: str) -> None:
-    model, batch = tiny_model("llama"), make_batch("single", long=True)
-    with llm_accel.apply(model, METHODS[method]()) as handle:
+    check_copied_cache(METHODS[method]())
+
+
+@torch.no_grad()
+@every_shape
+@every_method
+def test_a_ratio_counts_the_tokens_seen_in_every_turn(method: str, shape: str) -> None:
+    """Three turns: 0.5 of 72, of 92, and of 112 tokens, instead of half of what half of the turn before had left."""
+    model, batch, new = tiny_model("llama"), make_batch(shape, long=True), 20
+    turns = {} if method in STEPWISE else {"multi_turn": "recompress"}
+    config = METHODS[method](budget=None, ratio=0.5, **turns)
+    ids, rows = batch.ids, batch.ids.shape[0]
+    mask = torch.ones_like(ids) if batch.mask is None else batch.mask
+    stored: dict[tuple[int, int], int] = {}
+    with llm_accel.apply(model, config, trace=True) as handle:
         cache = handle.new_cache()
-        model(batch.ids, past_key_values=cache)
-        questions = [prompt(5, seed=seed) for seed in (11, 12)]
-        answers = [model(question, past_key_values=copy.deepcopy(cache)).logits for question in questions]
-        again = model(questions[0], past_key_values=cache).logits
-    assert torch.equal(answers[0], again)
-    assert not torch.equal(answers[0], answers[1])
+        for turn in range(3):
+            model(ids, attention_mask=mask, past_key_values=cache)
+            for layer, depth in acting(handle.report()):
+                for row, length in enumerate(batch.lengths):
+                    seen, place = length + new * turn, (layer.layer, row)
+                    entries = config.layer_entries(seen, replace(depth, later=turn > 0))
+                    check_kept(method, layer.kept[row], entries)
+                    assert entries < stored.get(place, length - new) + new
+                    stored[place] = entries
+            ids = prompt(new, seed=turn, batch=rows)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+
+@torch.no_grad()
+@every_prompt_method
+def test_a_ratio_counts_the_tokens_seen_when_deferred(method: str) -> None:
+    model, ids = tiny_model("llama"), prompt(LONG)
+    config = METHODS[method](budget=None, ratio=0.5, multi_turn="recompress", compress="deferred")
+    with llm_accel.apply(model, config) as handle:
+        cache = handle.new_cache()
+        for turn in range(3):
+            model(ids, past_key_values=cache)
+            model(ids[:, :1], past_key_values=cache)  # evicts from all that came before it
+            for layer, depth in acting(handle.report()):
+                entries = config.layer_entries(layer.logical_length - 1, replace(depth, later=turn > 0))
+                assert layer.evicted == layer.logical_length - entries - 1
+            ids = prompt(20, seed=turn)
 
 
 @every_method

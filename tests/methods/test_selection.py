@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_accel import ConfigError, RandomKV, SnapKV, StreamingLLM
+from llm_accel.methods import PromptView
 from llm_accel.methods.selection import real_slots, select_top
 
 # few distinct values, so that ties are the rule
@@ -79,6 +81,18 @@ def test_subnormal_infinite_and_missing_scores() -> None:
     valid = torch.ones(1, 6, dtype=torch.bool)
     order = [select_top(score, torch.tensor([count]), count, valid)[0, 0].tolist() for count in (1, 2, 3, 6)]
     assert order == [[3], [1, 3], [0, 1, 3], [0, 1, 2, 3, 4, 5]]
+
+
+def test_ranks_and_lengths_count_from_the_first_real_slot() -> None:
+    view = PromptView(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 3, 4), 2, None, 1.0, None, None, layer=0, layers=1)
+    assert view.ranks.tolist() == [[0, 1, 2]]
+    assert view.lengths.tolist() == [3, 3]
+    rows = replace(view, start=torch.tensor([0, 2]))
+    assert rows.ranks.tolist() == [[0, 1, 2], [-2, -1, 0]]
+    assert rows.lengths.tolist() == [3, 1]
+    heads = replace(view, start=torch.tensor([[0, 1], [2, 3]]))
+    assert heads.ranks.tolist() == [[[0, 1, 2], [-1, 0, 1]], [[-2, -1, 0], [-3, -2, -1]]]
+    assert heads.lengths.tolist() == [[3, 2], [1, 0]]
 
 
 def test_real_slots() -> None:

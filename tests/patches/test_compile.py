@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
-from tests.patches.calls import BUDGET, IDS, MASK, snapkv
+from tests.patches.calls import BUDGET, IDS, MASK, Outside, snapkv
 from tests.tiny import prompt
 
 CLOSE = 1e-5
@@ -96,6 +96,23 @@ def test_apply_and_remove_around_a_compiled_model(model: PreTrainedModel) -> Non
         assert cache.layers[0].physical_length() == BUDGET + STEPS
         with handle.disabled():
             assert (decode(compiled, DynamicCache(config=model.config), IDS) - dense).abs().max() <= CLOSE
+    assert (decode(compiled, DynamicCache(config=model.config), IDS) - dense).abs().max() <= CLOSE
+
+
+def test_apply_and_remove_take_the_compiled_model_too(model: PreTrainedModel) -> None:
+    before, dense = Outside.of(model), decode(model, DynamicCache(config=model.config), IDS)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    handle = llm_accel.apply(compiled, "snapkv", budget=BUDGET, window=8)
+    cache = handle.new_cache()
+    ours = decode(model, handle.new_cache(), IDS)
+    assert (decode(compiled, cache, IDS) - ours).abs().max() <= CLOSE
+    assert cache.layers[0].physical_length() == BUDGET + STEPS
+    with pytest.raises(llm_accel.AlreadyAppliedError):
+        llm_accel.apply(compiled, "snapkv")
+    llm_accel.remove(compiled)
+    after = Outside.of(model)
+    assert (after.hooks, after.implementation, after.config) == (before.hooks, before.implementation, before.config)
+    assert "generate" not in after.attributes
     assert (decode(compiled, DynamicCache(config=model.config), IDS) - dense).abs().max() <= CLOSE
 
 

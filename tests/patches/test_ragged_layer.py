@@ -25,6 +25,7 @@ KEPT: Rows = [[[0, 3, 9], [1, 2, 5, 7, 8, 9, 10, 11, 12]], [[4, 5, 6, 7, 8, 9, 1
 def filled(count: int = 13, batch: int = 2, heads: int = 2, start: Tensor | None = None) -> RaggedLayer:
     """A layer with random entries, seen by attention; the first feature of a key counts its slots."""
     layer = RaggedLayer(PAGE)
+    layer.expected = True
     layer.update(*new(count, batch, heads))
     layer.keys[..., 0] = torch.arange(count).float()
     layer.attended, layer.start = True, start
@@ -45,6 +46,7 @@ def indices(rows: Rows) -> Tensor:
 
 def append(layer: RaggedLayer, count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     given = new(count, layer.table.shape[0], layer.kv_heads, seed)
+    layer.expected = True
     layer.update(*given)
     layer.attended = True
     return given
@@ -106,6 +108,7 @@ def test_a_token_goes_to_its_place_without_moving_the_others() -> None:
     for step in range(1, 3 * PAGE + 1):
         before = (layer.keys.data_ptr(), layer.values.data_ptr())
         pages = layer.keys.shape[0]
+        layer.expected = True
         key, _ = layer.update(*(more := new(1, seed=step)))
         layer.attended = True
         expected = longer(expected, more)
@@ -205,6 +208,7 @@ def test_a_single_head_stays_dense() -> None:
     layer = filled(heads=1)
     layer.keep(indices([[[1, 2, 12]], [[0, 5, 12]]]), trace=False)
     assert layer.table is None and layer.keys.shape == (2, 1, 3, DIM)
+    layer.expected = True
     assert layer.update(*new(1, heads=1))[0].shape == (2, 1, 4, DIM)
 
 

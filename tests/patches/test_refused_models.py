@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,6 @@ MODELS: dict[str, tuple[Callable[[], object], str]] = {
     "number": (lambda: 5, "is a int; give the transformers model"),
     "nothing": (lambda: None, "NoneType"),
     "module": (lambda: torch.nn.Linear(1, 1), "is a Linear"),
-    "compiled": (lambda: torch.compile(tiny_model("llama"), backend="eager"), "OptimizedModule.*before torch.compile"),
     "t5": (
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **SMALL)
@@ -92,6 +92,7 @@ def test_models(name: str) -> None:
         ("snapkb", {}, UnknownMethodError, "'snapkb'. Did you mean 'snapkv'"),
         ("snapkv", {"bugdet": 3}, ConfigError, "'bugdet'. Did you mean 'budget'"),
         ("snapkv", {"skip_layers": (3,)}, ConfigError, "names layer 3; llama has layers 0 to 2"),
+        ("snapkv", {"skip_layers": (2, 0, 1)}, ConfigError, "no layer to act on; llama has layers 0 to 2"),
         ("snapkv", {"skip_layers": [0]}, ConfigError, "skip_layers=.*tuple"),
         (SnapKV(), {"budget": 3}, ConfigError, r"\['budget'\].*into the configuration object"),
         (["snapkv", "random"], {"budget": 64}, ConfigError, "configuration object"),
@@ -136,17 +137,34 @@ def test_a_model_whose_attention_is_its_own_is_found_in_the_first_call() -> None
     assert torch.isfinite(model(short).logits).all()
 
 
-def test_a_cache_used_after_remove_is_not_taken_back(model: PreTrainedModel) -> None:
-    handle = snapkv(model)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "streaming_llm"])
+def test_a_cache_used_after_remove_is_refused_at_once(family: str, tokens: int, method: str) -> None:
+    model = tiny_model(family)
+    handle = llm_accel.apply(model, method, budget=40)
     cache = handle.new_cache()
     model(IDS, attention_mask=MASK, past_key_values=cache)
+    untouched = copy.deepcopy(cache)
     handle.remove()
-    model(IDS[:, :1], past_key_values=cache)
-    with pytest.raises(UnsupportedCallError, match="start with a new cache"):
-        model(IDS[:, :1], past_key_values=cache)
-    snapkv(model)
-    with pytest.raises(UnsupportedCallError, match="start with a new cache"):
-        model(IDS[:, :1], past_key_values=cache)
+    for _ in range(2):
+        with pytest.raises(UnsupportedCallError, match="runs without it; apply the same method again"):
+            model(IDS[:, :tokens], past_key_values=cache)
+    llm_accel.apply(model, method, budget=40)
+    if family == "llama":  # nothing was stored before the refusal
+        expected = model(IDS[:, :tokens], past_key_values=untouched).logits
+        assert torch.equal(model(IDS[:, :tokens], past_key_values=cache).logits, expected)
+    else:  # a sliding layer comes first and has stored what was refused
+        with pytest.raises(UnsupportedCallError, match="start with a new cache"):
+            model(IDS[:, :tokens], past_key_values=cache)
+
+
+def test_skip_layers_and_sliding_ones_together_must_leave_a_layer() -> None:
+    model = tiny_model("gemma3")
+    before = Outside.of(model)
+    with pytest.raises(ConfigError, match=r"skip_layers=\(1,\) leaves no layer.*sliding window"):
+        snapkv(model, skip_layers=(1,))
+    assert Outside.of(model) == before
 
 
 def test_gemma3_with_image_blocks_is_refused_call_by_call() -> None:

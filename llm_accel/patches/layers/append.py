@@ -21,6 +21,8 @@ class AccelLayer(DynamicLayer):
     Attributes:
         cumulative_length: logical length, the tokens seen; the name that ``CacheLayerMixin.reset`` clears.
         start: first real slot of each row, int64 [B]; None when every slot is real.
+        padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
+        expected: whether a call with the plug-in has begun and its entries have not come yet.
         attended: whether our attention has seen the newest entries; False while they are on their way to it.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
@@ -34,7 +36,7 @@ class AccelLayer(DynamicLayer):
     is_croppable = True
     keys: Tensor  # None only before the first update
     values: Tensor
-    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "window", "positions", "kept")
+    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
     shared_tensors: ClassVar[tuple[str, ...]] = ()
     plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "compressed", "floor")
 
@@ -45,6 +47,8 @@ class AccelLayer(DynamicLayer):
     def _clear(self) -> None:
         self.cumulative_length = 0
         self.start: Tensor | None = None
+        self.padding: Tensor | None = None
+        self.expected = False
         self.attended = True
         self.compressed = False
         self.floor = 0
@@ -68,6 +72,18 @@ class AccelLayer(DynamicLayer):
         """Slots stored per KV head, averaged where heads store different numbers."""
         return self.physical_length()
 
+    def row_lengths(self) -> Tensor:
+        """Real entries of each row, per KV head on average and rounded up, int64 [B]; [1] where all rows are alike."""
+        lengths = torch.full((1,), self.physical_length(), device=self.keys.device)
+        return lengths if self.start is None else lengths - self.start
+
+    def seen(self) -> Tensor | None:
+        """Tokens that each row has seen, int64 [B], [1] where all rows are alike; None until some are evicted."""
+        if not self.compressed:
+            return None
+        seen = torch.full((1,), self.cumulative_length, device=self.keys.device)
+        return seen if self.padding is None else seen - self.padding
+
     @property
     def kv_heads(self) -> int:
         """KV heads that are stored."""
@@ -86,7 +102,7 @@ class AccelLayer(DynamicLayer):
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
         if not self.compressed:
-            self.start = padding.clone()  # layers saved to one file must not share a tensor
+            self.start, self.padding = padding.clone(), padding.clone()  # tensors saved to one file must not be shared
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -105,10 +121,16 @@ class AccelLayer(DynamicLayer):
         return self.keys, self.values
 
     def _admit(self, count: int) -> None:
-        """Counts new tokens, whose entries must reach our attention before any others come."""
+        """Counts new tokens; refuses, before anything changes, those of a model without the plug-in, whose attention
+        knows nothing of evicted entries."""
+        if not self.expected:
+            raise UnsupportedCallError(
+                "this cache was filled with the plug-in, and this call runs without it; apply the same method again, "
+                "or start with a new cache."
+            )
         if not self.attended:
-            raise UnsupportedCallError("an earlier call on this cache ran without the plug-in; start with a new cache.")
-        self.attended = False
+            raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
+        self.expected = self.attended = False
         self.cumulative_length += count
 
     def _append_positions(self, count: int) -> None:

@@ -69,6 +69,7 @@ class GroupedLayer(AccelLayer):
         self._admit(key_states.shape[-2])
         for group in self.groups:
             index = group.index(key_states.device)
+            group.store.expected = True
             group.store.update(key_states.index_select(1, index), value_states.index_select(1, index))
         self.is_initialized = True
         return key_states, value_states
@@ -81,6 +82,7 @@ class GroupedLayer(AccelLayer):
         real = self.cumulative_length - padding
         for group in self.groups:
             store = group.store
+            store.padding = padding.clone()
             missing = store.physical_length() - real
             store.start = missing.clamp(min=0) if store.start is None else torch.maximum(store.start, missing)
             if isinstance(store.positions, Tensor):
