@@ -27,6 +27,9 @@ class H2O(StepEviction):
         "rank by attention received: its sum, or its mean per query that could see it", "sum"
     )
     decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0)
+    semantics: Literal["real_drop", "sim"] = option(
+        "real_drop: entries are evicted; sim: the masking simulation of the authors, which frees no memory", "real_drop"
+    )
 
     name: ClassVar[str] = "h2o"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -42,6 +45,8 @@ class H2O(StepEviction):
         if self.recent is not None and self.recent < 0:
             self.fail("recent", "an integer of at least 0, or None for half of the budget")
         self._settle_split()
+        if self.hides and self.recent == 0:
+            self.fail("recent", "an integer of at least 1 with semantics=sim, which counts the new token as recent")
         if not 0.0 < self.decay <= 1.0:
             self.fail("decay", "a number in (0, 1]")
         super().validate()
@@ -78,8 +83,12 @@ class H2O(StepEviction):
         return f"{self.sinks} sinks and {self.recent or 0} recent entries are always kept and count"
 
     @property
+    def hides(self) -> bool:
+        return self.semantics == "sim"
+
+    @property
     def vacancies(self) -> int:
-        return 1
+        return 0 if self.hides else 1
 
     @property
     def accumulates(self) -> bool:
@@ -99,14 +108,21 @@ class H2O(StepEviction):
         valid = real_slots(view.start, slots, device)
         lengths = valid.sum(-1)
         position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
-        counts = self.entries_per_row(lengths)
-        forced = (position < self.sinks) | (position >= (lengths - self.recent_of(counts))[:, None])
+        ahead = int(self.hides)  # what is hidden is hidden from the next token, which counts among the recent ones
+        seen = lengths + ahead
+        counts = self.entries_per_row(seen) if view.entries is None else torch.minimum(seen, view.entries)
+        oldest_recent = seen - self.recent_of(counts)
+        forced = (position < self.sinks) | (position >= oldest_recent[:, None])
         if view.protected is not None:
             forced = forced | view.protected
         scores = view.scores
         if self.norm == "mean":
             scores = scores / (lengths[:, None] - position).clamp(min=1)[:, None]
-        return select_top(scores, counts.expand(batch), width=self.entries(slots), valid=valid, forced=forced)
+        if not self.hides:
+            return select_top(scores, counts.expand(batch), width=self.entries(slots), valid=valid, forced=forced)
+        leaving = (position == oldest_recent[:, None] - 1) & (counts < seen)[:, None]  # no candidate for one step
+        counts = (counts - ahead).expand(batch)
+        return select_top(scores, counts, width=int(counts.max()), valid=valid & ~leaving, forced=forced)
 
     def victims(self, view: StepView) -> Tensor:
         """The entry with the lowest score among those that left the recent window, the oldest of equals."""

@@ -49,6 +49,7 @@ class PromptView:
         scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
         depth: where the layer stands among those that the method acts on.
         slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
+        entries: entries that each row may keep, int64 [B], where the prompt has fixed that; None: the method's own.
     """
 
     query: Tensor
@@ -64,6 +65,7 @@ class PromptView:
     scores: Tensor | None = None
     depth: Depth = Depth()
     slack: int = 1
+    entries: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -196,6 +198,12 @@ class StepEviction(ScoreAndKeep):
     @property
     def relative_positions(self) -> bool:
         """Whether positions are ranks in the cache; all heads of such a method keep the same entries."""
+        return False
+
+    @property
+    def hides(self) -> bool:
+        """Whether entries are only hidden from later tokens and all stay stored: a simulation that frees no memory.
+        Such a method is asked to ``select`` what the next token sees beside itself, after each step."""
         return False
 
     @property

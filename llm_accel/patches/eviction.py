@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, SlotLayer
+from llm_accel.methods.selection import real_slots
+from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.patches.session import Session
 
 
@@ -47,9 +48,12 @@ class Eviction:
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
-            assert isinstance(self.layer, SlotLayer)
             with torch.no_grad():  # as a decorator it would break every compiled graph
-                self._step(self.keeper, self.layer, query, key)
+                if isinstance(self.layer, HidingLayer):
+                    self._hide(self.keeper, self.layer, query, key)
+                else:
+                    assert isinstance(self.layer, SlotLayer)
+                    self._step(self.keeper, self.layer, query, key)
         elif self.session.closing:
             self._close(query, key)
         elif self.session.observing:
@@ -84,8 +88,7 @@ class Eviction:
 
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
-            layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
+            layer.accumulate(self._votes(query, key, layer.start), self._decay(keeper, query))
         if self.closing:
             slots = key.shape[2]
             if self._over_budget(slots):
@@ -96,6 +99,24 @@ class Eviction:
                 layer.bound(keeper.capacity(slots))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
+
+    def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
+        """A simulated step: everything stays stored, the method says what the next token sees."""
+        layer.accumulate(self._votes(query, key, layer.shown_start()), self._decay(keeper, query))
+        slots = layer.physical_length()
+        if self.session.closing:
+            layer.own_storage()
+            lengths = real_slots(layer.start, slots, key.device).sum(-1).expand(key.shape[0])
+            layer.bound(keeper.capacity(slots), None if keeper.ratio is None else keeper.entries_per_row(lengths))
+        if layer.full:
+            layer.show(self._select(None, layer.keys))
+
+    def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
+        """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
+        return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **self._softmax(key))
+
+    def _decay(self, keeper: StepEviction, query: Tensor) -> float:
+        return keeper.score_decay if query.shape[2] == 1 else 1.0
 
     def _over_budget(self, slots: int) -> bool:
         if self.layer.compressed and not self.keeper.recompresses:
@@ -126,6 +147,7 @@ class Eviction:
             scores=getattr(self.layer, "scores", None),
             depth=depth or self._depth(),
             slack=slack,
+            entries=getattr(self.layer, "entries", None),
             **self._softmax(key),
         )
         with torch.no_grad():
