@@ -15,7 +15,7 @@ import llm_accel
 from llm_accel import RetrievalHeads, StreamingLLM
 from llm_accel.methods import MethodConfig
 from tests.contracts.matrix import BUDGET, METHODS
-from tests.tiny import prompt, tiny_model
+from tests.tiny import VOCABULARY, prompt, tiny_model
 
 STEPS = 300
 CONSTANT: dict[str, Callable[[], MethodConfig]] = {
@@ -89,9 +89,8 @@ def test_a_step_does_the_same_work_after_any_prompt(method: str) -> None:
             with Shapes() as shapes:
                 model(prompt(1), past_key_values=cache)
         work.append(shapes.seen)
-    if method == "adakv":  # how long the longest head is depends on what is in the prompt, never on its length
-        assert [operation for operation, _ in work[0]] == [operation for operation, _ in work[1]]
-        assert max(max(shape, default=1) for _, shapes in work[1] for shape in shapes) <= 128
+    if method == "adakv":  # how long heads are and when they need pages depends on what the prompt says
+        assert max(max(shape, default=1) for _, shapes in work[1] for shape in shapes) <= VOCABULARY
     else:
         assert work[0] == work[1]
 
