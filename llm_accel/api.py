@@ -38,7 +38,9 @@ class Handle:
         plan = self._hook.plan
         layers = self._hook.layer_reports()
         warnings = []
-        if layers and plan.evicts and not any(layer.evicted for layer in layers):
+        if plan.hides:
+            warnings.append("entries are hidden from attention, none is evicted: this frees no memory")
+        elif layers and plan.evicts and not any(layer.evicted for layer in layers):
             warnings.append("nothing was evicted: the prompt fits into the budget")
         return Report(method=plan.title, backends=dict(plan.backends), layers=layers, warnings=warnings)
 

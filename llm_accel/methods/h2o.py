@@ -27,6 +27,9 @@ class H2O(StepEviction):
         "rank by attention received: its sum, or its mean per query that could see it", "sum"
     )
     decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0)
+    semantics: Literal["real_drop", "sim"] = option(
+        "real_drop: entries are evicted; sim: the masking simulation of the authors, which frees no memory", "real_drop"
+    )
 
     name: ClassVar[str] = "h2o"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -42,6 +45,8 @@ class H2O(StepEviction):
         if self.recent is not None and self.recent < 0:
             self.fail("recent", "an integer of at least 0, or None for half of the budget")
         self._settle_split()
+        if self.hides and self.recent == 0:
+            self.fail("recent", "an integer of at least 1 with semantics=sim, which counts the new token as recent")
         if not 0.0 < self.decay <= 1.0:
             self.fail("decay", "a number in (0, 1]")
         super().validate()
@@ -78,8 +83,12 @@ class H2O(StepEviction):
         return f"{self.sinks} sinks and {self.recent or 0} recent entries are always kept and count"
 
     @property
+    def hides(self) -> bool:
+        return self.semantics == "sim"
+
+    @property
     def vacancies(self) -> int:
-        return 1
+        return 0 if self.hides else 1
 
     @property
     def accumulates(self) -> bool:
@@ -94,16 +103,35 @@ class H2O(StepEviction):
         return torch.full_like(entries, self.recent) if self.recent is not None else entries // 2
 
     def select(self, view: PromptView) -> Tensor:
-        assert view.scores is not None
+        if self.hides:
+            return self._shown(view)
         rank, lengths = view.ranks, view.lengths
         counts = self.row_entries(lengths, view)
         forced = (rank < self.sinks) | (rank >= (lengths - self.recent_of(counts))[:, None])
         if view.protected is not None:
             forced = forced | view.protected
-        scores = view.scores
-        if self.norm == "mean":
-            scores = scores / (lengths[:, None] - rank).clamp(min=1)[:, None]
-        return select_top(scores, counts, width=self.widest(counts, view), valid=rank >= 0, forced=forced)
+        width = self.widest(counts, view)
+        return select_top(self._ranked_by(view), counts, width=width, valid=rank >= 0, forced=forced)
+
+    def _shown(self, view: PromptView) -> Tensor:
+        """What the next token sees beside itself in the simulation: it counts among the recent entries, and the one
+        that it pushes out of them is no candidate for this one step."""
+        rank, lengths = view.ranks, view.lengths + 1
+        counts = self.entries_per_row(lengths) if view.entries is None else torch.minimum(lengths, view.entries)
+        oldest_recent = (lengths - self.recent_of(counts))[:, None]
+        leaving = (rank == oldest_recent - 1) & (counts < lengths)[:, None]
+        forced = (rank < self.sinks) | (rank >= oldest_recent)
+        if view.protected is not None:
+            forced = forced | view.protected
+        width = int(counts.max()) - 1
+        return select_top(self._ranked_by(view), counts - 1, width=width, valid=(rank >= 0) & ~leaving, forced=forced)
+
+    def _ranked_by(self, view: PromptView) -> Tensor:
+        """The score of each entry of a prompt, fp32 [B, kv_heads, S]."""
+        assert view.scores is not None
+        if self.norm == "sum":
+            return view.scores
+        return view.scores / (view.lengths[:, None] - view.ranks).clamp(min=1)[:, None]
 
     def victims(self, view: StepView) -> Tensor:
         """The entry with the lowest score among those that left the recent window, the oldest of equals."""

@@ -50,6 +50,7 @@ class PromptView:
         depth: where the layer stands among those that the method acts on.
         slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
         seen: tokens that each row has seen, int64 [B or 1]; None where none of them was evicted before.
+        entries: entries that each row may keep, int64 [B], where the prompt has fixed that; None: the method's own.
     """
 
     query: Tensor
@@ -66,6 +67,7 @@ class PromptView:
     depth: Depth = Depth()
     slack: int = 1
     seen: Tensor | None = None
+    entries: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -215,6 +217,12 @@ class StepEviction(ScoreAndKeep):
     @property
     def relative_positions(self) -> bool:
         """Whether positions are ranks in the cache; all heads of such a method keep the same entries."""
+        return False
+
+    @property
+    def hides(self) -> bool:
+        """Whether entries are only hidden from later tokens and all stay stored: a simulation that frees no memory.
+        Such a method is asked to ``select`` what the next token sees beside itself, after each step."""
         return False
 
     @property

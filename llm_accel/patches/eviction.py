@@ -10,7 +10,7 @@ from torch import Tensor
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import AccelLayer, SlotLayer
+from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.patches.session import Session
 
 
@@ -48,9 +48,12 @@ class Eviction:
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
-            assert isinstance(self.layer, SlotLayer)
             with torch.no_grad():  # as a decorator it would break every compiled graph
-                self._step(self.keeper, self.layer, query, key)
+                if isinstance(self.layer, HidingLayer):
+                    self._hide(self.keeper, self.layer, query, key)
+                else:
+                    assert isinstance(self.layer, SlotLayer)
+                    self._step(self.keeper, self.layer, query, key)
         elif self.session.closing:
             self._close(query, key)
         elif self.session.observing:
@@ -85,9 +88,7 @@ class Eviction:
 
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            softmax = softmax_of(self.kwargs, key.shape[-1])
-            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **softmax)
-            layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
+            layer.accumulate(self._votes(query, key, layer.start), self._decay(keeper, query))
         if self.closing:
             if self._over_budget():
                 layer.keep(self._select(None, key), self.session.plan.trace)
@@ -97,6 +98,25 @@ class Eviction:
                 layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
+
+    def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
+        """A simulated step: everything stays stored, the method says what the next token sees."""
+        layer.accumulate(self._votes(query, key, layer.shown_start()), self._decay(keeper, query))
+        if self.session.closing:
+            layer.own_storage()
+            lengths = layer.row_lengths().expand(key.shape[0])
+            entries = None if keeper.ratio is None else keeper.entries_per_row(lengths)
+            layer.bound(keeper.capacity(layer.physical_length()), entries)
+        if layer.full:
+            layer.show(self._select(None, layer.keys))
+
+    def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
+        """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
+        softmax = softmax_of(self.kwargs, key.shape[-1])
+        return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
+
+    def _decay(self, keeper: StepEviction, query: Tensor) -> float:
+        return keeper.score_decay if query.shape[2] == 1 else 1.0
 
     def _over_budget(self, newest: int = 0) -> bool:
         """Whether some row stores more than it may keep, the ``newest`` entries aside. Budgets are counted from the
@@ -135,6 +155,7 @@ class Eviction:
             depth=depth or self._depth(),
             slack=slack,
             seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
+            entries=getattr(self.layer, "entries", None),
             **softmax_of(self.kwargs, key.shape[-1]),
         )
         with torch.no_grad():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import Depth, HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, HidingLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,13 @@ class Plan:
 
     @property
     def evicts(self) -> bool:
-        """Whether entries leave the cache."""
+        """Whether entries leave the cache, or are treated as if they had."""
         return self.keeper is not None or self.split is not None
+
+    @property
+    def hides(self) -> bool:
+        """Whether entries are hidden from attention and none leaves the cache."""
+        return isinstance(self.keeper, StepEviction) and self.keeper.hides
 
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
@@ -64,6 +69,8 @@ class Plan:
         if self.keeper is None or index in self.skipped:
             return AccelLayer()
         if isinstance(self.keeper, StepEviction):
+            if self.keeper.hides:
+                return HidingLayer()
             kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
             return kind(self.keeper.vacancies)
         return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size)
