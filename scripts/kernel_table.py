@@ -18,7 +18,15 @@ from llm_accel.kernels import aot
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 VERSION = f"Compiled with Triton {triton.__version__}"
-INTRODUCTION = f"""# Triton kernels
+INTRODUCTION = f"""# Kernels
+
+Every operation has a plain-torch reference, and most have Triton kernels for NVIDIA GPUs of compute capability 8.0 and
+up. Each call takes the first backend that supports its device, dtype and sizes; `llm-accel doctor` and the report name
+it with the reason. `LLM_ACCEL_BACKEND="column_votes=torch,ragged_attention=triton"` chooses by hand, read once per
+process: an unknown name is an error, and so is a backend that does not support the call. `TRITON_INTERPRET=1` runs the
+kernels on the CPU, slowly; `make kernels` tests them that way, and `python -m benchmarks.gpu` measures them on a GPU.
+
+## Compiled configurations
 
 Every configuration that is shipped, compiled ahead of time for each architecture. `make kernel-table` writes this page,
 `make test` compiles everything again and fails when a kernel spills registers or needs more shared memory than a block
@@ -61,7 +69,7 @@ def document(measured: list[tuple[Job, aot.Usage]]) -> str:
     blocks = [INTRODUCTION]
     for op in dict.fromkeys(job[0][0] for job, _ in measured):
         rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(job, usage) for job, usage in measured if job[0][0] == op)]
-        blocks.append(f"## {op}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
+        blocks.append(f"### {op}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
     return "\n".join(blocks)
 
 

@@ -81,8 +81,7 @@ def compile_for(launch: Launch, arch: int) -> Usage:
 
     signature, constants, attributes = _source(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(int(compiled.metadata.shared), registers, spilled)
 

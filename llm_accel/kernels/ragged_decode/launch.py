@@ -16,8 +16,8 @@ MOST_SPLITS = 32
 def tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
     """Largest row block, entry block and stages that stay within 99 KiB of shared memory."""
     if dtype == torch.float32:
-        return 16, 16 if block_d > 128 else 32, 2
-    return (32, 32, 2) if block_d > 128 else (64, 64, 2)
+        return 16, 16 if block_d > 64 else 32, 2
+    return (32, 32, 4) if block_d > 128 else (64, 64, 4)
 
 
 def plan(
