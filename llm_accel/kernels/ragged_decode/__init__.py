@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
+from llm_accel.kernels.ragged_decode.launch import ragged_attention as ragged_attention_triton
 from llm_accel.kernels.ragged_decode.reference import ragged_attention_reference
 
-BACKEND = ("torch", "plain-torch reference, one partial softmax per page")
+OP = Op(
+    "ragged_attention",
+    Backend("triton", ragged_attention_triton, why_not_triton, "Triton kernels, each head split over its own length"),
+    torch_backend(ragged_attention_reference, "one partial softmax per page"),
+)
 
 
 def ragged_attention(
@@ -37,4 +43,7 @@ def ragged_attention(
     Returns:
         [B, T, Hq, Dv] in the dtype of ``query``.
     """
-    return ragged_attention_reference(query, keys, values, table, lengths, scaling, softcap, sinks)
+    head_dim = max(keys.shape[-1], values.shape[-1])
+    problem = Problem(query.device, query.dtype, head_dim, query.shape[1] // table.shape[1])
+    run = OP.choose(problem).run
+    return run(query, keys, values, table, lengths, scaling, softcap, sinks)  # type: ignore[no-any-return]

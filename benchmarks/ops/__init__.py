@@ -1,0 +1,1 @@
+"""Benchmarks of single operations: one module per operation, which declares its cases."""

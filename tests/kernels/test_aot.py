@@ -1,0 +1,55 @@
+"""The ahead-of-time check: what is planned is what is compiled, and what is unfit is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm_accel.kernels import aot
+from llm_accel.kernels.aot import Usage
+from llm_accel.kernels.dispatch import all_ops, interpreting
+from llm_accel.kernels.launch import SHARED_MEMORY
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")
+
+
+def test_every_operation_with_a_triton_backend_ships_configurations() -> None:
+    written = {name for name, op in all_ops().items() if op.backends[0].name == "triton"}
+    assert {op for op, _ in aot.shipped()} == written
+
+
+def test_plans_allocate_nothing() -> None:
+    for launches in aot.shipped().values():
+        given = [value for launch in launches for value in launch.arguments.values()]
+        assert {value.device.type for value in given if isinstance(value, torch.Tensor)} == {"meta"}
+
+
+def test_arguments_are_specialised_as_at_a_launch() -> None:
+    (launch,) = aot.shipped()["gather_entries", "128 16-bit"]
+    signature, constants, attributes = aot._source(launch)
+    names = [parameter.name for parameter in launch.kernel.params]
+    assert signature["indices"] == "*i64" and signature["keys"] == "*i16"
+    assert constants["scores"] is None and constants["D"] == 128
+    assert signature["count"] == "i32" and (names.index("count"),) not in attributes
+    assert attributes[names.index("k_s"),] == attributes[names.index("keys"),] == [["tt.divisibility", 16]]
+
+
+def test_equal_code_has_one_fingerprint() -> None:
+    plans = aot.shipped()
+    scored, plain = plans["gather_entries", "128 16-bit with scores"], plans["gather_entries", "128 16-bit"]
+    assert aot.fingerprint(plain[0]) == aot.fingerprint(aot.shipped()["gather_entries", "128 16-bit"][0])
+    assert aot.fingerprint(scored[0]) != aot.fingerprint(plain[0])
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_a_kernel_compiles_without_a_gpu(arch: int) -> None:
+    usage = aot.compile_for(aot.shipped()["gather_entries", "128 16-bit"][0], arch)
+    assert 16 <= usage.registers <= 255
+    assert usage.complaint(arch) is None
+
+
+def test_complaints() -> None:
+    assert Usage(SHARED_MEMORY[80], 255, 0).complaint(80) is None
+    assert "limit of sm_80 is 166912" in str(Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(80))
+    assert Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(90) is None
+    assert Usage(0, 255, 8).complaint(90) == "8 bytes per thread spilled"
