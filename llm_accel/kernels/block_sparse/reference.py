@@ -53,8 +53,8 @@ def block_sparse_attention_reference(
 def _attend(
     rows: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for ``hidden``,
-    bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G]."""
+    """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for
+    ``hidden``, bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G]."""
     heads, count, dim = rows.shape
     logits = rows.reshape(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
     if softcap is not None:
