@@ -200,7 +200,7 @@ class Tiling:
         keys = 32 if wide else 64
         room = _shared_memory(query.device) - pack * block_q * dims * query.element_size()
         stages = room // (2 * keys * dims * query.element_size())
-        return Tiling(pack, keys, 8 if pack * block_q * dims > 64 * 128 else 4, min(max(stages, 1), 3))
+        return Tiling(pack, keys, 8 if pack * block_q > 64 or wide else 4, min(max(stages, 1), 3))
 
 
 def _shared_memory(device: torch.device) -> int:
