@@ -75,7 +75,7 @@ def block_sparse_attention_triton(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`llm_accel.kernels.block_sparse.block_sparse_attention`; output and log-sum-exp."""
-    return block_sparse_attention_launch(  # type: ignore[no-any-return]
+    return block_sparse_attention_launch(
         query,
         key,
         value,
