@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm_accel.kernels.block_list import BlockList, block_positions
 from llm_accel.kernels.block_sparse import block_sparse_attention
-from llm_accel.patches.base_attention import attend
+from llm_accel.patches.base_attention import attend, softmax_of
 
 BLOCK_Q = 64
 BLOCK_K = 64  # nothing is listed
@@ -43,14 +43,5 @@ def sink_window_attention(
     blocks = BlockList.sink_window(
         positions.expand(query.shape[0], -1), block_q=BLOCK_Q, block_k=BLOCK_K, sink=sinks, window=recent
     )
-    scaling = kwargs.get("scaling")
-    return block_sparse_attention(
-        query,
-        key,
-        value,
-        blocks,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        start=start,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
+    softmax = softmax_of(kwargs, query.shape[-1])
+    return block_sparse_attention(query, key, value, blocks, start=start, **softmax)
