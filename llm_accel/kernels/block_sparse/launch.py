@@ -125,7 +125,7 @@ def plan(
     return [
         Launch(
             block_sparse_kernel,
-            (batch * heads // tiling.pack, blocks.count),
+            (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows)),
             {
                 "query": query,
                 "key": key,
@@ -161,6 +161,7 @@ def plan(
                 "BQ": blocks.block_q,
                 "BK": blocks.block_k,
                 "BN": tiling.keys,
+                "ROWS": tiling.rows,
                 "PACK": tiling.pack,
                 "HAS_START": start is not None,
                 "HAS_SINKS": sinks is not None,
@@ -179,12 +180,14 @@ class Tiling:
     """What one program works on.
 
     Attributes:
+        rows: queries of a program, all of a block or a part.
         pack: query heads of a program, which share its keys.
         keys: keys of a tile.
         warps: warps of a program.
         stages: tiles on their way from memory at once.
     """
 
+    rows: int
     pack: int
     keys: int
     warps: int
@@ -193,14 +196,16 @@ class Tiling:
     @staticmethod
     def of(query: Tensor, value: Tensor, block_q: int, sharing: int) -> Tiling:
         """As many stages as shared memory holds, three at most."""
-        dims = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16)
-        wide = dims * query.element_size() > 256  # bytes of a key
-        rows = 64 if wide else 128
-        pack = math.gcd(sharing, max(1, rows // block_q))
-        keys = 32 if wide else 64
-        room = _shared_memory(query.device) - pack * block_q * dims * query.element_size()
-        stages = room // (2 * keys * dims * query.element_size())
-        return Tiling(pack, keys, 8 if pack * block_q > 64 or wide else 4, min(max(stages, 1), 3))
+        dims, size = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16), query.element_size()
+        if size == 4:  # products of fp32 are no tensor-core instructions and need many registers
+            most, keys = (32, 32) if dims <= 128 else (16, 32)
+        else:
+            most, keys = (128, 64) if dims <= 128 else (64, 32)
+        rows = min(block_q, most)
+        pack = math.gcd(sharing, most // rows)
+        stages = (_shared_memory(query.device) - pack * rows * dims * size) // (2 * keys * dims * size)
+        warps = 4 if pack * rows <= 64 and dims <= 128 else 8
+        return Tiling(rows, pack, keys, warps, min(max(stages, 1), 3))
 
 
 def _shared_memory(device: torch.device) -> int:

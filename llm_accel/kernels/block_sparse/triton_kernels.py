@@ -46,6 +46,7 @@ def block_sparse_kernel(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
+    ROWS: tl.constexpr,
     PACK: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -55,13 +56,14 @@ def block_sparse_kernel(
 ):
     """Tiles of BN keys come in two loops: those that every query of the block sees whole, and the edges, which are
     masked. A tile is BN // PIECE pieces, from the list or next to each other in the sink or window segment."""
-    BM: tl.constexpr = PACK * BQ
+    BM: tl.constexpr = PACK * ROWS  # ROWS queries of a block, of PACK heads
     PIECE: tl.constexpr = min(BK, BN)
     PIECES: tl.constexpr = BN // PIECE  # in a tile
     SPLIT: tl.constexpr = BK // PIECE  # pieces of a listed block
 
     i_pack = tl.program_id(0)
-    i_block = blocks - 1 - tl.program_id(1)  # those that see most start first
+    i_part = blocks * (BQ // ROWS) - 1 - tl.program_id(1)  # those that see most start first
+    i_block = i_part // (BQ // ROWS)
     packs = heads // PACK
     i_batch = (i_pack // packs).to(tl.int64)
     first_head = (i_pack % packs) * PACK
@@ -69,16 +71,16 @@ def block_sparse_kernel(
 
     # slot of position 0
     origin = tl.load(start + i_batch).to(tl.int32) if HAS_START else tl.full([], 0, tl.int32)
-    first_row = tl.maximum(origin - (slots - queries), 0) + i_block * BQ
+    first_row = tl.maximum(origin - (slots - queries), 0) + i_part * ROWS
     first = first_row + slots - queries - origin  # position of the first query
-    past = tl.minimum(first + BQ, slots - origin)  # position after the last one
+    past = tl.minimum(first + ROWS, slots - origin)  # position after the last one
     if past <= first:
         return  # a padded row has fewer queries than the block list has room for
 
     o_m = tl.arange(0, BM)
-    o_row = first_row + o_m % BQ
-    o_head = first_head + o_m // BQ
-    own = first + o_m % BQ  # [BM]
+    o_row = first_row + o_m % ROWS
+    o_head = first_head + o_m // ROWS
+    own = first + o_m % ROWS  # [BM]
     m_row = o_row < queries
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
