@@ -12,7 +12,7 @@ from llm_accel.errors import ConfigError
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET
 from llm_accel.methods.roles import PromptView, StepEviction, StepView
-from llm_accel.methods.selection import real_slots, select_top
+from llm_accel.methods.selection import select_top
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,15 @@ class H2O(StepEviction):
 
     def select(self, view: PromptView) -> Tensor:
         assert view.scores is not None
-        slots, device, batch = view.slots, view.key.device, view.key.shape[0]
-        valid = real_slots(view.start, slots, device)
-        lengths = valid.sum(-1)
-        position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
-        counts = self.entries_per_row(lengths)
-        forced = (position < self.sinks) | (position >= (lengths - self.recent_of(counts))[:, None])
+        rank, lengths = view.ranks, view.lengths
+        counts = self.row_entries(lengths, view)
+        forced = (rank < self.sinks) | (rank >= (lengths - self.recent_of(counts))[:, None])
         if view.protected is not None:
             forced = forced | view.protected
         scores = view.scores
         if self.norm == "mean":
-            scores = scores / (lengths[:, None] - position).clamp(min=1)[:, None]
-        return select_top(scores, counts.expand(batch), width=self.entries(slots), valid=valid, forced=forced)
+            scores = scores / (lengths[:, None] - rank).clamp(min=1)[:, None]
+        return select_top(scores, counts, width=self.widest(counts, view), valid=rank >= 0, forced=forced)
 
     def victims(self, view: StepView) -> Tensor:
         """The entry with the lowest score among those that left the recent window, the oldest of equals."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.roles import PromptCompression, PromptView
-from llm_accel.methods.selection import real_slots, select_top
+from llm_accel.methods.selection import select_top
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,17 @@ class RandomKV(PromptCompression):
         return f"the last {self.window} entries are always kept and count"
 
     def select(self, view: PromptView) -> Tensor:
-        slots, device = view.slots, view.key.device
-        valid = real_slots(view.start, slots, device)
-        lengths = valid.sum(-1)
-        position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
-        forced = torch.arange(slots, device=device)[None] >= slots - self.window
+        rank, counts = view.ranks, self.row_entries(view.lengths, view)
+        forced = torch.arange(view.slots, device=rank.device)[None] >= view.slots - self.window
         if view.protected is not None:
             forced = forced | view.protected
-        batch = view.key.shape[0]
-        counts = self.row_entries(lengths.expand(batch), view)
-        head = torch.arange(view.kv_heads, device=device)[None, :, None]
-        draw = _uniform(position[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
+        head = torch.arange(view.kv_heads, device=rank.device)[None, :, None]
+        draw = _uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
         return select_top(
-            draw.expand(batch, view.kv_heads, slots),
+            draw.expand(len(counts), -1, -1),
             counts=counts,
             width=self.widest(counts, view),
-            valid=valid,
+            valid=rank >= 0,
             forced=forced,
         )
 

@@ -70,6 +70,20 @@ class PromptView:
         """Stored slots S, padding included."""
         return self.key.shape[2]
 
+    @property
+    def lengths(self) -> Tensor:
+        """Real entries of each row, int64 [B]; [B, kv_heads] where heads differ."""
+        if self.start is None:
+            return torch.full(self.key.shape[:1], self.slots, device=self.key.device)
+        return self.slots - self.start
+
+    @property
+    def ranks(self) -> Tensor:
+        """Rank of each slot among the real ones of its row, int64 [B or 1, S], below 0 for padding; [B, kv_heads, S]
+        where heads differ. It is the original position until something is evicted."""
+        index = torch.arange(self.slots, device=self.key.device)
+        return index[None] if self.start is None else index - self.start[..., None]
+
 
 @dataclass(frozen=True)
 class ScoreAndKeep(Budgeted):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.roles import PromptView, StepEviction, StepView
-from llm_accel.methods.selection import real_slots, select_top
+from llm_accel.methods.selection import select_top
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,16 @@ class StreamingLLM(StepEviction):
         return self.positions == "cache"
 
     def select(self, view: PromptView) -> Tensor:
-        slots, device = view.slots, view.key.device
-        valid = real_slots(view.start, slots, device)
-        lengths = valid.sum(-1)
-        position = torch.arange(slots, device=device)[None] - (slots - lengths)[:, None]
-        forced = position < self.sinks
+        rank, counts = view.ranks, self.row_entries(view.lengths, view)
+        forced = rank < self.sinks
         if view.protected is not None:
             forced = forced | view.protected
-        batch = view.key.shape[0]
-        recency = position.clamp(min=0).float()[:, None].expand(batch, view.kv_heads, slots)
+        recency = rank.clamp(min=0).float()[:, None].expand(len(counts), view.kv_heads, -1)
         return select_top(
             recency,
-            counts=self.entries_per_row(lengths.expand(batch)),
-            width=self.entries(slots),
-            valid=valid,
+            counts=counts,
+            width=self.widest(counts, view),
+            valid=rank >= 0,
             forced=forced,
         )
 

@@ -5,13 +5,35 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+class Softmax(TypedDict):
+    """How a layer turns logits into probabilities.
+
+    Attributes:
+        scaling: softmax scale.
+        softcap: logit soft cap, or None.
+        sinks: learned sink logits per query head [Hq], or None.
+    """
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def softmax_of(kwargs: dict[str, Any], head_dim: int) -> Softmax:
+    """Read from what the model passes to its attention function; ``head_dim`` sets the scale where it passes none."""
+    scaling = kwargs.get("scaling")
+    return Softmax(
+        scaling=head_dim**-0.5 if scaling is None else scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux")
+    )
 
 
 def base_function(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

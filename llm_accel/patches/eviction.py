@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
+from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import AccelLayer, SlotLayer
 from llm_accel.patches.session import Session
 
@@ -84,7 +85,8 @@ class Eviction:
 
     def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
         if keeper.accumulates:
-            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **self._softmax(key))
+            softmax = softmax_of(self.kwargs, key.shape[-1])
+            votes = column_votes(query, key, layer.start, heads=layer.kv_heads, group="sum", **softmax)
             layer.accumulate(votes, keeper.score_decay if query.shape[2] == 1 else 1.0)
         if self.closing:
             slots = key.shape[2]
@@ -126,16 +128,7 @@ class Eviction:
             scores=getattr(self.layer, "scores", None),
             depth=depth or self._depth(),
             slack=slack,
-            **self._softmax(key),
+            **softmax_of(self.kwargs, key.shape[-1]),
         )
         with torch.no_grad():
             return self.keeper.select(view)
-
-    def _softmax(self, key: Tensor) -> dict[str, Any]:
-        """How the model turns logits into probabilities."""
-        scaling = self.kwargs.get("scaling")
-        return {
-            "scaling": key.shape[-1] ** -0.5 if scaling is None else scaling,
-            "softcap": self.kwargs.get("softcap"),
-            "sinks": self.kwargs.get("s_aux"),
-        }

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.errors import AlreadyAppliedError, UnsupportedModelError
-from llm_accel.patches.base_attention import SUPPORTED, base_function
+from llm_accel.patches.base_attention import SUPPORTED, base_function, softmax_of
 
 _PREFIX = "llm_accel_probe_"
 
@@ -62,18 +62,8 @@ class _ProbeAttention:
         """Same arguments as the attention functions of transformers."""
         index = getattr(module, "layer_idx", None)
         if llm_accel_probe is not None and index is not None:
-            scaling = kwargs.get("scaling")
-            llm_accel_probe(
-                Observed(
-                    layer=index,
-                    query=query,
-                    key=key,
-                    scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                    softcap=kwargs.get("softcap"),
-                    sinks=kwargs.get("s_aux"),
-                    sliding_window=kwargs.get("sliding_window"),
-                )
-            )
+            softmax = softmax_of(kwargs, query.shape[-1])
+            llm_accel_probe(Observed(index, query, key, sliding_window=kwargs.get("sliding_window"), **softmax))
         return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_accel.kernels.ragged_decode import ragged_attention
+from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
 
 
@@ -93,17 +94,8 @@ class RaggedLayer(AccelLayer):
         """Attention of the newest queries over all stored entries, [B, T, Hq, Dv]."""
         if self.table is None:
             return super().attend(base, module, query, key, value, **kwargs)
-        scaling = kwargs.get("scaling")
-        return ragged_attention(
-            query,
-            self.keys,
-            self.values,
-            self.table,
-            self.lengths(),
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
+        softmax = softmax_of(kwargs, query.shape[-1])
+        return ragged_attention(query, self.keys, self.values, self.table, self.lengths(), **softmax)
 
     def all_keys(self, key: Tensor) -> Tensor:
         """Keys of all entries, [B, Hk, P, D], right-aligned; ``key`` is what attention was called with."""
