@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels.column_votes import BACKEND as VOTES_BACKEND
 from llm_accel.kernels.ragged_decode import BACKEND as RAGGED_BACKEND
-from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.methods import Attend, MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
@@ -54,6 +54,8 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
         backends["scores"] = VOTES_BACKEND
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = RAGGED_BACKEND
+    for config in configs:
+        backends |= config.backends if isinstance(config, Attend) else {}
     heads = plan_heads(model, configs, skipped)
     return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
 
@@ -148,6 +150,10 @@ def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], st
                     f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
                 )
             skipped.setdefault(index, "named in skip_layers")
+        if isinstance(method, Attend):
+            reasons = {index: method.dense_layer(index, config.num_hidden_layers) for index in range(len(cache_layers))}
+            if len(configs) == 1:  # beside another method, which acts on these layers, they are not skipped
+                skipped |= {index: reason for index, reason in reasons.items() if reason and index not in skipped}
     return skipped
 
 

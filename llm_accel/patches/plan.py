@@ -6,8 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import Depth, HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
+from llm_accel.methods import (
+    Attend,
+    Depth,
+    HeadMask,
+    HeadMethod,
+    HeadSplit,
+    MethodConfig,
+    ScoreAndKeep,
+    StepEviction,
+)
+from llm_accel.patches.layers import (
+    AccelLayer,
+    AttendingLayer,
+    GroupedLayer,
+    RaggedLayer,
+    RelativeSlotLayer,
+    SlotLayer,
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +62,19 @@ class Plan:
         return next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
 
     @property
+    def attender(self) -> Attend | None:
+        """The method that computes attention, if any."""
+        return next((config for config in self.configs if isinstance(config, Attend)), None)
+
+    @property
     def evicts(self) -> bool:
         """Whether entries leave the cache."""
         return self.keeper is not None or self.split is not None
 
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
+        if self.attender is not None and self.attender.dense_layer(index, self.layers) is None:
+            return AttendingLayer(self.attender, index, self.layers)
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.keeper is None or index in self.skipped:
@@ -79,6 +102,17 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
         raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
+    attenders = [config.spec() for config in configs if isinstance(config, Attend)]
+    if len(attenders) > 1:
+        raise ConfigError(f"{' and '.join(attenders)} both compute attention; give one of them.")
+    for config in configs if attenders else ():
+        slots = isinstance(config, ScoreAndKeep) and (isinstance(config, StepEviction) or config.page_size is not None)
+        if slots:
+            raise ConfigError(
+                f"{attenders[0]} reads entries in the order of their positions, which the cache of {config.spec()} does "
+                "not keep; combine it with a method that compresses the prompt and keeps as many entries in each head: "
+                "snapkv, pyramidkv, random."
+            )
     by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
     if by_head and len(configs) > 1:
         raise ConfigError(

@@ -86,6 +86,8 @@ def representatives(
             not fill repeat the last row.
     """
     batch, _, queries, dim = query.shape
+    if stride == 1:
+        block_q = min(block_q, queries)  # a lone block that the rows do not fill needs no repeated ones
     rows = torch.arange(blocks.start * block_q, blocks.stop * block_q, device=query.device)
     rows = (first[:, None] + rows).clamp(max=queries - 1)
     if last:

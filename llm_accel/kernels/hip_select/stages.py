@@ -113,6 +113,49 @@ class StageSearch:
             chosen[:, :, blocks.start : blocks.stop, : found.shape[-1]] = found[..., :width]
         return chosen
 
+    def refine(
+        self,
+        query: Tensor,
+        key: Tensor,
+        start: Tensor | None,
+        stage: int,
+        kept: Sequence[Tensor],
+        seen: Sequence[int],
+    ) -> list[Tensor]:
+        """Stages from ``stage`` on for one query, which has moved on since the earlier stages chose.
+
+        Args:
+            query: [B, Hq, 1, D].
+            kept: chunks that each earlier stage kept, int64 [B, H, 1, n].
+            seen: slots that there were when it did; chunks that left the window since then enter too.
+
+        Returns:
+            The chunks that ``stage`` and each later one kept, ascending, absent ones last.
+        """
+        slots, chunk = key.shape[2], self.stages[stage].chunk
+        first, end = first_real(1, slots, start, key.device), self._end(slots, start, key.device)
+        if stage == 0:
+            starts = self.unpruned(key, start, 1)[0]
+        else:
+            before = self._end(seen[-1], start, key.device)
+            fresh = self.scope.sink + (before - self.scope.sink) // chunk * chunk
+            old = split(kept[-1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
+            room = torch.arange(0, slots - seen[-1] + self.scope.block_k + chunk, chunk, device=key.device)
+            new = torch.where(fresh + room < end, fresh + room, ABSENT).expand(*old.shape[:3], -1)
+            starts = torch.cat([old, new], dim=-1).sort(dim=-1).values
+        return self.descend(query, Keys.of(key, start), first, range(1), starts, end, stage)
+
+    def unpruned(self, key: Tensor, start: Tensor | None, stages: int) -> tuple[Tensor, ...]:
+        """Every chunk of each of the first ``stages`` stages, for one query at the last slot, int64 [B, H, 1, n]."""
+        slots, end = key.shape[2], self._end(key.shape[2], start, key.device)
+        most = self.scope.most(1, slots, 0)
+        chunks = (grid(self.scope.sink, most, stage.chunk, end) for stage in self.stages[:stages])
+        return tuple(part.expand(*key.shape[:2], -1, -1) for part in chunks)
+
+    def _end(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
+        """Where the candidates of one query at the last slot end, int64 [B or 1, 1, 1, 1]."""
+        return self.scope.window_start(1, slots, start, device)[:, None, :, None]
+
     def _reads(self, slots: int) -> int:
         """Keys that are read at once for a query block."""
         reads = [min(slots, stage.tokens or slots) // stage.chunk for stage in self.stages]
