@@ -25,7 +25,8 @@ OLD_TESTS = $(wildcard tests/contracts tests/patches)
 # The workers of pytest share the cores; threads inside them would only wait for each other.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
-.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old clean FORCE
+.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old kernels \
+        kernel-table kernel-table-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -34,7 +35,7 @@ help:
 needle: $(VENV)/.ready
 	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
 
-test: lint types layers readme-check lengths tests tests-old
+test: lint types layers readme-check lengths tests tests-old kernels kernel-table-check
 
 check: lint types layers readme-check lengths
 
@@ -66,6 +67,17 @@ tests: $(VENV)/.ready
 
 tests-old: $(VENV_OLD)/.ready
 	$(if $(OLD_TESTS),$(call PYTEST,$(BIN_OLD)) $(OLD_TESTS) $(ARGS))
+
+# The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
+kernels: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(call PYTEST,$(BIN)) tests/kernels/triton_kernels $(ARGS)
+
+# Compiles all kernels ahead of time; needs no GPU.
+kernel-table: $(VENV)/.ready
+	$(BIN)/python scripts/kernel_table.py
+
+kernel-table-check: $(VENV)/.ready
+	$(BIN)/python scripts/kernel_table.py --check
 
 clean:
 	rm -rf $(VENV) $(VENV_OLD) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

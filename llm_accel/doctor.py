@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llm_accel import __version__
+from llm_accel.errors import ConfigError
 
 _PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "flash-attn", "matplotlib", "datasets")
 _BUNDLED = ("needle",)
@@ -177,14 +176,20 @@ def _live(name: str, entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """Every operation under ``llm_accel.kernels`` with the backend that it takes on this machine, and why."""
-    import llm_accel.kernels as kernels
+    """Every operation under ``llm_accel.kernels`` with the backend that it takes on this machine for a
+    common problem (bf16, 128 channels per head, 4 query heads per key head), and why."""
+    import torch
 
+    from llm_accel.kernels.dispatch import Problem, all_ops
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg:
-            backend, reason = importlib.import_module(f"{kernels.__name__}.{module.name}").BACKEND
-            found[module.name] = {"backend": backend, "reason": reason}
+    for name, op in all_ops().items():
+        try:
+            backend, reason = op.explain(Problem(device, torch.bfloat16, head_dim=128, group=4))
+        except ConfigError as error:
+            backend, reason = "none", str(error)
+        found[name] = {"backend": backend, "reason": reason}
     return found
 
 

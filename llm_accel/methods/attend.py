@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
+from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig
 
 
@@ -67,9 +68,8 @@ class Attend(MethodConfig):
         """Why a layer is left to the model's own attention; None where the method acts on it."""
         return None
 
-    @property
-    def backends(self) -> dict[str, tuple[str, str]]:
-        """Operation -> (backend, reason)."""
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        """Operation -> (backend, reason) for the attention of one model."""
         return {}
 
     @abstractmethod

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels import block_sparse, hip_select
 from llm_accel.kernels.block_list import BLOCK_K, BLOCK_Q, BlockList
-from llm_accel.kernels.block_sparse import BACKEND as ATTENTION_BACKEND
-from llm_accel.kernels.block_sparse import block_sparse_attention
-from llm_accel.kernels.hip_select import BACKEND as SELECTION_BACKEND
+from llm_accel.kernels.dispatch import Problem
 from llm_accel.kernels.hip_select import (
     ExactSearch,
     Scope,
@@ -21,7 +20,6 @@ from llm_accel.kernels.hip_select import (
     Stage,
     StageSearch,
     TreeSearch,
-    hip_select,
 )
 from llm_accel.methods.attend import Attend, AttentionView, Memory
 from llm_accel.methods.base import MethodInfo, option
@@ -79,9 +77,13 @@ class HiP(Attend):
                 self.fail(name, f"a multiple of {block}, the last chunk, up to {most}, what enters the last stage")
         if self.block_q not in BLOCK_Q or any(self.block_q % stride for _, _, stride in self.stages):
             self.fail("block_q", f"one of {', '.join(map(str, BLOCK_Q))}, a multiple of every stride in stages")
-        nested = all(late > 0 and early % late == 0 for early, late in zip(self.refresh, self.refresh[1:], strict=False))
+        nested = all(
+            late > 0 and early % late == 0 for early, late in zip(self.refresh, self.refresh[1:], strict=False)
+        )
         if len(self.refresh) != len(self.stages) or min(self.refresh) < 1 or not nested:
-            self.fail("refresh", f"{len(self.stages)} integers above 0, one for each stage, each dividing the one before")
+            self.fail(
+                "refresh", f"{len(self.stages)} integers above 0, one for each stage, each dividing the one before"
+            )
         if self.window <= max(self.refresh):
             self.fail("window", f"an integer above {max(self.refresh)}, the longest refresh period")
         if self.min_prefill_len != "auto" and self.min_prefill_len < 0:
@@ -90,7 +92,9 @@ class HiP(Attend):
     def _validate_stages(self) -> None:
         chunks = [chunk for chunk, _, _ in self.stages]
         tokens = [entering for _, entering, _ in self.stages]
-        powers = all(value > 0 and value & (value - 1) == 0 for chunk, _, stride in self.stages for value in (chunk, stride))
+        powers = all(
+            value > 0 and value & (value - 1) == 0 for chunk, _, stride in self.stages for value in (chunk, stride)
+        )
         if not self.stages or not powers or sorted(set(chunks), reverse=True) != chunks or chunks[-1] not in BLOCK_K:
             self.fail(
                 "stages",
@@ -128,10 +132,13 @@ class HiP(Attend):
                 )
         return "named in dense_layers" if layer in resolved(self.dense_layers, layers) else None
 
-    @property
-    def backends(self) -> dict[str, tuple[str, str]]:
-        cache = ("whole", "hip reads a part of it and frees no memory")
-        return {"selection": SELECTION_BACKEND, "sparse": ATTENTION_BACKEND, "cache": cache}
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        selection = ("torch", f"plain torch, selector={self.selector!r} has no kernel")
+        return {
+            "selection": hip_select.OP.explain(problem) if self.selector == "stages" else selection,
+            "sparse": block_sparse.OP.explain(problem),
+            "cache": ("whole", "hip reads a part of it and frees no memory"),
+        }
 
     def attend(self, view: AttentionView, memory: Memory | None) -> tuple[Tensor | None, Memory | None]:
         budget = self.budget_of(view.layer, view.layers)
@@ -148,12 +155,12 @@ class HiP(Attend):
             elif dense or (view.slots < least and not few):
                 return None, None
             else:
-                blocks, memory = hip_select(view.query, view.key, search, view.start), None
+                blocks, memory = hip_select.hip_select(view.query, view.key, search, view.start), None
                 if not few and view.start is not None:
                     blocks = opened(blocks, view.slots - view.start < least)
         if blocks is None:
             return None, memory
-        output = block_sparse_attention(
+        output = block_sparse.block_sparse_attention(
             view.query,
             view.key,
             view.value,

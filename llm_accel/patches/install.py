@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
-from llm_accel.kernels.column_votes import BACKEND as VOTES_BACKEND
-from llm_accel.kernels.ragged_decode import BACKEND as RAGGED_BACKEND
+from llm_accel.kernels import column_votes, ragged_decode
+from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods import Attend, MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
@@ -51,13 +52,24 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
     layers = int(decoder.config.num_hidden_layers)
     backends = {"attention": (base, "the model's own implementation")}
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
-        backends["scores"] = VOTES_BACKEND
+        backends["scores"] = column_votes.OP.explain(_problem(decoder))
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
-        backends["decode"] = RAGGED_BACKEND
+        backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
     for config in configs:
-        backends |= config.backends if isinstance(config, Attend) else {}
+        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend) else {}
     heads = plan_heads(model, configs, skipped)
     return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
+
+
+def _problem(decoder: Any) -> Problem:
+    """What attention of this model asks of an operation."""
+    config = decoder.config
+    device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    heads = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):  # latents are expanded to all query heads before attention
+        return Problem(device, decoder.dtype, int(config.qk_head_dim))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Problem(device, decoder.dtype, int(head_dim), heads // int(getattr(config, "num_key_value_heads", heads)))
 
 
 def install(model: Any, plan: Plan) -> DecoderHook:
@@ -151,9 +163,10 @@ def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], st
                 )
             skipped.setdefault(index, "named in skip_layers")
         if isinstance(method, Attend):
-            reasons = {index: method.dense_layer(index, config.num_hidden_layers) for index in range(len(cache_layers))}
-            if len(configs) == 1:  # beside another method, which acts on these layers, they are not skipped
-                skipped |= {index: reason for index, reason in reasons.items() if reason and index not in skipped}
+            for index in range(len(cache_layers)):
+                dense = method.dense_layer(index, config.num_hidden_layers)
+                if dense is not None and len(configs) == 1:  # another method may act on a layer that this one leaves
+                    skipped.setdefault(index, dense)
     return skipped
 
 

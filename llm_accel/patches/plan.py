@@ -109,9 +109,9 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
         slots = isinstance(config, ScoreAndKeep) and (isinstance(config, StepEviction) or config.page_size is not None)
         if slots:
             raise ConfigError(
-                f"{attenders[0]} reads entries in the order of their positions, which the cache of {config.spec()} does "
-                "not keep; combine it with a method that compresses the prompt and keeps as many entries in each head: "
-                "snapkv, pyramidkv, random."
+                f"{attenders[0]} reads entries in the order of their positions, which the cache of {config.spec()} "
+                "does not keep; combine it with a method that compresses the prompt and keeps as many entries in each "
+                "head: snapkv, pyramidkv, random."
             )
     by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
     if by_head and len(configs) > 1:

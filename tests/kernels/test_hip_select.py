@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -130,9 +131,7 @@ class Oracle:
             reps, table = self.means(stage.stride), []
             for head in self._heads():
                 if last and search.last_exact:
-                    table.append(
-                        {s: self.score(reps, head, list(range(s, s + stage.chunk))) for s in starts[head]}
-                    )
+                    table.append({s: self.score(reps, head, list(range(s, s + stage.chunk))) for s in starts[head]})
                 else:
                     table.append({s: self._bisect(reps, head, s, stage.chunk) for s in starts[head]})
             starts = self.keep(table, tokens // stage.chunk)
@@ -152,7 +151,7 @@ class Oracle:
         blocks = (self.end - search.scope.sink) // width
         reps = self.rows[:, search.stride - 1 :: search.stride]
         edges = [g * blocks // groups for g in range(groups + 1)]
-        found = [{a: b - a for a, b in zip(edges, edges[1:], strict=False) if b > a} for _ in self._heads()]
+        found = [{a: b - a for a, b in pairwise(edges) if b > a} for _ in self._heads()]
         while any(size > 1 for part in found for size in part.values()):
             halves = []
             for part in found:

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse.reference import block_sparse_attention_reference
+from llm_accel.kernels.dispatch import Op, torch_backend
 
-BACKEND = ("torch", "plain-torch reference, one query block after the other")
+OP = Op(
+    "block_sparse_attention",
+    torch_backend(block_sparse_attention_reference, "one softmax per query block over the gathered keys"),
+)
 
 
 @overload

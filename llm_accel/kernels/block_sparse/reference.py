@@ -1,11 +1,17 @@
-"""Block-sparse attention in plain torch, one query block and one list after the other."""
+"""Block-sparse attention in plain torch: one softmax per query block and list, over the gathered keys that the list
+names. Masks are applied only to keys that some query of the block must not see."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
+
+LOGITS = 2**18  # of as many KV heads at once as the cache of a processor holds
 
 
 def block_sparse_attention_reference(
@@ -20,47 +26,94 @@ def block_sparse_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`llm_accel.kernels.block_sparse.block_sparse_attention`; output and log-sum-exp."""
     batch, query_heads, count, _ = query.shape
-    slots, lists = key.shape[2], blocks.heads
-    precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    kv_heads = key.shape[1]
+    precision = torch.promote_types(query.dtype, torch.float32)
     output = query.new_zeros(batch, count, query_heads, value.shape[-1])
     lse = torch.full((batch, query_heads, count), float("-inf"), dtype=precision, device=query.device)
-    per_list = query_heads // lists
-    shared = max(1, key.shape[1] // lists)  # KV heads of a list
-    for row in range(batch):
-        first_slot = 0 if start is None else int(start[row])
-        first_query = max(0, first_slot - (slots - count))
-        for block, begin in enumerate(range(first_query, count, blocks.block_q)):
-            own = torch.arange(begin, min(begin + blocks.block_q, count), device=query.device) + slots - count
-            for head in range(lists):
-                position = _candidates(blocks, row, head, block, int(own[-1]) + 1 - first_slot, query.device)
-                visible = position <= (own - first_slot)[:, None]
-                if blocks.window is not None:
-                    far = position <= (own - first_slot)[:, None] - blocks.window
-                    visible &= ~(far & (position >= blocks.window_start[row, head, block]))
-                heads = slice(head * per_list, (head + 1) * per_list)
-                kv_heads = slice(head * key.shape[1] // lists, head * key.shape[1] // lists + shared)
-                rows = query[row, heads, begin : begin + len(own)].to(precision).unflatten(0, (shared, -1))
-                keys, values = (part[row, kv_heads, position + first_slot].to(precision) for part in (key, value))
-                logits = torch.einsum("hgtd,hsd->hgts", rows, keys) * scaling
-                if softcap is not None:
-                    logits = torch.tanh(logits / softcap) * softcap
-                logits = logits.masked_fill(~visible, float("-inf")).flatten(0, 1)
-                total = logits.logsumexp(-1)
-                if sinks is not None:  # rows that see nothing stay at -inf
-                    total = torch.where(total.isinf(), total, torch.logaddexp(total, sinks[heads, None].to(precision)))
-                weights = (logits - total.masked_fill(total.isinf(), 0.0)[..., None]).exp()
-                mixed = torch.einsum("hgts,hsd->thgd", weights.unflatten(0, (shared, -1)), values)
-                output[row, begin : begin + len(own), heads] = mixed.flatten(1, 2).to(query.dtype)
-                lse[row, heads, begin : begin + len(own)] = total
+    shared = max(1, kv_heads // blocks.heads)  # KV heads of a list
+    group = query_heads // blocks.heads // shared  # query heads per KV head of a list
+    for tile in _tiles(blocks, count, key.shape[2], start):
+        first = tile.head * kv_heads // blocks.heads
+        step = max(1, LOGITS // (group * (tile.end - tile.begin) * len(tile.slots)))
+        for unit in range(0, shared, step):
+            units = min(step, shared - unit)
+            heads = slice((tile.head * shared + unit) * group, (tile.head * shared + unit + units) * group)
+            rows = query[tile.row, heads, tile.begin : tile.end].to(precision)
+            keys, values = (
+                part[tile.row, first + unit : first + unit + units].index_select(1, tile.slots).to(precision)
+                for part in (key, value)
+            )
+            sink = None if sinks is None else sinks[heads].to(precision)
+            mixed, total = _attend(rows * scaling, keys, values, tile.hidden, softcap, sink)
+            output[tile.row, tile.begin : tile.end, heads] = mixed.transpose(0, 1).to(query.dtype)
+            lse[tile.row, heads, tile.begin : tile.end] = total
     return output, lse
 
 
-def _candidates(blocks: BlockList, row: int, head: int, block: int, end: int, device: torch.device) -> Tensor:
-    """Positions below ``end`` that some query of the block may see, each once."""
-    begin = int(blocks.window_start[row, head, block])
-    ptr = int(blocks.ptr[row, head, block])
-    listed = blocks.idx[ptr : ptr + int(blocks.n_listed[row, head, block])].long()
-    tokens = (listed[:, None] * blocks.block_k + torch.arange(blocks.block_k, device=device)).flatten()
-    sink = torch.arange(min(blocks.sink, begin, end), device=device)
-    near = torch.arange(min(begin, end), end, device=device)
-    return torch.cat([sink, tokens[tokens < end], near])
+def _attend(
+    rows: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for ``hidden``,
+    bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G]."""
+    heads, count, dim = rows.shape
+    logits = rows.reshape(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    lowest = torch.finfo(logits.dtype).min
+    per_head = logits.view(heads, count, -1)
+    per_head[..., logits.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
+    largest = per_head.amax(-1)
+    peak = largest if sink is None else torch.maximum(largest, sink[:, None])
+    peak = peak.clamp(min=lowest)
+    total = per_head.sub_(peak[..., None]).exp_().sum(-1)
+    if sink is not None:
+        total += torch.exp(sink[:, None] - peak)
+    mixed = (logits @ values).view(heads, count, -1)
+    nothing = largest == float("-inf")
+    mixed /= total.masked_fill(nothing, 1.0)[..., None]
+    return mixed, (peak + total.log()).masked_fill_(nothing, float("-inf"))
+
+
+@dataclass
+class _Tile:
+    """Queries ``begin`` to ``end`` of a row, which share list ``head``; ``slots`` int64 [n] that some of them see, of
+    which the last m are ``hidden``, bool [t, m], from others."""
+
+    row: int
+    head: int
+    begin: int
+    end: int
+    slots: Tensor
+    hidden: Tensor
+
+
+def _tiles(blocks: BlockList, count: int, slots: int, start: Tensor | None) -> Iterator[_Tile]:
+    """Every query block with every list that names something for it."""
+    every = torch.arange(slots, device=blocks.idx.device)
+    fields = (blocks.ptr, blocks.n_full, blocks.n_listed, blocks.window_start)
+    ptr, n_full, n_listed, window_start = (field.tolist() for field in fields)
+    for row in range(blocks.ptr.shape[0]):
+        origin = 0 if start is None else int(start[row])  # slot of position 0
+        inside = torch.arange(origin, origin + blocks.block_k, device=every.device)
+        for block, begin in enumerate(range(max(0, origin - (slots - count)), count, blocks.block_q)):
+            end = min(begin + blocks.block_q, count)
+            first, past = begin + slots - count, end + slots - count  # own slots of the queries
+            for head in range(blocks.heads):
+                near = min(window_start[row][head][block] + origin, past)
+                sink = min(blocks.sink + origin, near)
+                # the last query sees the window segment from here on; all see it up to the slot of the first one
+                left = near if blocks.window is None else max(near, past - blocks.window)
+                right = max(left, first + 1)
+                place, whole = ptr[row][head][block], n_full[row][head][block]
+                listed = blocks.idx[place : place + n_listed[row][head][block], None] * blocks.block_k + inside
+                cut = listed[whole:].flatten()
+                seen = [every[origin : min(sink, first + 1)], listed[:whole].flatten(), every[left:right]]
+                partly = [every[first + 1 : sink], cut[cut < past], every[near:left], every[right:past]]
+                edge = torch.cat(partly)
+                own = every[first:past, None]
+                hidden = edge > own
+                if blocks.window is not None:
+                    hidden |= (edge >= near) & (edge <= own - blocks.window)
+                visible = torch.cat([*seen, edge])
+                if len(visible):
+                    yield _Tile(row, head, begin, end, visible, hidden)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.column_votes.reference import column_votes_reference
+from llm_accel.kernels.dispatch import Op, Problem, torch_backend
 
-BACKEND = ("torch", "plain-torch reference, blocked over keys")
+OP = Op("column_votes", torch_backend(column_votes_reference, "blocked over keys"))
 
 
 def column_votes(
@@ -41,4 +42,5 @@ def column_votes(
     Returns:
         fp32 [B, heads, S], zero where no observed query may look.
     """
-    return column_votes_reference(query, key, start, heads, scaling, softcap, sinks, group, round_to)
+    run = OP.choose(Problem.of(query, key)).run
+    return run(query, key, start, heads, scaling, softcap, sinks, group, round_to)  # type: ignore[no-any-return]

@@ -3,8 +3,8 @@
 Three searches with one result. :class:`StageSearch` prunes in stages, cost O(T) with a small quadratic first stage;
 :class:`TreeSearch` halves groups of blocks, O(T log T); :class:`ExactSearch` reads everything, O(T^2).
 
-Scores are ``max over the queries of a block, the query heads of a KV head and the keys of a block`` of q.k in fp32: scale
-and soft cap keep their order. Equal scores are settled by the lower position.
+A score is the largest q.k over the queries of a block, the query heads of a KV head and the keys of a block, in fp32;
+scale and soft cap would not change the order. Equal scores are settled by the lower position.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.hip_select.candidates import ABSENT, Scope
 from llm_accel.kernels.hip_select.exact import ExactSearch
-from llm_accel.kernels.hip_select.stages import Stage, StageSearch
+from llm_accel.kernels.hip_select.stages import OP, Stage, StageSearch
 from llm_accel.kernels.hip_select.tree import TreeSearch
 
-BACKEND = ("torch", "plain-torch reference, vectorised over query blocks")
 Search = StageSearch | TreeSearch | ExactSearch
 
-__all__ = ["ABSENT", "BACKEND", "ExactSearch", "Scope", "Search", "Stage", "StageSearch", "TreeSearch", "hip_select"]
+__all__ = ["ABSENT", "OP", "ExactSearch", "Scope", "Search", "Stage", "StageSearch", "TreeSearch", "hip_select"]
 
 
 def hip_select(query: Tensor, key: Tensor, search: Search, start: Tensor | None = None) -> BlockList:
@@ -30,8 +29,8 @@ def hip_select(query: Tensor, key: Tensor, search: Search, start: Tensor | None 
         query: the newest T queries, [B, Hq, T, D], post-RoPE; row ``i`` belongs to slot ``S - T + i``.
         key: all keys, [B, H, S, D], post-RoPE; query head ``h`` attends to key head ``h // (Hq // H)``.
         search: how blocks are found, and its budget.
-        start: first real slot of each row, int64 [B]; None when no row is padded. A padded row has the lists of the same
-            row without padding.
+        start: first real slot of each row, int64 [B]; None when no row is padded. A padded row has the lists of
+            the same row without padding.
 
     Returns:
         Lists of H heads. Where the budget covers all candidates, every query sees everything.

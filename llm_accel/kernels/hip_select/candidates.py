@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.block_list import aligned_window, block_positions
+from llm_accel.kernels.dispatch import Problem
 
 ABSENT = 2**40  # a start that no choice has: sorts last, and no region grows far enough to revive it
 TILE = 2**20  # elements of the keys that are gathered at once
@@ -51,6 +52,11 @@ class Keys:
     rows: Tensor
     origin: Tensor
     last: Tensor
+
+    @property
+    def problem(self) -> Problem:
+        """What decides between backends."""
+        return Problem(self.rows.device, self.rows.dtype, self.rows.shape[-1])
 
     @classmethod
     def of(cls, key: Tensor, start: Tensor | None) -> Keys:
@@ -108,6 +114,12 @@ def match(representative: Tensor, keys: Tensor) -> Tensor:
     return logits.amax(-2)
 
 
+def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int) -> Tensor:
+    """The best match among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32 [B, H, n, m]."""
+    positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
+    return match(representative, keys.at(positions)).view(*starts.shape, count).amax(-1)
+
+
 def shared(score: Tensor, share_heads: str) -> Tensor:
     """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""
     return score.amax(1, keepdim=True).expand_as(score) if share_heads == "all" else score
@@ -121,6 +133,6 @@ def best(score: Tensor, present: Tensor, count: int) -> Tensor:
 
 
 def tiles(count: int, cost: int) -> list[range]:
-    """``count`` query blocks in runs whose gathered keys, ``cost`` elements for each block, stay within :data:`TILE`."""
+    """``count`` query blocks in runs whose gathered keys, ``cost`` elements for each, stay within :data:`TILE`."""
     width = max(1, TILE // max(1, cost))
     return [range(begin, min(begin + width, count)) for begin in range(0, count, width)]

@@ -13,8 +13,8 @@ from llm_accel.kernels.hip_select.candidates import (
     Keys,
     Scope,
     best,
+    best_key,
     first_real,
-    match,
     representatives,
     shared,
 )
@@ -46,14 +46,10 @@ class ExactSearch:
             reps = representatives(query, heads, first, range(block, block + 1), scope.block_q, 1)
             starts = torch.arange(scope.sink, scope.sink + most, scope.block_k, device=query.device)
             starts = starts.expand(batch, heads, 1, -1)
-            score = torch.cat([self._score(reps, keys, part) for part in starts.split(AT_ONCE, dim=-1)], dim=-1)
+            parts = starts.split(AT_ONCE, dim=-1)
+            score = torch.cat([best_key(reps, keys, part, scope.block_k) for part in parts], dim=-1)
             present = starts < end[:, :, block : block + 1]
             place = best(shared(score, self.share_heads), present, width)
             found = starts.masked_fill(~present, ABSENT).gather(-1, place)
             chosen[:, :, block : block + 1, : found.shape[-1]] = found
         return chosen
-
-    def _score(self, reps: Tensor, keys: Keys, starts: Tensor) -> Tensor:
-        width = self.scope.block_k
-        positions = (starts[..., None] + torch.arange(width, device=starts.device)).flatten(-2)
-        return match(reps, keys.at(positions)).unflatten(-1, (-1, width)).amax(-1)

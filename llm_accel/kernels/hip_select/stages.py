@@ -11,17 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_accel.kernels.dispatch import Op, torch_backend
 from llm_accel.kernels.hip_select.candidates import (
     ABSENT,
     Keys,
     Scope,
     best,
     first_real,
-    match,
     representatives,
     shared,
     tiles,
 )
+from llm_accel.kernels.hip_select.reference import stage_score_reference
+
+OP = Op("hip_select", torch_backend(stage_score_reference, "gathered keys of a few query blocks at a time"))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class StageSearch:
                     heads = keys.origin.shape[1]
                     reps = representatives(query, heads, first, blocks, self.scope.block_q, stride)
                 exact = self.last_exact and index + 1 == len(self.stages)
-                score = (_read_all if exact else _bisect)(reps, keys, starts, chunk, end)
+                score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact)
                 place = best(shared(score, self.share_heads), starts < ABSENT, kept)
                 starts = starts.gather(-1, place).sort(dim=-1).values
             found.append(starts)
@@ -172,23 +175,3 @@ def split(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
     """Chunks cut into parts, those at or behind ``end`` absent, int64 [..., m * chunk / part]."""
     parts = (starts[..., None] + torch.arange(0, chunk, part, device=starts.device)).flatten(-2)
     return parts.masked_fill(parts >= end, ABSENT)
-
-
-def _bisect(reps: Tensor, keys: Keys, starts: Tensor, chunk: int, end: Tensor) -> Tensor:
-    """The best key found on the way down each chunk, whose better half is followed; fp32 [B, H, n, m]."""
-    low, high = starts, torch.minimum(starts + chunk, end)
-    score = torch.full(starts.shape, float("-inf"), device=starts.device)
-    for _ in range(chunk.bit_length()):
-        middle = (low + high) // 2
-        left = match(reps, keys.at((low + middle) // 2))
-        right = match(reps, keys.at((middle + high) // 2))
-        to_left = left >= right
-        low, high = torch.where(to_left, low, middle), torch.where(to_left, middle, high)
-        score = torch.maximum(score, torch.maximum(left, right))
-    return score
-
-
-def _read_all(reps: Tensor, keys: Keys, starts: Tensor, chunk: int, end: Tensor) -> Tensor:
-    """The best key of each chunk, none of which crosses ``end``; fp32 [B, H, n, m]."""
-    positions = (starts[..., None] + torch.arange(chunk, device=starts.device)).flatten(-2)
-    return match(reps, keys.at(positions)).unflatten(-1, (-1, chunk)).amax(-1)

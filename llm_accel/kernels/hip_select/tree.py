@@ -15,8 +15,8 @@ from llm_accel.kernels.hip_select.candidates import (
     Keys,
     Scope,
     best,
+    best_key,
     first_real,
-    match,
     representatives,
     shared,
     tiles,
@@ -60,17 +60,12 @@ class TreeSearch:
             left = (size + 1) // 2
             begin = torch.stack([begin, begin + left], dim=-1).flatten(-2)
             size = torch.stack([left, size - left], dim=-1).flatten(-2)
-            score = self._score(reps, keys, begin + size // 2)
+            middle = self.scope.sink + (begin + size // 2) * self.scope.block_k
+            score = best_key(reps, keys, middle, self.scope.block_k)
             place = best(shared(score, self.share_heads), size > 0, groups)
             begin, size = begin.gather(-1, place), size.gather(-1, place)
         starts = self.scope.sink + begin * self.scope.block_k
         return torch.where(size > 0, starts, ABSENT).sort(dim=-1).values
-
-    def _score(self, reps: Tensor, keys: Keys, blocks: Tensor) -> Tensor:
-        width = self.scope.block_k
-        inside = torch.arange(width, device=blocks.device)
-        positions = (self.scope.sink + blocks[..., None] * width + inside).flatten(-2)
-        return match(reps, keys.at(positions)).unflatten(-1, (-1, width)).amax(-1)
 
 
 def halvings(blocks: int, groups: int) -> int:

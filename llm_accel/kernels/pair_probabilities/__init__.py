@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llm_accel.kernels.dispatch import Op, Problem, torch_backend
 from llm_accel.kernels.pair_probabilities.reference import pair_probabilities_reference
 
-BACKEND = ("torch", "plain-torch reference, blocked over queries and keys")
+OP = Op("pair_probabilities", torch_backend(pair_probabilities_reference, "blocked over queries and keys"))
 
 
 def pair_probabilities(
@@ -31,4 +32,5 @@ def pair_probabilities(
     Returns:
         fp32 [B, Hq, n, m]; 0 for -1 and for slots that a row does not see. O(n m + S) memory, never n x S.
     """
-    return pair_probabilities_reference(query, key, columns, scaling, softcap, sinks)
+    run = OP.choose(Problem.of(query, key)).run
+    return run(query, key, columns, scaling, softcap, sinks)  # type: ignore[no-any-return]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llm_accel.kernels.dispatch import Op, Problem, torch_backend
 from llm_accel.kernels.ragged_decode.reference import ragged_attention_reference
 
-BACKEND = ("torch", "plain-torch reference, one partial softmax per page")
+OP = Op("ragged_attention", torch_backend(ragged_attention_reference, "one partial softmax per page"))
 
 
 def ragged_attention(
@@ -37,4 +38,7 @@ def ragged_attention(
     Returns:
         [B, T, Hq, Dv] in the dtype of ``query``.
     """
-    return ragged_attention_reference(query, keys, values, table, lengths, scaling, softcap, sinks)
+    head_dim = max(keys.shape[-1], values.shape[-1])
+    problem = Problem(query.device, query.dtype, head_dim, query.shape[1] // table.shape[1])
+    run = OP.choose(problem).run
+    return run(query, keys, values, table, lengths, scaling, softcap, sinks)  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+"""The host side of Triton kernels: what a launch consists of, and operations that ``torch.compile`` sees as one node.
+
+Nothing here imports Triton before a kernel is launched or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Bytes of shared memory that one block may have, by compute capability.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel. The plan of an operation is a list of these; planned on meta tensors it is what the
+    ahead-of-time check compiles, so that what is checked is what runs.
+
+    Attributes:
+        kernel: a ``triton.jit`` function.
+        grid: programs along each axis.
+        arguments: tensors, sizes and strides by parameter name; None for a tensor that a constant switches off.
+        constants: compile-time constants by parameter name.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Launches on the device of the tensors, whichever device is current."""
+        if 0 in self.grid:
+            return
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+def strides(prefix: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """Strides of the leading axes by parameter name: ``strides("q", query, "bht")`` gives q_b, q_h and q_t."""
+    return {f"{prefix}_{axis}": tensor.stride(index) for index, axis in enumerate(axes)}
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its last axis is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``count``."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``count`` and ``least``."""
+    return max(1 << (count - 1).bit_length() if count > 0 else 1, least)
+
+
+def opaque(fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Decorator for the host function of an operation: ``torch.compile`` sees one node and traces no further.
+
+    The function gets an entry ``llm_accel::<name>`` in PyTorch's registry, so its parameters need annotations from
+    which PyTorch can infer a schema. It must return new tensors and change none of its arguments. It has no gradient.
+
+    Args:
+        fake: same parameters; returns empty tensors of the right shape, dtype and device.
+    """
+
+    def register(function: Function) -> Function:
+        function.__annotations__ = get_type_hints(function)
+        op = torch.library.custom_op(f"llm_accel::{function.__name__}", function, mutates_args=())
+        op.register_fake(fake)
+        return op  # type: ignore[return-value]
+
+    return register

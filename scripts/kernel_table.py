@@ -1,0 +1,95 @@
+"""Compiles every shipped kernel for every architecture and writes docs/kernels.md; no GPU is needed.
+
+Fails when a kernel needs more shared memory than a block may have, or spills registers. With ``--check`` it writes
+nothing and fails when the table is old; figures of another version of Triton are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import triton
+
+from llm_accel.kernels import aot
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+VERSION = f"Compiled with Triton {triton.__version__}"
+INTRODUCTION = f"""# Triton kernels
+
+Every configuration that is shipped, compiled ahead of time for each architecture. `make kernel-table` writes this page,
+`make test` compiles everything again and fails when a kernel spills registers or needs more shared memory than a block
+may have. Constants are the kernel's compile-time parameters. {VERSION}.
+"""
+COLUMNS = ("kernel", "configuration", "constants", "warps", "stages", "arch", "registers", "shared KiB")
+
+Job = tuple[tuple[str, str], int, int]  # (operation, configuration), position in its plan, architecture
+
+
+def work() -> list[Job]:
+    """One job for each kernel that compiles to different code, in the order of the table."""
+    jobs, seen = [], set()
+    for name, launches in aot.shipped().items():
+        for position, launch in enumerate(launches):
+            key = aot.fingerprint(launch)
+            if key not in seen:
+                seen.add(key)
+                jobs.extend((name, position, arch) for arch in aot.ARCHITECTURES)
+    return jobs
+
+
+def measure(job: Job) -> tuple[Job, aot.Usage]:
+    """Compiles one kernel; the plan is made anew because kernels cannot be sent to another process."""
+    name, position, arch = job
+    return job, aot.compile_for(aot.shipped()[name][position], arch)
+
+
+def row(job: Job, usage: aot.Usage) -> tuple[str, ...]:
+    """One line of the table."""
+    (_, label), position, arch = job
+    launch = aot.shipped()[job[0]][position]
+    constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
+    figures = (launch.warps, launch.stages, f"sm_{arch}", usage.registers, f"{usage.shared / 1024:.1f}")
+    return f"`{launch.kernel.__name__}`", label, constants, *map(str, figures)
+
+
+def document(measured: list[tuple[Job, aot.Usage]]) -> str:
+    """The page: one table per operation."""
+    blocks = [INTRODUCTION]
+    for op in dict.fromkeys(job[0][0] for job, _ in measured):
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(job, usage) for job, usage in measured if job[0][0] == op)]
+        blocks.append(f"## {op}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
+    return "\n".join(blocks)
+
+
+def main() -> int:
+    """1 when a kernel is unfit for an architecture, or when ``--check`` finds an old table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the table is old")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="compilers at once")
+    args = parser.parse_args()
+    jobs = work()
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        measured = list(pool.imap(measure, jobs))
+    complaints = [(job, usage.complaint(job[2])) for job, usage in measured if usage.complaint(job[2])]
+    for job, complaint in complaints:
+        print(f"{' '.join(row(job, dict(measured)[job])[:3])} on sm_{job[2]}: {complaint}", file=sys.stderr)
+    old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    new = document(measured)
+    print(f"{len(jobs)} kernels compiled, {len(complaints)} unfit")
+    if args.check:
+        if VERSION + "." not in old:
+            print(f"{DOCUMENT.name} is of another version of Triton than {triton.__version__}: figures not compared")
+        elif new != old:
+            print(f"docs/{DOCUMENT.name} is old; run `make kernel-table`", file=sys.stderr)
+            return 1
+    elif new != old:
+        DOCUMENT.write_text(new, encoding="utf-8")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
