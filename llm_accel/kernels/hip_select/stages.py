@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.dispatch import Op, torch_backend
+from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
 from llm_accel.kernels.hip_select.candidates import (
     ABSENT,
     Keys,
@@ -22,9 +22,14 @@ from llm_accel.kernels.hip_select.candidates import (
     shared,
     tiles,
 )
+from llm_accel.kernels.hip_select.launch import stage_score_triton
 from llm_accel.kernels.hip_select.reference import stage_score_reference
 
-OP = Op("hip_select", torch_backend(stage_score_reference, "gathered keys of a few query blocks at a time"))
+OP = Op(
+    "hip_select",
+    Backend("triton", stage_score_triton, why_not_triton, "one program per query block and run of chunks"),
+    torch_backend(stage_score_reference, "gathered keys of a few query blocks at a time"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ class StageSearch:
         count = scope.blocks(queries)
         width = min(self.budget, scope.most(queries, slots, count - 1)) // scope.block_k
         chosen = torch.full((batch, heads, count, width), ABSENT, device=query.device)
-        for blocks in tiles(count, batch * heads * dim * self._reads(slots)):
+        gathers = OP.choose(keys.problem).name == "torch"  # otherwise only the chunks themselves take memory
+        for blocks in tiles(count, batch * heads * (dim if gathers else 1) * self._reads(slots)):
             most = scope.most(queries, slots, blocks[-1])
             if most == 0:
                 continue
