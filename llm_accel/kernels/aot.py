@@ -95,7 +95,7 @@ def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = given[parameter.name]
-        if parameter.is_constexpr or value is None or (value == 1 and _specialised(parameter, value)):
+        if parameter.is_constexpr or value is None or (_specialised(parameter, value) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, Tensor):

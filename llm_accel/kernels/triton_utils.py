@@ -31,3 +31,9 @@ def log2_logits(raw, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
 def pivot(largest):
     """What to subtract before exp2: the largest logit, or 0 where nothing is visible, so that no NaN arises."""
     return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def log_sum(largest, total):
+    """Log-sum-exp in base-2 units of what was added up as ``total`` relative to ``largest``; -inf of nothing."""
+    return tl.where(total > 0.0, pivot(largest) + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))

@@ -111,17 +111,6 @@ def _flash(
     )
 
 
-def attend_visible(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **kwargs: Any
-) -> Tensor:
-    """Attention over the entries that ``visible``, bool [B or 1, 1, T, P], names; FlashAttention takes no such mask, so
-    that the model's eager attention stands in for it. Otherwise as :func:`attend`."""
-    base = "eager" if base.startswith("flash") else base
-    mask = _additive(visible, query) if base == "eager" else visible
-    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
-    return output
-
-
 def of_heads(module: nn.Module, kwargs: dict[str, Any], heads: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     """Module and arguments of an attention call that computes only the query heads ``heads``, int64 [n]: learned sinks
     are one number per head, which eager attention reads from the module."""

@@ -71,7 +71,6 @@ class GroupedAttention:
             store.keys,
             store.values,
             store.start,
-            None if store.positions is None else store.positions[:, 0],
             self.split.sinks,
             self.split.recent,
             **kwargs,

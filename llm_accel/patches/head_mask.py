@@ -72,7 +72,6 @@ def attend_window(
         key.index_select(1, keys),
         value.index_select(1, keys),
         layer.start,
-        None,
         mask.sinks,
         mask.recent,
         **part_kwargs,

@@ -134,6 +134,6 @@ def test_sink_window_attention_equals_an_explicit_mask(sinks: int, recent: int) 
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=visible[:, None], scale=0.25, enable_gqa=True
     ).transpose(1, 2)
-    ours = sink_window_attention("sdpa", module, query, key, value, start, None, sinks, recent, scaling=0.25)
+    ours = sink_window_attention("sdpa", module, query, key, value, start, sinks, recent, scaling=0.25)
     padding = (own[:, 0] < start[:, None])[..., None, None]
     assert (ours - expected).masked_fill(padding, 0).abs().max() < 1e-5

@@ -7,11 +7,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
+from llm_accel.kernels.block_sparse.launch import block_sparse_attention_triton
 from llm_accel.kernels.block_sparse.reference import block_sparse_attention_reference
-from llm_accel.kernels.dispatch import Op, torch_backend
+from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
 
 OP = Op(
     "block_sparse_attention",
+    Backend("triton", block_sparse_attention_triton, why_not_triton, "one program per query block and heads of a list"),
     torch_backend(block_sparse_attention_reference, "one softmax per query block over the gathered keys"),
 )
 
@@ -75,7 +77,8 @@ def block_sparse_attention(
         ValueError: if the list does not fit the tensors.
     """
     _check(query, key, value, blocks)
-    output, lse = block_sparse_attention_reference(query, key, value, blocks, start, scaling, softcap, sinks)
+    run = OP.choose(Problem.of(query, key, value)).run
+    output, lse = run(query, key, value, blocks, start, scaling, softcap, sinks)
     return (output, lse) if return_lse else output
 
 

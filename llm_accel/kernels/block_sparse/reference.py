@@ -38,14 +38,14 @@ def block_sparse_attention_reference(
         for unit in range(0, shared, step):
             units = min(step, shared - unit)
             heads = slice((tile.head * shared + unit) * group, (tile.head * shared + unit + units) * group)
-            rows = query[tile.row, heads, tile.begin : tile.end].to(precision)
+            rows = query[tile.row, heads, tile.begin : tile.end].to(precision) * scaling
             keys, values = (
                 part[tile.row, first + unit : first + unit + units].index_select(1, tile.slots).to(precision)
                 for part in (key, value)
             )
-            sink = None if sinks is None else sinks[heads].to(precision)
-            mixed, total = _attend(rows * scaling, keys, values, tile.hidden, softcap, sink)
-            output[tile.row, tile.begin : tile.end, heads] = mixed.transpose(0, 1).to(query.dtype)
+            sink = None if sinks is None else sinks[heads, None].to(precision)
+            mixed, total = _attend(rows, keys, values, tile.hidden, softcap, sink)
+            output[tile.row, tile.begin : tile.end, heads] = mixed.transpose(0, 1)
             lse[tile.row, heads, tile.begin : tile.end] = total
     return output, lse
 
@@ -53,25 +53,24 @@ def block_sparse_attention_reference(
 def _attend(
     rows: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for ``hidden``,
-    bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G]."""
+    """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for
+    ``hidden``, bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G, 1]."""
     heads, count, dim = rows.shape
-    logits = rows.reshape(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
+    logits = rows.view(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    lowest = torch.finfo(logits.dtype).min
     per_head = logits.view(heads, count, -1)
     per_head[..., logits.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
     largest = per_head.amax(-1)
-    peak = largest if sink is None else torch.maximum(largest, sink[:, None])
-    peak = peak.clamp(min=lowest)
+    peak = largest.clamp(min=torch.finfo(logits.dtype).min)
+    if sink is not None:
+        peak = torch.maximum(peak, sink)
     total = per_head.sub_(peak[..., None]).exp_().sum(-1)
     if sink is not None:
-        total += torch.exp(sink[:, None] - peak)
-    mixed = (logits @ values).view(heads, count, -1)
-    nothing = largest == float("-inf")
-    mixed /= total.masked_fill(nothing, 1.0)[..., None]
-    return mixed, (peak + total.log()).masked_fill_(nothing, float("-inf"))
+        total += torch.exp(sink - peak)
+    total.clamp_(min=1.0)  # less only where nothing is seen
+    mixed = (logits @ values).view(heads, count, -1).div_(total[..., None])
+    return mixed, torch.where(largest == float("-inf"), largest, total.log_().add_(peak))
 
 
 @dataclass
@@ -90,6 +89,7 @@ class _Tile:
 def _tiles(blocks: BlockList, count: int, slots: int, start: Tensor | None) -> Iterator[_Tile]:
     """Every query block with every list that names something for it."""
     every = torch.arange(slots, device=blocks.idx.device)
+    corner = every.new_ones(blocks.block_q, blocks.block_q, dtype=torch.bool).triu_()
     fields = (blocks.ptr, blocks.n_full, blocks.n_listed, blocks.window_start)
     ptr, n_full, n_listed, window_start = (field.tolist() for field in fields)
     for row in range(blocks.ptr.shape[0]):
@@ -108,12 +108,15 @@ def _tiles(blocks: BlockList, count: int, slots: int, start: Tensor | None) -> I
                 listed = blocks.idx[place : place + n_listed[row][head][block], None] * blocks.block_k + inside
                 cut = listed[whole:].flatten()
                 seen = [every[origin : min(sink, first + 1)], listed[:whole].flatten(), every[left:right]]
-                partly = [every[first + 1 : sink], cut[cut < past], every[near:left], every[right:past]]
-                edge = torch.cat(partly)
-                own = every[first:past, None]
-                hidden = edge > own
-                if blocks.window is not None:
-                    hidden |= (edge >= near) & (edge <= own - blocks.window)
+                edge = every[right:past]
+                if max(sink, right) > first + 1 or len(cut) or left > near:
+                    edge = torch.cat([every[first + 1 : sink], cut[cut < past], every[near:left], edge])
+                    own = every[first:past, None]
+                    hidden = edge > own
+                    if blocks.window is not None:
+                        hidden |= (edge >= near) & (edge <= own - blocks.window)
+                else:  # the slots after the first query's own alone
+                    hidden = corner[: end - begin, : len(edge)]
                 visible = torch.cat([*seen, edge])
                 if len(visible):
                     yield _Tile(row, head, begin, end, visible, hidden)

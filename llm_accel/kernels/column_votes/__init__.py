@@ -7,10 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llm_accel.kernels.column_votes.launch import column_votes as column_votes_triton
 from llm_accel.kernels.column_votes.reference import column_votes_reference
-from llm_accel.kernels.dispatch import Op, Problem, torch_backend
+from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
 
-OP = Op("column_votes", torch_backend(column_votes_reference, "blocked over keys"))
+OP = Op(
+    "column_votes",
+    Backend("triton", column_votes_triton, why_not_triton, "Triton kernels, log-sum-exp of rows and sums of columns"),
+    torch_backend(column_votes_reference, "blocked over keys"),
+)
 
 
 def column_votes(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm_accel.kernels.dispatch import Op, Problem, torch_backend
+from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
+from llm_accel.kernels.ragged_decode.launch import ragged_attention as ragged_attention_triton
 from llm_accel.kernels.ragged_decode.reference import ragged_attention_reference
 
-OP = Op("ragged_attention", torch_backend(ragged_attention_reference, "one partial softmax per page"))
+OP = Op(
+    "ragged_attention",
+    Backend("triton", ragged_attention_triton, why_not_triton, "Triton kernels, each head split over its own length"),
+    torch_backend(ragged_attention_reference, "one partial softmax per page"),
+)
 
 
 def ragged_attention(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
 from llm_accel.patches.rotary import Rotary
 
@@ -131,9 +132,7 @@ class AccelLayer(DynamicLayer):
 
     def narrowed(self, kept: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What attention is called with after everything but ``kept`` was evicted: ``key`` and ``value`` cut to it."""
-        slots = kept.clamp(min=0).repeat_interleave(key.shape[1] // kept.shape[1], dim=1)[..., None]
-        key = key.gather(2, slots.expand(-1, -1, -1, key.shape[-1]))
-        return key, value.gather(2, slots.expand(-1, -1, -1, value.shape[-1]))
+        return gather_entries(kept.repeat_interleave(key.shape[1] // kept.shape[1], dim=1), key, value)[:2]
 
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
@@ -156,11 +155,13 @@ class AccelLayer(DynamicLayer):
     def keep(self, indices: Tensor, trace: bool) -> None:
         """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter rows."""
         self._record(indices, trace)
-        slots = indices.clamp(min=0)[..., None]
-        self.keys = self.keys.gather(2, slots.expand(-1, -1, -1, self.keys.shape[-1]))
-        self.values = self.values.gather(2, slots.expand(-1, -1, -1, self.values.shape[-1]))
+        self._gather(indices)
         self.start = None if self.start is None else (indices[:, 0] < 0).sum(-1)
         self._close_eviction()
+
+    def _gather(self, indices: Tensor) -> None:
+        """Copies the slots ``indices`` into storage of their own."""
+        self.keys, self.values, _ = gather_entries(indices, self.keys, self.values)
 
     def _record(self, indices: Tensor, trace: bool) -> None:
         """Remembers the original positions of what is about to be kept."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.kernels.compaction import gather_entries
 from llm_accel.methods.roles import StepView
 from llm_accel.patches.layers.append import AccelLayer
 
@@ -111,13 +112,14 @@ class SlotLayer(AccelLayer):
     def keep(self, indices: Tensor, trace: bool) -> None:
         """Evicts everything but ``indices`` and allocates the vacancies on the left."""
         indices = F.pad(indices, (self.vacancies, 0), value=-1)
-        scores = None if self.scores is None else self.scores.gather(2, indices.clamp(min=0))
         if self.vacancies and self.start is None:
             self.start = torch.zeros(indices.shape[0], dtype=torch.long, device=indices.device)
         super().keep(indices, trace=True)
         self.kept = None
-        self.scores = scores
         self.spare = None
+
+    def _gather(self, indices: Tensor) -> None:
+        self.keys, self.values, self.scores = gather_entries(indices, self.keys, self.values, self.scores)
 
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries that the next token still finds, int64 [B, Hk, n], ascending."""
@@ -137,10 +139,7 @@ class SlotLayer(AccelLayer):
             positions = positions.scatter(2, self.spare[..., None], -1)
         order = positions.argsort(stable=True, dim=-1)
         self.positions = positions.gather(2, order)
-        self.keys = self.keys.gather(2, order[..., None].expand_as(self.keys))
-        self.values = self.values.gather(2, order[..., None].expand_as(self.values))
-        if self.scores is not None:
-            self.scores = self.scores.gather(2, order)
+        self._gather(order)
         if self.start is not None or self.vacancies:
             self.start = (self.positions[:, 0] < 0).sum(-1)
         self.spare = None

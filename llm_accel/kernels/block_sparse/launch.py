@@ -1,0 +1,245 @@
+"""Host side of the Triton kernel: how many keys, heads and warps a program gets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.block_list import BlockList
+from llm_accel.kernels.dispatch import interpreting
+from llm_accel.kernels.launch import SHARED_MEMORY, Launch, next_power_of_2, opaque, strides, unit_stride
+
+AHEAD_OF_TIME = 80  # the architecture to plan for where there is no device
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    sinks: Tensor | None,
+    ptr: Tensor,
+    n_full: Tensor,
+    n_listed: Tensor,
+    idx: Tensor,
+    window_start: Tensor,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, count, _ = query.shape
+    return (
+        query.new_empty(batch, count, heads, value.shape[-1]),
+        query.new_empty(batch, heads, count, dtype=torch.float32),
+    )
+
+
+@opaque(_fake)
+def block_sparse_attention_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    sinks: Tensor | None,
+    ptr: Tensor,
+    n_full: Tensor,
+    n_listed: Tensor,
+    idx: Tensor,
+    window_start: Tensor,
+    block_q: int,
+    block_k: int,
+    sink: int,
+    window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The tensors of :func:`llm_accel.kernels.block_sparse.block_sparse_attention`, the block list field by field."""
+    blocks = BlockList(block_q, block_k, ptr, n_full, n_listed, idx, sink, window_start, window)
+    return _run(plan(query, key, value, blocks, start, scaling, softcap, sinks))
+
+
+def block_sparse_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockList,
+    start: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`llm_accel.kernels.block_sparse.block_sparse_attention`; output and log-sum-exp."""
+    return block_sparse_attention_launch(
+        query,
+        key,
+        value,
+        start,
+        sinks,
+        blocks.ptr,
+        blocks.n_full,
+        blocks.n_listed,
+        blocks.idx,
+        blocks.window_start,
+        blocks.block_q,
+        blocks.block_k,
+        blocks.sink,
+        blocks.window,
+        scaling,
+        softcap,
+    )
+
+
+def _run(launches: list[Launch]) -> tuple[Tensor, Tensor]:
+    for launch in launches:
+        launch.run()
+    output, lse = (launches[-1].arguments[name] for name in ("output", "lse"))
+    assert isinstance(output, Tensor) and isinstance(lse, Tensor)
+    return output, lse
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockList,
+    start: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> list[Launch]:
+    """One launch, whose arguments ``output`` and ``lse`` are the result."""
+    from llm_accel.kernels.block_sparse.triton_kernels import block_sparse_kernel
+
+    batch, heads, count, dim = query.shape
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    output = query.new_zeros(batch, count, heads, value.shape[-1])  # queries of padding are never written
+    lse = torch.full((batch, heads, count), float("-inf"), dtype=torch.float32, device=query.device)
+    sharing = heads // max(key.shape[1], blocks.heads)  # query heads with the same keys and list
+    tiling = Tiling.of(query, value, blocks.block_q, sharing)
+    return [
+        Launch(
+            block_sparse_kernel,
+            (batch * heads // tiling.pack, blocks.count),
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "output": output,
+                "lse": lse,
+                "start": start,
+                "sinks": sinks,
+                "ptr": blocks.ptr,
+                "n_full": blocks.n_full,
+                "n_listed": blocks.n_listed,
+                "idx": blocks.idx,
+                "window_start": blocks.window_start,
+                "scaling": scaling,
+                "softcap": softcap,
+                "queries": count,
+                "slots": key.shape[2],
+                "blocks": blocks.count,
+                "sink": blocks.sink,
+                "window": blocks.window,
+                "heads": heads,
+                "group": heads // key.shape[1],
+                "per_list": heads // blocks.heads,
+                **strides("q", query, "bht"),
+                **strides("k", key, "bhs"),
+                **strides("v", value, "bhs"),
+            },
+            {
+                "D": dim,
+                "DV": value.shape[-1],
+                "BD": next_power_of_2(dim, 16),
+                "BDV": next_power_of_2(value.shape[-1], 16),
+                "BQ": blocks.block_q,
+                "BK": blocks.block_k,
+                "BN": tiling.keys,
+                "PACK": tiling.pack,
+                "HAS_START": start is not None,
+                "HAS_SINKS": sinks is not None,
+                "HAS_SOFTCAP": softcap is not None,
+                "HAS_WINDOW": blocks.window is not None,
+                "UPCAST": interpreting(),
+            },
+            tiling.warps,
+            tiling.stages,
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What one program works on.
+
+    Attributes:
+        pack: query heads of a program, which share its keys.
+        keys: keys of a tile.
+        warps: warps of a program.
+        stages: tiles on their way from memory at once.
+    """
+
+    pack: int
+    keys: int
+    warps: int
+    stages: int
+
+    @staticmethod
+    def of(query: Tensor, value: Tensor, block_q: int, sharing: int) -> Tiling:
+        """As many stages as shared memory holds, three at most."""
+        dims = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16)
+        wide = dims * query.element_size() > 256  # bytes of a key
+        rows = 64 if wide else 128
+        pack = math.gcd(sharing, max(1, rows // block_q))
+        keys = 32 if wide else 64
+        room = _shared_memory(query.device) - pack * block_q * dims * query.element_size()
+        stages = room // (2 * keys * dims * query.element_size())
+        return Tiling(pack, keys, 8 if pack * block_q > 64 or wide else 4, min(max(stages, 1), 3))
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED_MEMORY[AHEAD_OF_TIME]
+    major, minor = torch.cuda.get_device_capability(device)
+    return SHARED_MEMORY.get(10 * major + minor, min(SHARED_MEMORY.values()))
+
+
+def shipped() -> dict[str, list[Launch]]:
+    """Every configuration for the ahead-of-time check."""
+    plans = {}
+    for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
+        for dim in dims:
+            for block_q, block_k in ((64, 8), (64, 64), (128, 128)):
+                label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} block {block_q}x{block_k}"
+                plans[label] = _example(dtype, dim, block_q, block_k)
+    plans["bfloat16 head_dim 128 one query"] = _example(torch.bfloat16, 128, 16, 8)
+    plans["bfloat16 head_dim 64 everything"] = _example(torch.bfloat16, 64, 64, 8, everything=True)
+    plans["bfloat16 head_dim 256 everything"] = _example(torch.bfloat16, 256, 64, 8, everything=True)
+    return plans
+
+
+def _example(dtype: torch.dtype, dim: int, block_q: int, block_k: int, everything: bool = False) -> list[Launch]:
+    """Grouped-query attention, 4 query heads per KV head; ``everything``: padding, sinks, soft cap and window."""
+    query, key = (torch.empty(2, heads, 4096, dim, dtype=dtype, device="meta") for heads in (16, 4))
+    shape = (2, 4, 4096 // block_q)
+    counts = torch.empty(shape, dtype=torch.int32, device="meta")
+    blocks = BlockList(
+        block_q,
+        block_k,
+        counts.long(),
+        counts,
+        counts,
+        torch.empty(2**16, dtype=torch.int32, device="meta"),
+        256,
+        counts,
+        1024 if everything else None,
+    )
+    start = torch.empty(2, dtype=torch.int64, device="meta") if everything else None
+    sinks = torch.empty(16, dtype=dtype, device="meta") if everything else None
+    return plan(query, key, key, blocks, start, 0.1, 30.0 if everything else None, sinks)

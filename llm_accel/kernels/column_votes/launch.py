@@ -1,0 +1,184 @@
+"""Column votes on Triton: tiles, grids, and the configurations that are shipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.dispatch import interpreting
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, opaque, strides, unit_stride
+
+PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer leave it idle
+LEAST_SPAN = 512  # slots that are worth a program of their own
+
+
+def tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
+    """Largest row block, slot block and stages with which both kernels stay within 99 KiB of shared memory."""
+    if dtype == torch.float32:
+        return 32, 32, 2
+    return (64, 64, 2) if block_d > 128 else (64, 128, 3)
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    heads: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    group: str,
+    round_to: torch.dtype | None,
+) -> tuple[Tensor, list[Launch]]:
+    """The result, still to be filled, and the launches that fill it."""
+    from llm_accel.kernels.column_votes import triton_kernels as kernels
+
+    query, key = unit_stride(query), unit_stride(key)
+    batch, query_heads, width, dim = query.shape
+    key_heads, slots = key.shape[1], key.shape[2]
+    per_key = query_heads // key_heads
+    block_d = next_power_of_2(dim, least=16)
+    rows, columns, stages = tiles(query.dtype, block_d)
+    shared: dict[str, Any] = {
+        **{"query": query, "key": key, "start": start, "scaling": scaling, "softcap": softcap or 1.0},
+        **{"width": width, "slots": slots},
+        **strides("q", query, "bhw"),
+        **strides("k", key, "bhs"),
+        **_start_strides(start),
+    }
+    constants: dict[str, Any] = {
+        "D": dim,
+        "BLOCK_D": block_d,
+        "HAS_SOFTCAP": softcap is not None,
+        "UPCAST": interpreting(),
+    }
+
+    block_m = min(rows, next_power_of_2(width * per_key, least=16))
+    row_tiles = ceil_div(width * per_key, block_m)
+    spans = max(1, min(ceil_div(PROGRAMS, max(1, row_tiles * batch * key_heads)), slots // LEAST_SPAN))
+    span = ceil_div(ceil_div(slots, spans), columns) * columns
+    spans = ceil_div(slots, span) if slots else 0
+    parts = query.new_empty(spans, batch, query_heads, width, dtype=torch.float32)
+    launches = [
+        Launch(
+            kernels.row_lse_kernel,
+            (row_tiles, spans, batch * key_heads),
+            {**shared, "sinks": sinks, "lse": parts, "batch": batch, "heads": key_heads, "span": span},
+            {**constants, "PACK": per_key, "BLOCK_M": block_m, "BLOCK_N": columns},
+            warps=4,
+            stages=stages,
+        )
+    ]
+    lse = parts
+    if spans > 1:
+        count, lse = batch * query_heads * width, torch.empty_like(parts[0])
+        arguments: dict[str, Any] = {"parts": parts, "lse": lse, "rows": count}
+        merge = {"SPANS": spans, "BLOCK": 256}
+        launches.append(Launch(kernels.merge_lse_kernel, (ceil_div(count, 256),), arguments, merge, warps=4, stages=1))
+
+    votes = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    per_group = query_heads // heads
+    pack = 1 if group == "max" else min(per_key, per_group)
+    block_m = min(rows, next_power_of_2(width * pack, least=16))
+    weight = 1.0 / per_group if group == "mean" else 1.0
+    launches.append(
+        Launch(
+            kernels.col_scores_kernel,
+            (ceil_div(slots, columns), batch * heads),
+            {**shared, "lse": lse, "votes": votes, "weight": weight, "heads": heads},
+            {
+                **{**constants, "PACK": pack, "LOOPS": per_group // pack, "PER_KEY": per_key, "BLOCK_M": block_m},
+                **{"BLOCK_N": columns, "MAX": group == "max", "ROUND": _triton_dtype(round_to)},
+            },
+            warps=4,
+            stages=stages,
+        )
+    )
+    return votes, launches
+
+
+def _start_strides(start: Tensor | None) -> dict[str, int]:
+    """Of a start per row, the same for all heads, or of one per row and head."""
+    if start is None:
+        return {"s_b": 0, "s_h": 0}
+    return {"s_b": start.stride(0), "s_h": start.stride(1) if start.ndim == 2 else 0}
+
+
+def _triton_dtype(dtype: torch.dtype | None) -> Any:
+    import triton.language as tl
+
+    return {None: None, torch.float32: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    heads: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    group: str,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    return query.new_empty(query.shape[0], heads, key.shape[2], dtype=torch.float32)
+
+
+@opaque(_fake)
+def column_votes(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    heads: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    group: str,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    """See :func:`llm_accel.kernels.column_votes.column_votes`."""
+    votes, launches = plan(query, key, start, heads, scaling, softcap, sinks, group, round_to)
+    for launch in launches:
+        launch.run()
+    return votes
+
+
+def shipped() -> dict[str, list[Launch]]:
+    """Plans of the configurations that the ahead-of-time check compiles."""
+    return {
+        **{
+            f"prefill {dim} {dtype}": _example(dim, dtype)
+            for dim in (64, 80, 96, 128, 256)
+            for dtype in ("bf16", "fp32")
+        },
+        "prefill 128 fp16": _example(128, "fp16"),
+        "prefill 256 bf16 softcap padded": _example(256, "bf16", softcap=50.0, padded=True),
+        "prefill 64 bf16 sinks": _example(64, "bf16", sinks=True, group=8),
+        "prefill 128 bf16 group 7": _example(128, "bf16", group=7),
+        "window 128 bf16 max": _example(128, "bf16", width=32, reduce="max"),
+        "window 128 bf16 rounded": _example(128, "bf16", width=32, round_to=torch.bfloat16),
+        "latents 192 bf16": _example(192, "bf16", group=1, heads=1),
+        "decode 128 bf16": _example(128, "bf16", width=1, reduce="sum"),
+    }
+
+
+def _example(
+    dim: int,
+    dtype: str,
+    width: int = 4096,
+    group: int = 4,
+    heads: int = 8,
+    reduce: str = "mean",
+    softcap: float | None = None,
+    padded: bool = False,
+    sinks: bool = False,
+    round_to: torch.dtype | None = None,
+) -> list[Launch]:
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    with torch.device("meta"):
+        query, key = torch.empty(1, 8 * group, width, dim, dtype=kind), torch.empty(1, 8, 4096, dim, dtype=kind)
+        start = torch.empty(1, dtype=torch.int64) if padded else None
+        learned = torch.empty(8 * group, dtype=kind) if sinks else None
+    return plan(query, key, start, heads, dim**-0.5, softcap, learned, reduce, round_to)[1]
