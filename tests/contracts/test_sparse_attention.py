@@ -121,7 +121,9 @@ def test_rows_are_independent(family: str, selector: str) -> None:
         for index, length in enumerate(batch.lengths):
             alone = generate(model, Batch(batch.row(index), None, (length,)), max_new_tokens=steps)
             assert torch.equal(tokens[index], alone[0][0])
-            assert (logits[index] - alone[1][0]).abs().max() <= 2 * EXACT  # rounding adds up over the steps, in the dense model too
+            assert (
+                logits[index] - alone[1][0]
+            ).abs().max() <= 2 * EXACT  # rounding adds up over the steps, in the dense model too
 
 
 def test_rows_below_the_shortest_prompt_are_dense() -> None:
@@ -173,8 +175,8 @@ def test_search_modes_with_a_budget_for_everything_are_dense(
         assert calls(handle)
 
 
-@every_kind
-def test_proposals_see_what_they_see_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])  # sliding layers cannot be rolled back by hand
+def test_proposals_see_what_they_see_one_by_one(family: str) -> None:
     """Two proposals after a rolled back one, against a fresh cache."""
     model, ids = tiny_model(family), prompt(LONG + 6)
     with torch.no_grad(), llm_accel.apply(model, sparse()) as handle:

@@ -40,11 +40,10 @@ def plan(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk:
                 "origin": keys.origin.expand(batch, heads, 1, 1).contiguous(),
                 "last": keys.last.expand(batch, heads, 1, 1).contiguous(),
                 "starts": starts.contiguous(),
-                "end": end.contiguous(),
+                "end": end.expand(batch, heads, -1, -1).contiguous(),
                 "score": torch.empty(starts.shape, device=starts.device),
                 "blocks": blocks,
                 "chunks": chunks,
-                "end_b": 0 if end.shape[0] == 1 else blocks,
             },
             {
                 "CHUNK": chunk,

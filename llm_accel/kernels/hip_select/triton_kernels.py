@@ -19,6 +19,7 @@ def _match(
     D: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
+    BC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The best product of one key per chunk, [BC], with the R queries that stand for the block."""
@@ -26,7 +27,7 @@ def _match(
     o_r = tl.arange(0, BR)
     m_key = (o_d < D)[:, None] & m_chunk[None, :]
     b_k = tl.load(keys + o_key[None, :] * D + o_d[:, None], mask=m_key, other=0.0)  # [BD, BC]
-    b_best = tl.where(m_chunk, float("-inf"), float("-inf"))
+    b_best = tl.full([BC], float("-inf"), tl.float32)
     for first in range(0, R, BR):
         m_q = (first + o_r < R)[:, None] & (o_d < D)[None, :]
         b_q = tl.load(representative + (first + o_r)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BR, BD]
@@ -35,7 +36,7 @@ def _match(
     return b_best
 
 
-@triton.jit(do_not_specialize=["blocks", "chunks", "end_b"])
+@triton.jit(do_not_specialize=["blocks", "chunks"])
 def stage_score_kernel(
     representative,
     keys,
@@ -46,7 +47,6 @@ def stage_score_kernel(
     score,
     blocks,
     chunks,
-    end_b,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     EXACT: tl.constexpr,
@@ -65,24 +65,25 @@ def stage_score_kernel(
     o_row = i_head * blocks + i_block
     b_origin = tl.load(origin + i_head)
     b_last = tl.load(last + i_head)
-    b_end = tl.load(end + (i_head // heads) * end_b + i_block)
+    b_end = tl.load(end + o_row)
     b_low = tl.load(starts + o_row * chunks + o_chunk, mask=m_chunk, other=0)  # [BC] int64
     m_chunk = m_chunk & (b_low < b_end)
     queries = representative + o_row * R * D
-    b_best = tl.where(m_chunk, float("-inf"), float("-inf"))
+    b_best = tl.full([BC], float("-inf"), tl.float32)
     if EXACT:
         for i in range(CHUNK):
             o_key = tl.minimum(b_origin + b_low + i, b_last)
-            b_best = tl.maximum(b_best, _match(queries, keys, o_key, m_chunk, R, D, BD, BR, UPCAST))
+            b_best = tl.maximum(b_best, _match(queries, keys, o_key, m_chunk, R, D, BD, BR, BC, UPCAST))
     else:
         b_high = tl.minimum(b_low + CHUNK, b_end)
         for _ in range(LEVELS):
             b_middle = (b_low + b_high) // 2
             o_left = tl.minimum(b_origin + (b_low + b_middle) // 2, b_last)
             o_right = tl.minimum(b_origin + (b_middle + b_high) // 2, b_last)
-            b_left = _match(queries, keys, o_left, m_chunk, R, D, BD, BR, UPCAST)
-            b_right = _match(queries, keys, o_right, m_chunk, R, D, BD, BR, UPCAST)
+            b_left = _match(queries, keys, o_left, m_chunk, R, D, BD, BR, BC, UPCAST)
+            b_right = _match(queries, keys, o_right, m_chunk, R, D, BD, BR, BC, UPCAST)
             m_left = b_left >= b_right
             b_low, b_high = tl.where(m_left, b_low, b_middle), tl.where(m_left, b_middle, b_high)
             b_best = tl.maximum(b_best, tl.maximum(b_left, b_right))
+    b_best = tl.where(m_chunk, b_best, float("-inf"))
     tl.store(score + o_row * chunks + o_chunk, b_best, mask=o_chunk < chunks)
