@@ -28,7 +28,7 @@ def plan(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk:
 
     batch, heads, blocks, chunks = starts.shape
     queries, dim = representative.shape[3:]
-    wide = next_power_of_2(dim, 16) * keys.rows.element_size() > 256  # bytes of a key
+    wide = next_power_of_2(dim, 16) * keys.rows.element_size() >= 256  # bytes of a key: registers hold half as many
     columns, rows = 32 if wide else 64, min(32 if wide else 64, next_power_of_2(queries, 16))
     return [
         Launch(
