@@ -22,7 +22,7 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import H2O, AdaKV, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
+    from llm_accel.methods import H2O, AdaKV, HiP, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
@@ -35,6 +35,7 @@ __all__ = [
     "ConfigError",
     "EvictionError",
     "Handle",
+    "HiP",
     "LayerReport",
     "LlmAccelError",
     "PyramidKV",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+from llm_accel.methods.base import to_text
 from llm_accel.registry import methods
 
 _COLUMNS = ("method", "paper", "what it cuts", "question in the prompt", "frees memory", "models")
@@ -67,6 +68,4 @@ def _cells(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return "+".join(map(str, default)) or "()"
-    return str(default)
+    return to_text(default) or "()"

@@ -46,7 +46,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = _as_tuples(getattr(self, field.name))  # JSON knows lists only
+            object.__setattr__(self, field.name, value)
             if not _fits(value, hints[field.name]):
                 self.fail(field.name, _described(hints[field.name]))
             if type(value) is int and float in _alternatives(hints[field.name]):
@@ -87,7 +88,7 @@ class MethodConfig:
 
     def spec(self) -> str:
         """The configuration in the form of the command line, for example ``snapkv:budget=128``."""
-        options = ",".join(f"{key}={_to_text(value)}" for key, value in self.changed().items())
+        options = ",".join(f"{key}={to_text(value)}" for key, value in self.changed().items())
         return f"{self.name}:{options}" if options else self.name
 
 
@@ -108,7 +109,8 @@ def _fits(value: Any, hint: Any) -> bool:
         elif kind is float:
             matched = isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
         elif typing.get_origin(kind) is tuple:
-            matched = isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+            hints = _items(kind, len(value)) if isinstance(value, tuple) else ()
+            matched = isinstance(value, tuple) and len(hints) == len(value) and all(map(_fits, value, hints))
         elif typing.get_origin(kind) is typing.Literal:
             matched = value in typing.get_args(kind)
         else:
@@ -116,6 +118,16 @@ def _fits(value: Any, hint: Any) -> bool:
         if matched:
             return True
     return False
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _items(kind: Any, count: int) -> tuple[Any, ...]:
+    """The hints of a tuple's items: those of ``tuple[int, str]``, or ``count`` times that of ``tuple[int, ...]``."""
+    hints = typing.get_args(kind)
+    return hints[:1] * count if hints[-1] is Ellipsis else hints
 
 
 def _finite(value: int | float) -> bool:
@@ -135,8 +147,8 @@ def _described(hint: Any) -> str:
         if typing.get_origin(kind) is typing.Literal:
             names.append(" or ".join(repr(choice) for choice in typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
-            item = typing.get_args(kind)[0]
-            names.append(f"a tuple, each item {_WORDS.get(item, item.__name__)}")
+            items = [_described(item) for item in _items(kind, 1)]
+            names.append(f"a tuple, each item {items[0]}" if len(items) == 1 else f"a tuple ({', '.join(items)})")
         else:
             names.append(_WORDS.get(kind, f"a {kind.__name__}"))
     return " or ".join(names)
@@ -156,12 +168,16 @@ def _from_text(method: str, key: str, text: str, hint: Any) -> Any:
         if kind is str or (typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind)):
             return text
         if typing.get_origin(kind) is tuple:
-            item = typing.get_args(kind)[0]
-            return tuple(_from_text(method, key, part, item) for part in text.split("+") if part)
+            several = typing.get_args(kind)[-1] is Ellipsis
+            parts = [part for part in text.split("+") if part] if several else text.split(":")
+            hints = _items(kind, len(parts))
+            if len(hints) == len(parts):
+                return tuple(_from_text(method, key, part, item) for part, item in zip(parts, hints, strict=True))
     raise ConfigError(f"{method}: {key}={text!r} is not allowed; give {_described(hint)}.")
 
 
-def _to_text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """A value as the command line writes it: ``0+1``, and ``256:None:4+8:2048:1`` for a tuple of tuples."""
     if isinstance(value, tuple):
-        return "+".join(_to_text(item) for item in value)
+        return "+".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
     return str(value)

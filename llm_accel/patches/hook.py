@@ -56,8 +56,9 @@ class DecoderHook:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             cached = decoder.config.use_cache if use_cache is None else use_cache
-            if decoder.training or not (cached or self.plan.mask is not None):
-                return args, kwargs  # nothing is kept, so there is nothing to evict; masked heads need the session
+            without_cache = self.plan.mask is not None or self.plan.attender is not None
+            if decoder.training or not (cached or without_cache):
+                return args, kwargs  # nothing is kept, so there is nothing to evict
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         self._keep_implementation(decoder)
         _refuse(kwargs, decoder)

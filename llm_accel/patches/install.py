@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods import MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.methods import Attend, MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
@@ -60,6 +60,8 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
         backends["scores"] = column_votes.OP.explain(_problem(decoder))
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
+    for config in configs:
+        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend) else {}
     heads = plan_heads(model, configs, skipped)
     return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
 
@@ -165,9 +167,15 @@ def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], st
                     f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
                 )
             skipped.setdefault(index, "named in skip_layers")
+        if isinstance(method, Attend):
+            for index in range(len(cache_layers)):
+                dense = method.dense_layer(index, config.num_hidden_layers)
+                if dense is not None and len(configs) == 1:  # another method may act on a layer that this one leaves
+                    skipped.setdefault(index, dense)
         if cache_layers and skipped.keys() >= set(range(len(cache_layers))):
+            option = "dense_layers" if isinstance(method, Attend) else "skip_layers"
             raise ConfigError(
-                f"{method.name}: skip_layers={method.skip_layers} leaves no layer to act on; "  # type: ignore[attr-defined]
+                f"{method.name}: {option}={getattr(method, option)} leaves no layer to act on; "
                 f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1} "
                 f"({'; '.join(sorted(set(skipped.values())))}). Name fewer layers."
             )

@@ -6,8 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import Depth, HeadMask, HeadMethod, HeadSplit, MethodConfig, ScoreAndKeep, StepEviction
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, HidingLayer, RaggedLayer, RelativeSlotLayer, SlotLayer
+from llm_accel.methods import (
+    Attend,
+    Depth,
+    HeadMask,
+    HeadMethod,
+    HeadSplit,
+    MethodConfig,
+    ScoreAndKeep,
+    StepEviction,
+)
+from llm_accel.patches.layers import (
+    AccelLayer,
+    AttendingLayer,
+    GroupedLayer,
+    HidingLayer,
+    RaggedLayer,
+    RelativeSlotLayer,
+    SlotLayer,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Plan:
         mask: which query heads are silenced, or None.
         kv_heads: KV heads of a layer, where heads are split.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
+        attender: the method that computes attention, if any; worked out from ``configs``.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -37,6 +55,7 @@ class Plan:
     mask: HeadMask | None = None
     kv_heads: int = 0
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
+    attender: Attend | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +64,9 @@ class Plan:
             (Depth(rank, len(acting), later=False), Depth(rank, len(acting), later=True)) for rank in range(len(acting))
         ]
         keeper = next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
+        attender = next((config for config in self.configs if isinstance(config, Attend)), None)
         object.__setattr__(self, "keeper", keeper)
+        object.__setattr__(self, "attender", attender)
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
@@ -64,6 +85,8 @@ class Plan:
 
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
+        if self.attender is not None and self.attender.dense_layer(index, self.layers) is None:
+            return AttendingLayer(self.attender, index, self.layers)
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.keeper is None or index in self.skipped:
@@ -92,6 +115,17 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
         raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
+    attenders = [config.spec() for config in configs if isinstance(config, Attend)]
+    if len(attenders) > 1:
+        raise ConfigError(f"{' and '.join(attenders)} both compute attention; give one of them.")
+    for config in configs if attenders else ():
+        slots = isinstance(config, ScoreAndKeep) and (isinstance(config, StepEviction) or config.page_size is not None)
+        if slots:
+            raise ConfigError(
+                f"{attenders[0]} reads entries in the order of their positions, which the cache of {config.spec()} "
+                "does not keep; combine it with a method that compresses the prompt and keeps as many entries in each "
+                "head: snapkv, pyramidkv, random."
+            )
     by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
     if by_head and len(configs) > 1:
         raise ConfigError(

@@ -211,6 +211,7 @@ class Session:
                 report.kv_bytes = layer.nbytes()
                 report.dense_kv_bytes = layer.token_bytes() * report.logical_length
                 report.evicted = report.logical_length - layer.mean_length()
+                report.sparse_calls = getattr(layer, "sparse_calls", 0)
                 report.kept = layer.kept_positions() if self.plan.trace else None
             return report
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

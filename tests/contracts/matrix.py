@@ -28,6 +28,8 @@ METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
     "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),
     "random": lambda **changes: RandomKV(**({"budget": BUDGET, "window": 8} | changes)),
 }
+# methods that compute attention, with contracts of their own: the cache stays whole
+ATTENDING = ("hip",)
 # methods with contracts of their own, because heads of one layer hold different numbers of entries
 BY_HEAD = ("retrieval_heads",)
 

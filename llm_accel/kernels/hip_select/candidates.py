@@ -1,0 +1,138 @@
+"""What all selectors share: which blocks may be chosen, the queries that stand for a block, and the order of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.block_list import aligned_window, block_positions
+from llm_accel.kernels.dispatch import Problem
+
+ABSENT = 2**40  # a start that no choice has: sorts last, and no region grows far enough to revive it
+TILE = 2**20  # elements of the keys that are gathered at once
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The keys that a selection chooses from: behind the sink and before the window of the query block.
+
+    Args:
+        sink: positions at the start that all queries see; a multiple of ``block_k``.
+        window: positions that every query sees back, its own included, and up to ``block_q + block_k`` more.
+        block_q: queries that share a choice.
+        block_k: keys of a chosen block.
+    """
+
+    sink: int
+    window: int
+    block_q: int
+    block_k: int
+
+    def blocks(self, queries: int) -> int:
+        """Query blocks of ``queries`` rows."""
+        return -(-queries // self.block_q)
+
+    def window_start(self, queries: int, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
+        """First position of the window of each query block, int64 [B or 1, n]."""
+        positions = block_positions(queries, slots, self.block_q, start, device)
+        return aligned_window(positions, window=self.window, sink=self.sink, block_k=self.block_k)
+
+    def most(self, queries: int, slots: int, block: int) -> int:
+        """Candidate keys of query block ``block`` in the longest row."""
+        first = slots - queries + block * self.block_q
+        return max(0, (first - self.window + 1) // self.block_k * self.block_k - self.sink)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys [B, H, S, D] that are read by position, counted from the first real slot of each row."""
+
+    rows: Tensor
+    origin: Tensor
+    last: Tensor
+
+    @property
+    def problem(self) -> Problem:
+        """What decides between backends."""
+        return Problem(self.rows.device, self.rows.dtype, self.rows.shape[-1])
+
+    @classmethod
+    def of(cls, key: Tensor, start: Tensor | None) -> Keys:
+        """Keys of rows that begin at slot ``start``, int64 [B], or at 0."""
+        batch, heads, slots, dim = key.shape
+        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
+        origin = begin if start is None else begin + start.to(key.device)[:, None, None, None]
+        return cls(key.reshape(-1, dim), origin, begin + slots - 1)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """fp32 [B, H, n, m, D] at ``positions``, int64 [B, H, n, m]; the last key where there is none."""
+        index = torch.minimum(self.origin + positions, self.last)
+        return self.rows.index_select(0, index.flatten()).float().view(*positions.shape, -1)
+
+
+def first_real(queries: int, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
+    """First real query of each row among the last ``queries`` of ``slots``, int64 [B or 1]."""
+    if start is None:
+        return torch.zeros(1, dtype=torch.long, device=device)
+    return (start.to(device) - (slots - queries)).clamp(min=0)
+
+
+def representatives(
+    query: Tensor, key_heads: int, first: Tensor, blocks: range, block_q: int, stride: int, last: bool = False
+) -> Tensor:
+    """The queries that stand for each of the query ``blocks``, fp32 [B, H, n, G * block_q / stride, D].
+
+    Args:
+        query: [B, Hq, T, D].
+        key_heads: H; the G query heads of a group stand side by side.
+        first: first real query of each row, int64 [B or 1]; block 0 begins there.
+        stride: rows that one query stands for: their mean, or with ``last`` the last of them. Blocks that the rows do
+            not fill repeat the last row.
+    """
+    batch, _, queries, dim = query.shape
+    if stride == 1:
+        block_q = min(block_q, queries)  # a lone block that the rows do not fill needs no repeated ones
+    rows = torch.arange(blocks.start * block_q, blocks.stop * block_q, device=query.device)
+    rows = (first[:, None] + rows).clamp(max=queries - 1)
+    if last:
+        rows = rows[:, stride - 1 :: stride]
+    if rows.shape[0] == 1:
+        chosen = query[:, :, rows[0]].float()
+    else:
+        chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, dim)).float()
+    if not last:
+        chosen = chosen.unflatten(2, (-1, stride)).mean(3)
+    packed = chosen.view(batch, key_heads, -1, len(blocks), block_q // stride, dim)
+    return packed.transpose(2, 3).flatten(3, 4)
+
+
+def match(representative: Tensor, keys: Tensor) -> Tensor:
+    """How well keys [B, H, n, m, D] answer the best of the queries [B, H, n, R, D]: fp32 [B, H, n, m]."""
+    logits = torch.matmul(representative, keys.transpose(-1, -2))
+    return logits.amax(-2)
+
+
+def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int) -> Tensor:
+    """The best match among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32 [B, H, n, m]."""
+    positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
+    return match(representative, keys.at(positions)).view(*starts.shape, count).amax(-1)
+
+
+def shared(score: Tensor, share_heads: str) -> Tensor:
+    """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""
+    return score.amax(1, keepdim=True).expand_as(score) if share_heads == "all" else score
+
+
+def best(score: Tensor, present: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` best, int64 [..., count], ascending; the lower place where scores are equal, those that
+    are not ``present`` after all others."""
+    ranked = score.masked_fill(~present, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    return ranked[..., :count].sort(dim=-1).values
+
+
+def tiles(count: int, cost: int) -> list[range]:
+    """``count`` query blocks in runs whose gathered keys, ``cost`` elements for each, stay within :data:`TILE`."""
+    width = max(1, TILE // max(1, cost))
+    return [range(begin, min(begin + width, count)) for begin in range(0, count, width)]

@@ -1,0 +1,38 @@
+"""Scores of the chunks of a pruning stage in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.hip_select.candidates import Keys, best_key, match
+
+
+def stage_score_reference(
+    representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int, exact: bool
+) -> Tensor:
+    """The best key found in each chunk, fp32 [B, H, n, m]; anything where a chunk is absent.
+
+    Args:
+        representative: the queries that stand for each query block, fp32 [B, H, n, R, D].
+        keys: of H heads.
+        starts: chunks, int64 [B, H, n, m].
+        end: where the candidates of each query block end, int64 [B or 1, 1, n, 1].
+        chunk: keys of a chunk, a power of two.
+        exact: whether every key is read, of chunks that all end before ``end``; otherwise two keys of each half that
+            lies on the way down, whose better half is followed.
+    """
+    return best_key(representative, keys, starts, chunk) if exact else _bisect(representative, keys, starts, end, chunk)
+
+
+def _bisect(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int) -> Tensor:
+    low, high = starts, torch.minimum(starts + chunk, end)
+    score = torch.full(starts.shape, float("-inf"), device=starts.device)
+    for _ in range(chunk.bit_length()):
+        middle = (low + high) // 2
+        left = match(representative, keys.at((low + middle) // 2))
+        right = match(representative, keys.at((middle + high) // 2))
+        to_left = left >= right
+        low, high = torch.where(to_left, low, middle), torch.where(to_left, middle, high)
+        score = torch.maximum(score, torch.maximum(left, right))
+    return score

@@ -1,0 +1,183 @@
+"""Stacked pruning: coarse chunks of the whole context first, finer ones of what is left, blocks at the end.
+
+InfiniteHiP (arXiv 2502.08910): each stage scores its chunks by a few of their keys and hands the best on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
+from llm_accel.kernels.hip_select.candidates import (
+    ABSENT,
+    Keys,
+    Scope,
+    best,
+    first_real,
+    representatives,
+    shared,
+    tiles,
+)
+from llm_accel.kernels.hip_select.launch import stage_score_triton
+from llm_accel.kernels.hip_select.reference import stage_score_reference
+
+OP = Op(
+    "hip_select",
+    Backend("triton", stage_score_triton, why_not_triton, "one program per query block and run of chunks"),
+    torch_backend(stage_score_reference, "gathered keys of a few query blocks at a time"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pruning stage.
+
+    Args:
+        chunk: keys of a chunk, a power of two.
+        tokens: keys that enter the stage; None for all of them.
+        stride: queries that one representative query stands for.
+    """
+
+    chunk: int
+    tokens: int | None
+    stride: int
+
+
+@dataclass(frozen=True)
+class StageSearch:
+    """The settings of a search.
+
+    Args:
+        scope: which keys may be chosen.
+        stages: coarse to fine; chunks of the last are the chosen blocks.
+        budget: keys that are chosen at most, a multiple of the last chunk.
+        last_exact: whether the last stage reads every key of its chunks rather than bisecting them.
+        share_heads: "group" for a choice of each KV head, "all" for one choice of all heads.
+    """
+
+    scope: Scope
+    stages: Sequence[Stage]
+    budget: int
+    last_exact: bool = True
+    share_heads: str = "group"
+
+    def kept(self, stage: int) -> int:
+        """Chunks that stage ``stage`` hands on."""
+        last = stage + 1 == len(self.stages)
+        tokens = self.budget if last else self.stages[stage + 1].tokens
+        assert tokens is not None  # only the first stage is entered by everything
+        return tokens // self.stages[stage].chunk
+
+    def descend(
+        self, query: Tensor, keys: Keys, first: Tensor, blocks: range, starts: Tensor, end: Tensor, stage: int = 0
+    ) -> list[Tensor]:
+        """Runs the stages from ``stage`` on; the chunks that each of them kept, ascending, absent ones last.
+
+        Args:
+            query: [B, Hq, T, D].
+            first: first real query of each row, int64 [B or 1].
+            blocks: the query blocks n that are searched.
+            starts: chunks that enter, int64 [B, H, n, m], :data:`ABSENT` where there is none.
+            end: position at which the candidates of each query block end, int64 [B or 1, 1, n, 1].
+        """
+        found, reps, stride = [], query, 0
+        for index in range(stage, len(self.stages)):
+            chunk = self.stages[index].chunk
+            if index > stage:
+                starts = split(starts, self.stages[index - 1].chunk, chunk, end)
+            kept = self.kept(index)
+            if starts.shape[-1] > kept:
+                if self.stages[index].stride != stride:
+                    stride = self.stages[index].stride
+                    heads = keys.origin.shape[1]
+                    reps = representatives(query, heads, first, blocks, self.scope.block_q, stride)
+                exact = self.last_exact and index + 1 == len(self.stages)
+                score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact)
+                place = best(shared(score, self.share_heads), starts < ABSENT, kept)
+                starts = starts.gather(-1, place).sort(dim=-1).values
+            found.append(starts)
+        return found
+
+    def select(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
+        """The chosen blocks of all query blocks, int64 [B, H, n, M], ascending, absent ones last."""
+        (batch, _, queries, dim), (heads, slots) = query.shape, key.shape[1:3]
+        scope, keys = self.scope, Keys.of(key, start)
+        first = first_real(queries, slots, start, query.device)
+        end = scope.window_start(queries, slots, start, query.device)[:, None, :, None]
+        count = scope.blocks(queries)
+        width = min(self.budget, scope.most(queries, slots, count - 1)) // scope.block_k
+        chosen = torch.full((batch, heads, count, width), ABSENT, device=query.device)
+        gathers = OP.choose(keys.problem).name == "torch"  # otherwise only the chunks themselves take memory
+        for blocks in tiles(count, batch * heads * (dim if gathers else 1) * self._reads(slots)):
+            most = scope.most(queries, slots, blocks[-1])
+            if most == 0:
+                continue
+            here = end[:, :, blocks.start : blocks.stop]
+            chunks = grid(scope.sink, most, self.stages[0].chunk, here).expand(batch, heads, -1, -1)
+            found = self.descend(query, keys, first, blocks, chunks, here)[-1]
+            chosen[:, :, blocks.start : blocks.stop, : found.shape[-1]] = found[..., :width]
+        return chosen
+
+    def refine(
+        self,
+        query: Tensor,
+        key: Tensor,
+        start: Tensor | None,
+        stage: int,
+        kept: Sequence[Tensor],
+        seen: Sequence[int],
+    ) -> list[Tensor]:
+        """Stages from ``stage`` on for one query, which has moved on since the earlier stages chose.
+
+        Args:
+            query: [B, Hq, 1, D].
+            kept: chunks that each earlier stage kept, int64 [B, H, 1, n].
+            seen: slots that there were when it did; chunks that left the window since then enter too.
+
+        Returns:
+            The chunks that ``stage`` and each later one kept, ascending, absent ones last.
+        """
+        slots, chunk = key.shape[2], self.stages[stage].chunk
+        first, end = first_real(1, slots, start, key.device), self._end(slots, start, key.device)
+        if stage == 0:
+            starts = self.unpruned(key, start, 1)[0]
+        else:
+            before = self._end(seen[-1], start, key.device)
+            fresh = self.scope.sink + (before - self.scope.sink) // chunk * chunk
+            old = split(kept[-1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
+            room = torch.arange(0, slots - seen[-1] + self.scope.block_k + chunk, chunk, device=key.device)
+            new = torch.where(fresh + room < end, fresh + room, ABSENT).expand(*old.shape[:3], -1)
+            starts = torch.cat([old, new], dim=-1).sort(dim=-1).values
+        return self.descend(query, Keys.of(key, start), first, range(1), starts, end, stage)
+
+    def unpruned(self, key: Tensor, start: Tensor | None, stages: int) -> tuple[Tensor, ...]:
+        """Every chunk of each of the first ``stages`` stages, for one query at the last slot, int64 [B, H, 1, n]."""
+        slots, end = key.shape[2], self._end(key.shape[2], start, key.device)
+        most = self.scope.most(1, slots, 0)
+        chunks = (grid(self.scope.sink, most, stage.chunk, end) for stage in self.stages[:stages])
+        return tuple(part.expand(*key.shape[:2], -1, -1) for part in chunks)
+
+    def _end(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
+        """Where the candidates of one query at the last slot end, int64 [B or 1, 1, 1, 1]."""
+        return self.scope.window_start(1, slots, start, device)[:, None, :, None]
+
+    def _reads(self, slots: int) -> int:
+        """Keys that are read at once for a query block."""
+        reads = [min(slots, stage.tokens or slots) // stage.chunk for stage in self.stages]
+        return max(*reads, reads[-1] * self.stages[-1].chunk if self.last_exact else 1)
+
+
+def grid(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:
+    """All chunks behind the sink, int64 [.., m]; absent from ``end`` on."""
+    starts = torch.arange(sink, sink + most, chunk, device=end.device)
+    return torch.where(starts < end, starts, ABSENT)
+
+
+def split(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
+    """Chunks cut into parts, those at or behind ``end`` absent, int64 [..., m * chunk / part]."""
+    parts = (starts[..., None] + torch.arange(0, chunk, part, device=starts.device)).flatten(-2)
+    return parts.masked_fill(parts >= end, ABSENT)
