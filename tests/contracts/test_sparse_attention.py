@@ -114,16 +114,14 @@ def test_the_cache_stays_whole(family: str, shape: str) -> None:
 
 @every_search
 def test_rows_are_independent(family: str, selector: str) -> None:
-    steps = 30  # the short rows grow past the budget while decoding
+    steps = 20  # the short rows grow past the budget while decoding
     model, batch = tiny_model(family), make_batch("padded", long=True)
     with llm_accel.apply(model, sparse(selector=selector)):
         tokens, logits = generate(model, batch, max_new_tokens=steps)
         for index, length in enumerate(batch.lengths):
             alone = generate(model, Batch(batch.row(index), None, (length,)), max_new_tokens=steps)
             assert torch.equal(tokens[index], alone[0][0])
-            assert (
-                logits[index] - alone[1][0]
-            ).abs().max() <= 2 * EXACT  # rounding adds up over the steps, in the dense model too
+            assert (logits[index] - alone[1][0]).abs().max() <= EXACT
 
 
 def test_rows_below_the_shortest_prompt_are_dense() -> None:

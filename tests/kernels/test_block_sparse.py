@@ -22,6 +22,17 @@ def test_equals_float64(case: Case) -> None:
     assert (lse.double() - expected_lse).nan_to_num().abs().max() <= CLOSE
 
 
+@pytest.mark.parametrize("name", ["selected", "padded", "odd_group"])
+def test_memory_layout_does_not_matter(name: str) -> None:
+    """Models hand in views of [B, T, H, D]."""
+    case = CASES[name]
+    query, key, value = (
+        part.transpose(1, 2).contiguous().transpose(1, 2) for part in (case.query, case.key, case.value)
+    )
+    output = block_sparse_attention(query, key, value, case.blocks, scaling=0.3, start=case.first)
+    assert torch.equal(output, case.ours()[0])
+
+
 @pytest.mark.parametrize("name", ["padded", "learned_sinks", "any_blocks"])
 def test_rows_that_see_nothing_are_zero(name: str) -> None:
     case = CASES[name]

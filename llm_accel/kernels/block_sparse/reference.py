@@ -56,7 +56,7 @@ def _attend(
     """Scaled queries [u * G, t, D] over gathered keys [u, n, D] and values [u, n, Dv], the last keys but for
     ``hidden``, bool [t, m]; output [u * G, t, Dv] and log-sum-exp [u * G, t]. ``sink``: [u * G, 1]."""
     heads, count, dim = rows.shape
-    logits = rows.view(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
+    logits = rows.reshape(keys.shape[0], -1, dim) @ keys.transpose(1, 2)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     per_head = logits.view(heads, count, -1)
