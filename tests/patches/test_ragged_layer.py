@@ -194,7 +194,8 @@ def test_reset_starts_over() -> None:
     layer.keep(indices(KEPT), trace=False)
     layer.reset()
     assert layer.table is None and layer.get_seq_length() == layer.physical_length() == layer.nbytes() == 0
-    assert filled().update(*new(1))[0].shape == (2, 2, 14, DIM)
+    layer.expected = True
+    assert layer.update(*new(3))[0].shape == (2, 2, 3, DIM)
 
 
 def test_padding_is_never_stored() -> None:
