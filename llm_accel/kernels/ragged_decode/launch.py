@@ -117,7 +117,7 @@ def shipped() -> dict[str, list[Launch]]:
     """Plans of the configurations that the ahead-of-time check compiles."""
     return {
         **{f"decode {dim} bf16": _example(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
-        **{f"decode {dim} fp32": _example(dim, torch.float32) for dim in (64, 128, 256)},
+        **{f"decode {dim} fp32": _example(dim, torch.float32) for dim in (64, 80, 128, 256)},
         "decode 128 fp16": _example(128, torch.float16),
         "decode 128 bf16 short": _example(128, torch.bfloat16, pages=4),
         "decode 256 bf16 softcap": _example(256, torch.bfloat16, softcap=50.0),
