@@ -181,7 +181,7 @@ def test_unknown_method_lists_names_nearest_first():
         ({"ratio": float("inf")}, "finite"),
         ({"ratio": True}, "finite"),
         ({"ratio": "0.5"}, "finite"),
-        ({"skip_layers": [0]}, "tuple"),
+        ({"skip_layers": 0}, "tuple"),
         ({"skip_layers": (0, 0)}, "distinct"),
         ({"skip_layers": (-1,)}, "counted from 0"),
         ({"skip_layers": (True,)}, "an integer"),
@@ -193,6 +193,10 @@ def test_values_that_cannot_work(name: str, options: dict[str, Any], part: str):
     with pytest.raises(ConfigError, match=part) as caught:
         configure(name, options)
     assert str(caught.value).startswith(name)
+
+
+def test_lists_from_json_are_tuples():
+    assert configure("snapkv", {"skip_layers": [0, 2]}) == SnapKV(skip_layers=(0, 2))
 
 
 @pytest.mark.parametrize("name", [name for name, kind in methods().items() if issubclass(kind, PromptCompression)])

@@ -198,13 +198,13 @@ class Tiling:
         """As many stages as shared memory holds, three at most."""
         dims, size = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16), query.element_size()
         if size == 4:  # products of fp32 are no tensor-core instructions and need many registers
-            most, keys = (32, 32) if dims <= 128 else (16, 32)
+            most, keys = (32, 32) if dims < 128 else (16, 32)
         else:
             most, keys = (128, 64) if dims <= 128 else (64, 32)
         rows = min(block_q, most)
         pack = math.gcd(sharing, most // rows)
         stages = (_shared_memory(query.device) - pack * rows * dims * size) // (2 * keys * dims * size)
-        warps = 4 if pack * rows <= 64 and dims <= 128 else 8
+        warps = 4 if pack * rows <= 64 and dims <= 128 and size < 4 else 8
         return Tiling(rows, pack, keys, warps, min(max(stages, 1), 3))
 
 

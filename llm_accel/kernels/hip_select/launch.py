@@ -28,8 +28,10 @@ def plan(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk:
 
     batch, heads, blocks, chunks = starts.shape
     queries, dim = representative.shape[3:]
-    wide = next_power_of_2(dim, 16) * keys.rows.element_size() >= 256  # bytes of a key: registers hold half as many
-    columns, rows = 32 if wide else 64, min(32 if wide else 64, next_power_of_2(queries, 16))
+    single = keys.rows.dtype == torch.float32  # takes no tensor cores, and more registers
+    wide = next_power_of_2(dim, 16) >= 128  # registers hold half as many representatives
+    most, columns = (16, 16) if single else (32 if wide else 64, 32)
+    rows = min(most, next_power_of_2(queries, 16))
     return [
         Launch(
             stage_score_kernel,
