@@ -66,10 +66,12 @@ def draw(
     rows = math.ceil(len(panels) / columns)
     wide = min(7.0, max(2.5, 0.42 * len(lengths)))  # inches, as all sizes here
     high = min(4.0, max(2.3, 0.27 * len(depths)))
-    left, right, bottom, gap_x, gap_y = 0.75, 0.95, 0.62, 0.3, 0.75
+    names = [_fitted(panel.name, round(11 * wide) - 2) for panel in panels]
+    more = 0.17 * max(0, max(name.count("\n") for name in names) - 1)  # for names of three lines
+    left, right, bottom, gap_x, gap_y = 0.75, 0.95, 0.62, 0.3, 0.75 + more
     width = left + columns * wide + (columns - 1) * gap_x + right
     heading = textwrap.wrap(title, max(20, round((width - left) * 11)))
-    top = 0.62 + 0.2 * len(heading) + (0.2 if subtitle else 0)
+    top = 0.62 + 0.2 * len(heading) + (0.2 if subtitle else 0) + more
     height = top + rows * high + (rows - 1) * gap_y + bottom
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
@@ -85,12 +87,12 @@ def draw(
         line(text, 0.28 + 0.2 * i, fontsize=10.5, color=_INK, weight="bold")
     if subtitle:
         line(subtitle, 0.28 + 0.2 * len(heading), fontsize=8.5, color=_MUTED)
-    for i, panel in enumerate(panels):
+    for i, (name, panel) in enumerate(zip(names, panels, strict=True)):
         row, column = divmod(i, columns)
         axes = box(left + column * (wide + gap_x), top + row * (high + gap_y), wide, high)
         cells = [[math.nan if value is None else value for value in line] for line in panel.cells]
         image = axes.imshow(cells, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_title(_fitted(panel.name, round(11 * wide) - 2), fontsize=9.5, color=_INK, loc="left", pad=5)
+        axes.set_title(name, fontsize=9.5, color=_INK, loc="left", pad=5)
         mean = "no data" if panel.mean is None else f"{panel.mean:.3f}"
         axes.set_title(mean, fontsize=9.5, color=_INK, loc="right", pad=5, weight="bold")
         _decorate(axes, lengths, depths, bottom=i + columns >= len(panels), left=column == 0)
@@ -110,10 +112,10 @@ def save(path: Path, figure: Any) -> None:
 
 
 def _fitted(name: str, width: int) -> str:
-    """A name in at most two lines of ``width`` characters, broken after its colon and commas."""
+    """A name in at most three lines of ``width`` characters, broken after its colon and commas where that fits."""
     if len(name) <= width:
         return name
-    return textwrap.fill(name.replace(":", ": ").replace(",", ", "), width, max_lines=2, placeholder=" ...")
+    return textwrap.fill(name.replace(":", ": ").replace(",", ", "), width, max_lines=3, placeholder=" ...")
 
 
 def _decorate(axes: Any, lengths: Sequence[int], depths: Sequence[float], bottom: bool, left: bool) -> None:
