@@ -93,7 +93,7 @@ def test_models(name: str) -> None:
         ("snapkv", {"bugdet": 3}, ConfigError, "'bugdet'. Did you mean 'budget'"),
         ("snapkv", {"skip_layers": (3,)}, ConfigError, "names layer 3; llama has layers 0 to 2"),
         ("snapkv", {"skip_layers": (2, 0, 1)}, ConfigError, "no layer to act on; llama has layers 0 to 2"),
-        ("snapkv", {"skip_layers": [0]}, ConfigError, "skip_layers=.*tuple"),
+        ("snapkv", {"skip_layers": 0}, ConfigError, "skip_layers=.*tuple"),
         (SnapKV(), {"budget": 3}, ConfigError, r"\['budget'\].*into the configuration object"),
         (["snapkv", "random"], {"budget": 64}, ConfigError, "configuration object"),
         (["snapkv", "random"], {}, ConfigError, "snapkv and random both decide"),
