@@ -55,7 +55,14 @@ def test_method_names_stay_short():
     figure = draw([Panel(name, cells, 1.0) for name in names], LENGTHS, DEPTHS, "title")
     shown = [axes.get_title(loc="left") for axes in figure.axes[:3]]
     assert shown[:2] == list(names[:2])
-    assert shown[2].startswith("snapkv: budget=1024,\n") and shown[2].count("\n") == 1
+    assert shown[2].startswith("snapkv: budget=1024,\n") and shown[2].count("\n") == 2 and shown[2].endswith(" ...")
+
+
+def test_long_names_are_told_apart():
+    names = [f"retrieval_heads:mode=mask,control={control}" for control in ("random", "random_excluding_circuit")]
+    figure = draw([Panel(name, [[1.0] * 3] * 3, 1.0) for name in names], LENGTHS, DEPTHS, "title")
+    shown = [axes.get_title(loc="left").replace("\n", "").replace(" ", "") for axes in figure.axes[:2]]
+    assert shown == names
 
 
 def test_large_grids_and_long_titles_stay_inside(tmp_path):
