@@ -1,0 +1,5 @@
+"""LLaVA-1.5: CLIP, the features of one layer, the class token left out."""
+
+from llm_accel.patches.families.base import VisionFamily
+
+LLAVA = VisionFamily("llava")

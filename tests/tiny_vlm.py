@@ -1,0 +1,131 @@
+"""Tiny random-weight vision-language models, built from configurations, with prompts whose images fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+VOCABULARY = 128
+IMAGE = 120
+VIDEO = 121
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+CLIP: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+    "projection_dim": 32,
+}
+
+
+def _llava() -> PretrainedConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+    )
+
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {"llava": _llava}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny_vlm(family: str = "llava", seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+    """A model of this family in fp32 and eval mode, wide enough for sharp attention and an image that matters. It never
+    emits a placeholder, which transformers could not tell from an image of the prompt."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(CONFIGS[family](), attn_implementation=attention)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "embed" not in name:
+            torch.nn.init.normal_(weight, std=0.25)
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
+    model.generation_config.eos_token_id = None
+    return model.float().eval()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One row of a batch: how many text tokens stand before, between and after its images."""
+
+    text: tuple[int, ...] = (4, 9)
+    seed: int = 3
+
+    @property
+    def images(self) -> int:
+        return len(self.text) - 1
+
+
+ONE = (Scene(),)
+UNEQUAL = (Scene((4, 3, 9), 5), Scene((2, 6), 6))
+
+
+def pixels(family: str, seed: int) -> dict[str, Any]:
+    """What the processor of the family makes of one image."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
+
+
+def placeholders(model: PreTrainedModel, family: str, image: dict[str, Any]) -> int:
+    """Visual tokens of one image, as the model itself counts them."""
+    features = model.base_model.get_image_features(**image, return_dict=True).pooler_output
+    return sum(len(one) for one in features)
+
+
+def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE) -> dict[str, torch.Tensor]:
+    """Token ids padded on the left, mask and images of a batch."""
+    family = model.config.model_type
+    rows, images = [], []
+    for scene in scenes:
+        generator = torch.Generator().manual_seed(scene.seed)
+        row: list[int] = []
+        for place, count in enumerate(scene.text):
+            row += torch.randint(3, IMAGE, (count,), generator=generator).tolist()
+            if place < scene.images:
+                image = pixels(family, 10 * scene.seed + place)
+                images.append(image)
+                row += [IMAGE] * placeholders(model, family, image)
+        rows.append(row)
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    for name in images[0] if images else ():
+        batch[name] = torch.cat([image[name] for image in images])
+    return batch
+
+
+def decode(model: PreTrainedModel, batch: dict[str, Any], **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy decoding: new token ids [B, 6] and logits [B, 6, vocabulary]."""
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**batch, **(options | changes))
+    assert torch.equal(output.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+    return output.sequences[:, batch["input_ids"].shape[1] :], torch.stack(output.logits, dim=1)
