@@ -7,14 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
 IMAGE = 120
@@ -43,16 +37,96 @@ CLIP: dict[str, Any] = {
 }
 
 
-def _llava() -> PretrainedConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP),
-        text_config=LlamaConfig(**TEXT),
+GRID = [[28, 56], [56, 28], [56, 56]]
+QWEN_VISION: dict[str, Any] = {
+    "num_heads": 2,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "intermediate_size": 48,
+}
+MARKS: dict[str, int] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+QWEN_MARKS: dict[str, int] = {**MARKS, "vision_start_token_id": 122, "vision_end_token_id": 123}
+
+
+def _mrope(**more: Any) -> dict[str, Any]:
+    # as plain data: the configuration of the text model is built by that of the whole model
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0} | more
+    return TEXT | {"rope_parameters": rope}
+
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llava": lambda: hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         image_seq_length=16,
-    )
-
-
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {"llava": _llava}
+    ),
+    "vipllava": lambda: hf.VipLlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        vision_feature_layers=[-2, -3, 1],
+    ),
+    "llava_next": lambda: hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.MistralConfig(**TEXT, sliding_window=None),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=GRID,
+    ),
+    "llava_onevision": lambda: hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**{name: CLIP[name] for name in CLIP if name != "projection_dim"}),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_grid_pinpoints=GRID,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_1",
+        **MARKS,
+    ),
+    "qwen2_vl": lambda: hf.Qwen2VLConfig(
+        vision_config={**QWEN_VISION, "depth": 3, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+        text_config=_mrope(),
+        **QWEN_MARKS,
+    ),
+    "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(
+        vision_config={
+            **QWEN_VISION,
+            "depth": 3,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0, 2],
+            "window_size": 56,
+        },
+        text_config=_mrope(),
+        **QWEN_MARKS,
+    ),
+    "qwen3_vl": lambda: hf.Qwen3VLConfig(
+        vision_config={
+            **QWEN_VISION,
+            "depth": 3,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 64,
+        },
+        text_config=_mrope(mrope_interleaved=True),
+        **QWEN_MARKS,
+    ),
+    "internvl": lambda: hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=[56, 56],
+            patch_size=[7, 7],
+        ),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    ),
+}
 FAMILIES = tuple(CONFIGS)
 
 
@@ -86,9 +160,18 @@ UNEQUAL = (Scene((4, 3, 9), 5), Scene((2, 6), 6))
 
 
 def pixels(family: str, seed: int) -> dict[str, Any]:
-    """What the processor of the family makes of one image."""
+    """What the processor of the family makes of one image; sizes follow the seed where a family has several."""
     generator = torch.Generator().manual_seed(seed)
-    return {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
+    if family.startswith("qwen"):
+        grid = [1, 4, 8] if seed % 2 else [1, 4, 4]
+        count = grid[1] * grid[2]
+        values = torch.randn(count, 3 * 2 * 14 * 14, generator=generator)
+        return {"pixel_values": values, "image_grid_thw": torch.tensor([grid])}
+    if family in ("llava_next", "llava_onevision"):
+        values = torch.randn(1, 5, 3, 28, 28, generator=generator)
+        return {"pixel_values": values, "image_sizes": torch.tensor([[56, 40]] if seed % 2 else [[28, 50]])}
+    side = 56 if family == "internvl" else 28
+    return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
 def placeholders(model: PreTrainedModel, family: str, image: dict[str, Any]) -> int:
@@ -118,6 +201,8 @@ def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE) -> dict[str, t
         ids[index, longest - len(row) :] = torch.tensor(row)
         mask[index, longest - len(row) :] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
+    if family.startswith("qwen"):
+        batch["mm_token_type_ids"] = (ids == IMAGE).int()
     for name in images[0] if images else ():
         batch[name] = torch.cat([image[name] for image in images])
     return batch

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llm_accel.errors import UnsupportedModelError
+from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION
 from llm_accel.patches.families.base import VisionFamily, attribute
-from llm_accel.patches.families.llava import LLAVA
+from llm_accel.patches.families.internvl import INTERNVL
+from llm_accel.patches.families.llava import LLAVA, VIPLLAVA
+from llm_accel.patches.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
-FAMILIES = {family.model_type: family for family in (LLAVA,)}
+_ALL = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
+FAMILIES: Mapping[str, VisionFamily] = MappingProxyType({family.model_type: family for family in _ALL})
 
 _BLOCKS = "its image tokens attend to each other in both directions, and the masks for that are built for whole images"
 _QFORMER = "a Q-Former hands on a fixed number of learned queries, none of which stands for a patch of the image"

@@ -64,6 +64,7 @@ class FeatureProxy:
             last=last,
             inside=family.prunable and not several,
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
+            layers=family.full_blocks(self.model),
             keeps_class=family.class_token and strategy == "full",
         )
 

@@ -50,6 +50,11 @@ def plan_family(
         raise ConfigError(f"trace=True knows no positions for {stepwise.spec()} beside {names}; leave it out.")
     _check_cuts(model, family, [config for config in visual if isinstance(config, LayerCut)])
     if any(isinstance(config, TowerTokens) for config in visual):
+        if not family.scored:
+            raise UnsupportedModelError(
+                f"{names} looks into the vision tower, and that of {model.config.model_type} hands nothing down to its "
+                "layers; supported there are methods that do not, such as stride_tokens, fastv and dyvte."
+            )
         base = _tower_base(attribute(model.base_model, family.tower))
         if base not in SUPPORTED:
             raise UnsupportedModelError(

@@ -29,6 +29,7 @@ class TowerPass:
         last: the layer whose output is used.
         inside: whether patches are cut inside the tower; otherwise they are scored only.
         parts: for each tile, the tiles of its image, which share a target; None: each tile is an image.
+        layers: the layers that count; None: all up to ``last``.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
     """
 
@@ -40,6 +41,7 @@ class TowerPass:
         last: int,
         inside: bool,
         parts: Sequence[int] | None,
+        layers: Sequence[int] | None,
         keeps_class: bool,
     ) -> None:
         self.method = method
@@ -47,6 +49,7 @@ class TowerPass:
         self.last = last
         self.inside = inside
         self.parts = parts
+        self.layers = layers
         self.keeps_class = keeps_class
         self.targets: Tensor | None = None
         self.scores: list[Tensor] = []
@@ -74,7 +77,7 @@ class TowerPass:
         """The output of a layer, [B, S, C], without the patches that leave here. What the model reads has all rows
         again: zeros stand where patches left."""
         calls, self._calls = self._calls, []
-        if layer > self.last:
+        if layer > self.last or (self.layers is not None and layer not in self.layers):
             return hidden
         last_cut = max(self.last - 1, 0)
         if not self.inside or layer <= last_cut:
