@@ -111,7 +111,8 @@ def entropy(view: TowerView) -> Tensor:
     attended = relation(view)[:, int(view.class_token) :]
     share = attended / attended.sum(-1, keepdim=True)
     uniform = view.patches.sum(-1).clamp(min=2).float().log()
-    return torch.special.entr(share).sum(-1) / uniform
+    spread: Tensor = torch.special.entr(share).sum(-1) / uniform
+    return spread
 
 
 def _probabilities(logits: Tensor, valid: Tensor | None) -> Tensor:

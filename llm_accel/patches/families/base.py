@@ -19,7 +19,6 @@ class VisionFamily:
         blocks: path of its layers, from the tower.
         class_token: whether the tower puts a class token first.
         prunable: whether the tower may lose patches half-way, which leaves the number of its outputs to be restored.
-        scored: whether the tower hands keyword arguments down to its layers, without which nothing can be scored there.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
     """
@@ -29,7 +28,6 @@ class VisionFamily:
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
-    scored: bool = True
     merge: int = 1
     token_ids: tuple[str, ...] = ("image_token_id",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class FeatureProxy:
         family = self.hook.plan.family
         assert family is not None
         tower = self._tower(method, family, call) if isinstance(method, TowerTokens) else None
-        output = original(self.model, **call, **({} if tower is None else {"llm_accel_tower": tower}))
+        with nullcontext() if tower is None else tower.running():
+            output = original(self.model, **call)
         features = getattr(output, "pooler_output", None)
         if features is None:
             raise UnsupportedCallError("get_image_features was called with return_dict=False; leave it out.")
@@ -51,18 +53,18 @@ class FeatureProxy:
     def _tower(self, method: TowerTokens, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
         """The pass that this call takes through the tower."""
         config = self.model.config
-        chosen = call.get("vision_feature_layer")
-        chosen = getattr(config, "vision_feature_layer", -1) if chosen is None else chosen
-        several = not isinstance(chosen, int)
+        given = call.get("vision_feature_layer")
+        given = getattr(config, "vision_feature_layer", -1) if given is None else given
+        chosen: list[int] = [given] if isinstance(given, int) else list(given)
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
-        last = max(layer + depth if layer < 0 else layer - 1 for layer in (chosen if several else [chosen]))
+        last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
         strategy = call.get("vision_feature_select_strategy") or getattr(config, "vision_feature_select_strategy", None)
         tiles = family.tiles(self.model, call)
         return TowerPass(
             method,
             class_token=family.class_token,
             last=last,
-            inside=family.prunable and not several,
+            inside=family.prunable and len(chosen) == 1,
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
             layers=family.full_blocks(self.model),
             keeps_class=family.class_token and strategy == "full",

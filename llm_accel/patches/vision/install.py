@@ -50,11 +50,6 @@ def plan_family(
         raise ConfigError(f"trace=True knows no positions for {stepwise.spec()} beside {names}; leave it out.")
     _check_cuts(model, family, [config for config in visual if isinstance(config, LayerCut)])
     if any(isinstance(config, TowerTokens) for config in visual):
-        if not family.scored:
-            raise UnsupportedModelError(
-                f"{names} looks into the vision tower, and that of {model.config.model_type} hands nothing down to its "
-                "layers; supported there are methods that do not, such as stride_tokens, fastv and dyvte."
-            )
         base = _tower_base(attribute(model.base_model, family.tower))
         if base not in SUPPORTED:
             raise UnsupportedModelError(
@@ -96,7 +91,7 @@ def install_vision(model: Any, hook: DecoderHook) -> None:
         tower = attribute(holder, family.tower)
         tower.config._attn_implementation_internal = register_tower(_tower_base(tower))
         for index, block in enumerate(attribute(tower, family.blocks)):
-            block.register_forward_hook(TowerHook(index), with_kwargs=True, prepend=True)
+            block.register_forward_hook(TowerHook(index), prepend=True)
     if plan.cut is not None:
         _install_cut(model.get_decoder().layers, plan.cut, plan.cut.after(plan.layers))
 

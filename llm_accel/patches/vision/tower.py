@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from llm_accel.patches.base_attention import base_function, softmax_of
 from llm_accel.patches.vision.rows import gathered
 
 _TOWER = PREFIX + "tower_"
+_RUNNING: ContextVar[TowerPass | None] = ContextVar("llm_accel_tower", default=None)
 
 
 class TowerPass:
-    """Travels down the tower as the keyword argument ``llm_accel_tower``: no state on modules, none after the call.
-    Opaque like a session, so that accelerate passes it through.
+    """Lives for one call, in the context of its thread: some towers hand no keyword arguments down to their attention.
+    Nothing stays on modules, and calls in other threads have passes of their own.
 
     Args:
         method: what scores and cuts.
@@ -59,6 +62,15 @@ class TowerPass:
         self._sizes: Tensor | None = None
         self._patches = 0
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The tower's layers find this pass inside."""
+        token = _RUNNING.set(self)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
     def attend(self, base: str, module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> Tensor:
         """Attention of one layer, [B, S, h, d]; rows that were cut from some images only are hidden."""
         query, key, value = tensors
@@ -85,7 +97,7 @@ class TowerPass:
                 TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=last_cut)
                 for tensors in calls
             ]
-            before = self.scores or [None] * len(views)
+            before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
             if self.inside:
                 hidden = self._cut(views[0], hidden)
@@ -135,14 +147,14 @@ class TowerPass:
 
 
 class TowerHook:
-    """Forward hook of one layer of the tower; idle in calls that bring no pass."""
+    """Forward hook of one layer of the tower; idle in calls without a pass."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replaces the output of the layer."""
-        tower: TowerPass | None = kwargs.get("llm_accel_tower")
+        tower = _RUNNING.get()
         if tower is None:
             return None
         if isinstance(output, tuple):
@@ -151,7 +163,7 @@ class TowerHook:
 
 
 class TowerAttention:
-    """The tower's own attention, seen by the pass that comes down with the call, if one does."""
+    """The tower's own attention, seen by the running pass, if there is one."""
 
     def __init__(self, base: str) -> None:
         self.base = base
@@ -163,13 +175,13 @@ class TowerAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel_tower: TowerPass | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Same arguments as the attention functions of transformers."""
-        if llm_accel_tower is None:
+        tower = _RUNNING.get()
+        if tower is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
-        return llm_accel_tower.attend(self.base, module, (query, key, value), **kwargs), None
+        return tower.attend(self.base, module, (query, key, value), **kwargs), None
 
 
 def tower_name(base: str) -> str:

@@ -1,0 +1,134 @@
+"""What cannot work with visual methods is said before anything is touched, or in the call itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import llm_accel
+from llm_accel import (
+    ConfigError,
+    DyVTE,
+    FastV,
+    FlowCut,
+    RandomTokens,
+    StreamingLLM,
+    StrideTokens,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from llm_accel.patches.vision.tombstones import buried, tombstones
+from tests.patches.calls import Outside
+from tests.tiny import tiny_model
+from tests.tiny_vlm import CLIP, IMAGE, ONE, TEXT, decode, inputs, tiny_vlm
+
+VISION = {name: CLIP[name] for name in CLIP if name != "projection_dim"}
+
+
+def gemma3() -> Any:
+    text = hf.Gemma3TextConfig(**TEXT, layer_types=["full_attention"] * 3)
+    vision = hf.SiglipVisionConfig(**VISION)
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config=vision, image_token_id=IMAGE, mm_tokens_per_image=4)
+    )
+
+
+def paligemma() -> Any:
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(
+            text_config=hf.GemmaConfig(**TEXT), vision_config=hf.SiglipVisionConfig(**VISION), image_token_id=IMAGE
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (gemma3, "gemma3: its image tokens attend to each other in both directions.*Supported: llava"),
+        (paligemma, "paligemma: its image tokens attend"),
+        (lambda: tiny_model("llama"), "llama: it sees no images"),
+        (lambda: tiny_vlm().get_decoder(), "llama: it sees no images"),
+    ],
+)
+@pytest.mark.parametrize("method", ["flowcut", "dyvte"])
+def test_models(build: Any, words: str, method: str) -> None:
+    model = build()
+    outside = Outside.of(model)
+    with pytest.raises(UnsupportedModelError, match=words):
+        llm_accel.apply(model, method)
+    assert Outside.of(model) == outside
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ([FlowCut(), RandomTokens()], "flowcut and random_tokens both decide"),
+        ([DyVTE(), FastV()], "dyvte and fastv both let"),
+        ([DyVTE(exit=3)], "layers 0 to 2"),
+        ([StrideTokens(), StreamingLLM(budget=20, positions="relative")], "new positions"),
+    ],
+)
+def test_methods(methods: list[Any], words: str) -> None:
+    model = tiny_vlm()
+    outside = Outside.of(model)
+    with pytest.raises(ConfigError, match=words):
+        llm_accel.apply(model, methods)
+    assert Outside.of(model) == outside
+
+
+def test_features_that_come_later_than_the_cut() -> None:
+    model = tiny_vlm("qwen3_vl")
+    with pytest.raises(ConfigError, match="adds features to them up to layer 1"):
+        llm_accel.apply(model, "dyvte", exit=0)
+
+
+def test_labels_videos_masks_and_wrong_numbers_of_images() -> None:
+    model = tiny_vlm("llava_onevision")
+    batch = inputs(model, ONE)
+    with llm_accel.apply(model, "stride_tokens", target=3) as handle:
+        with pytest.raises(UnsupportedCallError, match="labels have one entry per token"):
+            model(**batch, labels=batch["input_ids"])
+        with pytest.raises(UnsupportedCallError, match="acts on images only"):
+            model.base_model.get_video_features(torch.zeros(1, 1, 3, 28, 28))
+        with pytest.raises(UnsupportedCallError, match="protect_mask"):
+            model.generate(**batch, protect_mask=torch.ones_like(batch["input_ids"]).bool())
+        fewer = batch | {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"][:, 5:]}
+        with pytest.raises(ValueError, match="do not match"):
+            model.generate(**fewer, max_new_tokens=2)
+        with handle.disabled():
+            assert model(**batch, labels=batch["input_ids"]).loss.isfinite()
+
+
+def test_without_the_decoder_hook_the_call_fails_in_plain_sight() -> None:
+    model = tiny_vlm()
+    batch = inputs(model, ONE)
+    llm_accel.apply(model, "stride_tokens", target=3)
+    proxy = model.base_model.get_image_features
+    llm_accel.remove(model)
+    model.base_model.get_image_features = proxy
+    assert not model(**batch, use_cache=False).logits.isfinite().any(-1)[:, -1].any()
+
+
+def test_a_feature_that_is_not_a_number_is_no_tombstone() -> None:
+    features = torch.randn(4, 6)
+    features[1], features[2, 0] = float("nan"), float("inf")
+    marked = buried(features, torch.tensor([True, True, True, False]))
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        assert tombstones(marked.to(kind)[None])[0].tolist() == [False, False, False, True]
+
+
+def test_copies_of_a_patched_model_work_alone() -> None:
+    model = tiny_vlm()
+    batch = inputs(model, ONE)
+    dense = decode(model, batch)[1]
+    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+        ours = decode(model, batch)[1]
+        twin = copy.deepcopy(model)
+    assert torch.equal(decode(model, batch)[1], dense)
+    assert torch.equal(decode(twin, batch)[1], ours)
+    llm_accel.remove(twin)
+    assert torch.equal(decode(twin, batch)[1], dense)
