@@ -67,7 +67,7 @@ def test_padding_counts_nowhere() -> None:
 
 @pytest.mark.parametrize(("attended", "spread"), [("uniform", 1.0), ("one", 0.0)])
 def test_entropy_and_what_it_cuts(attended: str, spread: float) -> None:
-    """Uniform attention cuts nothing before the forced cut; attention to one patch cuts (N - T) / sqrt(layers to go)."""
+    """Uniform attention cuts nothing before the forced cut, attention to one patch (N - T) / sqrt(layers to go)."""
     patches, target, to_go = 100, 20, 4
     keys = torch.zeros(patches + 1, 2)
     if attended == "one":

@@ -43,7 +43,7 @@ def test_random_draw_follows_its_seed() -> None:
 )
 @pytest.mark.parametrize("kind", [FlowCut, FastV, StrideTokens, RandomTokens])
 def test_refused_amounts(kind: type, options: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="target|keep_ratio"):
+    with pytest.raises(ConfigError, match=r"target|keep_ratio"):
         kind(**options)
 
 

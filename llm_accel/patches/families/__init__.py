@@ -22,7 +22,6 @@ _CROSS = "its image is no part of the token sequence: the decoder reads it throu
 _REFUSED = {
     "gemma3": _BLOCKS,
     "gemma3n": _BLOCKS,
-    "paligemma": _BLOCKS,
     "mllama": _CROSS,
     "blip-2": _QFORMER,
     "instructblip": _QFORMER,

@@ -53,9 +53,10 @@ class FeatureProxy:
     def _tower(self, method: TowerTokens, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
         """The pass that this call takes through the tower."""
         config = self.model.config
-        given = call.get("vision_feature_layer")
-        given = getattr(config, "vision_feature_layer", -1) if given is None else given
-        chosen: list[int] = [given] if isinstance(given, int) else list(given)
+        given: int | list[int] | None = call.get("vision_feature_layer")
+        if given is None:
+            given = getattr(config, "vision_feature_layer", -1)
+        chosen = [given] if isinstance(given, int) else list(given or ())
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
         last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
         strategy = call.get("vision_feature_select_strategy") or getattr(config, "vision_feature_select_strategy", None)

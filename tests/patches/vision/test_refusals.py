@@ -16,6 +16,7 @@ from llm_accel import (
     FastV,
     FlowCut,
     RandomTokens,
+    SnapKV,
     StreamingLLM,
     StrideTokens,
     UnsupportedCallError,
@@ -45,11 +46,48 @@ def paligemma() -> Any:
     )
 
 
+def mllama() -> Any:
+    text = hf.models.mllama.MllamaTextConfig(**TEXT, cross_attention_layers=[1])
+    vision = hf.models.mllama.MllamaVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        attention_heads=2,
+        intermediate_size=32,
+        vision_output_dim=64,
+        image_size=28,
+        patch_size=7,
+        intermediate_layers_indices=[0],
+        max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+    )
+    return hf.MllamaForConditionalGeneration(
+        hf.MllamaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    )
+
+
+def blip2() -> Any:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return hf.Blip2ForConditionalGeneration(
+        hf.Blip2Config(
+            vision_config={**small, "image_size": 28, "patch_size": 14},
+            qformer_config={**small, "encoder_hidden_size": 32, "vocab_size": 64},
+            text_config=hf.OPTConfig(
+                hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2, vocab_size=128
+            ),
+            num_query_tokens=4,
+            image_token_id=IMAGE,
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (gemma3, "gemma3: its image tokens attend to each other in both directions.*Supported: llava"),
-        (paligemma, "paligemma: its image tokens attend"),
+        (paligemma, "paligemma attends in both directions"),
+        (mllama, "mllama: its image is no part of the token sequence"),
+        (blip2, "blip-2: a Q-Former hands on"),
         (lambda: tiny_model("llama"), "llama: it sees no images"),
         (lambda: tiny_vlm().get_decoder(), "llama: it sees no images"),
     ],
@@ -69,7 +107,7 @@ def test_models(build: Any, words: str, method: str) -> None:
         ([FlowCut(), RandomTokens()], "flowcut and random_tokens both decide"),
         ([DyVTE(), FastV()], "dyvte and fastv both let"),
         ([DyVTE(exit=3)], "layers 0 to 2"),
-        ([StrideTokens(), StreamingLLM(budget=20, positions="relative")], "new positions"),
+        ([StrideTokens(), StreamingLLM(budget=20, positions="cache")], "new positions"),
     ],
 )
 def test_methods(methods: list[Any], words: str) -> None:
@@ -94,13 +132,21 @@ def test_labels_videos_masks_and_wrong_numbers_of_images() -> None:
             model(**batch, labels=batch["input_ids"])
         with pytest.raises(UnsupportedCallError, match="acts on images only"):
             model.base_model.get_video_features(torch.zeros(1, 1, 3, 28, 28))
-        with pytest.raises(UnsupportedCallError, match="protect_mask"):
-            model.generate(**batch, protect_mask=torch.ones_like(batch["input_ids"]).bool())
         fewer = batch | {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"][:, 5:]}
         with pytest.raises(ValueError, match="do not match"):
             model.generate(**fewer, max_new_tokens=2)
         with handle.disabled():
             assert model(**batch, labels=batch["input_ids"]).loss.isfinite()
+
+
+def test_protected_tokens() -> None:
+    model = tiny_vlm()
+    batch = inputs(model, ONE)
+    with (
+        llm_accel.apply(model, [StrideTokens(target=3), SnapKV(budget=20, window=4)]),
+        pytest.raises(UnsupportedCallError, match="protect_mask counts the tokens of the prompt"),
+    ):
+        model.generate(**batch, protect_mask=torch.ones_like(batch["input_ids"]).bool())
 
 
 def test_without_the_decoder_hook_the_call_fails_in_plain_sight() -> None:
@@ -109,7 +155,7 @@ def test_without_the_decoder_hook_the_call_fails_in_plain_sight() -> None:
     llm_accel.apply(model, "stride_tokens", target=3)
     proxy = model.base_model.get_image_features
     llm_accel.remove(model)
-    model.base_model.get_image_features = proxy
+    model.base_model.get_image_features, proxy.hook.enabled = proxy, True
     assert not model(**batch, use_cache=False).logits.isfinite().any(-1)[:, -1].any()
 
 
