@@ -123,6 +123,7 @@ def test_three_stages_together() -> None:
         for row, scene in enumerate(UNEQUAL):
             assert torch.allclose(logits[row], decode(model, inputs(model, [scene]))[1][0], atol=EXACT)
     assert (report.visual_tokens_before, report.visual_tokens_after) == (48, 6)
+    assert "6 of 48 visual tokens reach the last layer, some left after layer 0" in str(report)
     assert max(layer.physical_length for layer in report.layers) == 15 + 5
 
 

@@ -139,6 +139,17 @@ def test_labels_videos_masks_and_wrong_numbers_of_images() -> None:
             assert model(**batch, labels=batch["input_ids"]).loss.isfinite()
 
 
+def test_sliding_layers_and_assisted_decoding() -> None:
+    sliding = tiny_vlm("llava_next")
+    sliding.config.text_config.sliding_window = 16
+    sliding.config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(UnsupportedModelError, match=r"layers \[1\] of llava_next keep caches of their own"):
+        llm_accel.apply(sliding, "dyvte")
+    model = tiny_vlm()
+    with llm_accel.apply(model, "dyvte"), pytest.raises(UnsupportedCallError, match="assisted decoding"):
+        model.generate(**inputs(model, ONE), prompt_lookup_num_tokens=2)
+
+
 def test_protected_tokens() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
