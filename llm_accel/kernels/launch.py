@@ -5,15 +5,14 @@ Nothing here imports Triton before a kernel is launched or compiled.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Bytes of shared memory that one block may have, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -74,20 +73,25 @@ def next_power_of_2(count: int, least: int = 1) -> int:
     return max(1 << (count - 1).bit_length() if count > 0 else 1, least)
 
 
-def opaque(fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Decorator for the host function of an operation: ``torch.compile`` sees one node and traces no further.
-
-    The function gets an entry ``llm_accel::<name>`` in PyTorch's registry, so its parameters need annotations from
-    which PyTorch can infer a schema. It must return new tensors and change none of its arguments. It has no gradient.
+def operation(name: str, plan: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation ``llm_accel::<name>`` of PyTorch's registry: ``torch.compile`` sees one node and traces no further.
+    It has no gradient.
 
     Args:
-        fake: same parameters; returns empty tensors of the right shape, dtype and device.
+        plan: from the arguments to the result, still to be filled, and the launches that fill it. Its annotations are
+            the schema of the operation. The result consists of new tensors; no argument is changed.
+        fake: takes the same arguments; returns empty tensors like the result.
     """
 
-    def register(function: Function) -> Function:
-        function.__annotations__ = get_type_hints(function)
-        op = torch.library.custom_op(f"llm_accel::{function.__name__}", function, mutates_args=())
-        op.register_fake(fake)
-        return op  # type: ignore[return-value]
+    def host(*arguments: Any) -> Any:
+        result, launches = plan(*arguments)
+        for launch in launches:
+            launch.run()
+        return result
 
-    return register
+    signature = inspect.signature(plan, eval_str=True)
+    result, _ = get_args(signature.return_annotation)
+    host.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+    op = torch.library.custom_op(f"llm_accel::{name}", host, mutates_args=())
+    op.register_fake(fake)
+    return op

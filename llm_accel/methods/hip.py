@@ -160,7 +160,7 @@ class HiP(Attend):
                     blocks = opened(blocks, view.slots - view.start < least)
         if blocks is None:
             return None, memory
-        output = block_sparse.block_sparse_attention(
+        output, _ = block_sparse.block_sparse_attention(
             view.query,
             view.key,
             view.value,
@@ -188,11 +188,11 @@ def make_search(config: HiP, budget: int, few: bool) -> Search:
     sink = -(-config.sink // config.block_k) * config.block_k
     scope = Scope(sink, config.window, FEW_BLOCK if few else config.block_q, config.block_k)
     if config.selector == "exact":
-        return ExactSearch(scope, budget, config.share_heads)
+        return ExactSearch(scope, budget, share_heads=config.share_heads)
     if config.selector == "tree":
-        return TreeSearch(scope, budget, 1 if few else 2, config.share_heads)
+        return TreeSearch(scope, budget, 1 if few else 2, share_heads=config.share_heads)
     stages = tuple(Stage(chunk, tokens, 1 if few else stride) for chunk, tokens, stride in config.stages)
-    return StageSearch(scope, stages, budget, config.last_stage_exact, config.share_heads)
+    return StageSearch(scope, budget, stages, config.last_stage_exact, share_heads=config.share_heads)
 
 
 def covers(search: Search, slots: int) -> bool:

@@ -28,6 +28,11 @@ class Softmax(TypedDict):
     sinks: Tensor | None
 
 
+def stores_latents(decoder: Any) -> bool:
+    """Whether the cache holds one latent for all heads (DeepSeek's MLA) rather than a key and a value per KV head."""
+    return bool(getattr(decoder.config, "kv_lora_rank", None))
+
+
 def softmax_of(kwargs: dict[str, Any], head_dim: int) -> Softmax:
     """Read from what the model passes to its attention function; ``head_dim`` sets the scale where it passes none."""
     scaling = kwargs.get("scaling")

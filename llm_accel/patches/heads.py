@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import HeadMethod, HeadProfile, MethodConfig, ModelHeads, load_profile
+from llm_accel.patches.base_attention import stores_latents
 from llm_accel.patches.identity import weight_hash
 
 BUNDLED = Path(__file__).parents[1] / "eval" / "models" / "needle" / "heads.json"
@@ -21,7 +22,7 @@ def plan_heads(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int
     counts = model_heads(model, skipped)
     profile = find_profile(model, method, counts) if method.needs_profile else None
     split, mask = method.split(counts, profile), method.mask(counts, profile)
-    if split is not None and getattr(model.get_decoder().config, "kv_lora_rank", None):
+    if split is not None and stores_latents(model.get_decoder()):
         raise UnsupportedModelError(
             f"{model.config.model_type} stores one latent for all heads, so heads cannot keep different entries; "
             "supported are models with a key and a value per KV head."

@@ -14,7 +14,7 @@ from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods import Attend, MethodConfig, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
-from llm_accel.patches.base_attention import SUPPORTED
+from llm_accel.patches.base_attention import SUPPORTED, stores_latents
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
 from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
@@ -75,7 +75,7 @@ def _problem(decoder: Any) -> Problem:
     config = decoder.config
     device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
     heads = int(config.num_attention_heads)
-    if getattr(config, "kv_lora_rank", None):  # latents are expanded to all query heads before attention
+    if stores_latents(decoder):  # they are expanded to all query heads before attention
         return Problem(device, decoder.dtype, int(config.qk_head_dim))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Problem(device, decoder.dtype, int(head_dim), heads // int(getattr(config, "num_key_value_heads", heads)))
@@ -190,7 +190,7 @@ def _check_positions(decoder: Any, configs: Sequence[MethodConfig], skipped: dic
     reason = why_no_rotary(decoder)
     if reason is None and skipped:
         reason = f"its layers {sorted(skipped)} keep their own positions ({'; '.join(sorted(set(skipped.values())))})"
-    if reason is None and getattr(decoder.config, "kv_lora_rank", None):
+    if reason is None and stores_latents(decoder):
         reason = "its cache holds latents, not keys"
     if reason is not None:
         raise UnsupportedModelError(

@@ -44,4 +44,4 @@ def sink_window_attention(
         positions.expand(query.shape[0], -1), block_q=BLOCK_Q, block_k=BLOCK_K, sink=sinks, window=recent
     )
     softmax = softmax_of(kwargs, query.shape[-1])
-    return block_sparse_attention(query, key, value, blocks, start=start, **softmax)
+    return block_sparse_attention(query, key, value, blocks, start=start, **softmax)[0]

@@ -97,7 +97,6 @@ class Case:
             start=self.first,
             softcap=self.softcap,
             sinks=self.sinks,
-            return_lse=True,
         )
 
     def mask(self) -> Tensor:

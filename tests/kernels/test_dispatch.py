@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels import dispatch
 from llm_accel.kernels.dispatch import Backend, Op, Problem, all_ops, torch_backend, why_not_triton
-from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, opaque, strides, unit_stride
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
 
 CPU = Problem(torch.device("cpu"), torch.float32, head_dim=64, group=4)
 
@@ -107,13 +107,17 @@ def _doubled_fake(values: Tensor, extra: Tensor | None, times: int, kind: str, t
     return torch.empty_like(values, dtype=to)
 
 
-@opaque(_doubled_fake)
-def doubled(values: Tensor, extra: Tensor | None, times: int, kind: str, to: torch.dtype | None) -> Tensor:
+def _doubled_plan(
+    values: Tensor, extra: Tensor | None, times: int, kind: str, to: torch.dtype | None
+) -> tuple[Tensor, list[Launch]]:
     result = torch.from_numpy(values.detach().numpy() * 2)  # what Dynamo could not keep in one graph of tensors
-    return (result * times if extra is None else result + extra).to(to or values.dtype)
+    return (result * times if extra is None else result + extra).to(to or values.dtype), []
 
 
-def test_an_opaque_operation_is_one_node() -> None:
+doubled = operation("doubled", _doubled_plan, _doubled_fake)
+
+
+def test_an_operation_is_one_node() -> None:
     nodes: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):

@@ -25,9 +25,9 @@ def scope(block_k: int) -> Scope:
 
 
 SEARCHES: dict[str, Search] = {
-    "stages": StageSearch(scope(8), (Stage(256, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1)), BUDGET, False),
-    "stages_exact_last": StageSearch(scope(8), (Stage(256, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1)), BUDGET),
-    "fine_stages": StageSearch(scope(8), (Stage(64, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1)), BUDGET, False),
+    "stages": StageSearch(scope(8), BUDGET, (Stage(256, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1)), False),
+    "stages_exact_last": StageSearch(scope(8), BUDGET, (Stage(256, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1))),
+    "fine_stages": StageSearch(scope(8), BUDGET, (Stage(64, None, 4), Stage(32, 4096, 4), Stage(8, 2048, 1)), False),
     "tree_2": TreeSearch(scope(2), BUDGET),
     "tree_8": TreeSearch(scope(8), BUDGET),
     "exact": ExactSearch(scope(8), BUDGET),
@@ -111,8 +111,8 @@ def test_the_share_of_attention_that_is_found(correlation: int, name: str) -> No
 PLANTED_SCOPE = Scope(sink=256, window=1024, block_q=16, block_k=8)
 COARSE = (Stage(256, None, 1), Stage(32, 32768, 1), Stage(8, 8192, 1))
 PLANTED: dict[str, Search] = {
-    "bisected": StageSearch(PLANTED_SCOPE, COARSE, 2048, last_exact=False),
-    "default": StageSearch(PLANTED_SCOPE, COARSE, 2048),
+    "bisected": StageSearch(PLANTED_SCOPE, 2048, COARSE, last_exact=False),
+    "default": StageSearch(PLANTED_SCOPE, 2048, COARSE),
     "tree": TreeSearch(PLANTED_SCOPE, 2048),
     "exact": ExactSearch(PLANTED_SCOPE, 2048),
 }

@@ -63,9 +63,9 @@ class Case:
 SCOPE = Scope(sink=8, window=20, block_q=16, block_k=4)
 STAGES = (Stage(16, None, 4), Stage(8, 128, 2), Stage(4, 64, 1))
 SEARCHES: dict[str, Search] = {
-    "stages": StageSearch(SCOPE, STAGES, budget=32),
-    "stages_bisected": StageSearch(SCOPE, STAGES, budget=32, last_exact=False),
-    "stages_all_heads": StageSearch(SCOPE, STAGES, budget=32, share_heads="all"),
+    "stages": StageSearch(SCOPE, 32, STAGES),
+    "stages_bisected": StageSearch(SCOPE, 32, STAGES, last_exact=False),
+    "stages_all_heads": StageSearch(SCOPE, 32, STAGES, share_heads="all"),
     "tree": TreeSearch(SCOPE, budget=32),
     "tree_all_heads": TreeSearch(SCOPE, budget=32, stride=4, share_heads="all"),
     "exact": ExactSearch(SCOPE, budget=32),
@@ -244,7 +244,7 @@ WIDE: dict[str, dict[str, Any]] = {
 def test_a_budget_for_everything_is_dense_attention(shape: str, name: str, sink: int) -> None:
     problem, scope = Case(**WIDE[shape]), Scope(sink, 40, 64, 8)
     searches: dict[str, Search] = {
-        "stages": StageSearch(scope, (Stage(256, None, 4), Stage(32, 2048, 4), Stage(8, 1600, 1)), 1600),
+        "stages": StageSearch(scope, 1600, (Stage(256, None, 4), Stage(32, 2048, 4), Stage(8, 1600, 1))),
         "tree": TreeSearch(scope, 1600),
         "exact": ExactSearch(scope, 1600),
     }
@@ -258,7 +258,7 @@ def test_a_budget_for_everything_is_dense_attention(shape: str, name: str, sink:
             attn_mask=torch.ones(alone.queries, alone.slots, dtype=torch.bool).tril(alone.slots - alone.queries),
             enable_gqa=True,
         )
-        ours = block_sparse_attention(
+        ours, _ = block_sparse_attention(
             problem.query, problem.key, problem.value, blocks, scaling=problem.dim**-0.5, start=problem.start
         )
         assert (ours[row, -alone.queries :].transpose(0, 1) - dense[0]).abs().max() <= 1e-5

@@ -82,7 +82,7 @@ def test_the_break_even_is_that_of_the_device() -> None:
 # --- decode ----------------------------------------------------------------------------------------------------------
 
 SCOPE = Scope(sink=8, window=24, block_q=16, block_k=8)
-SEARCH = StageSearch(SCOPE, (Stage(32, None, 1), Stage(16, 96, 1), Stage(8, 64, 1)), budget=32)
+SEARCH = StageSearch(SCOPE, 32, (Stage(32, None, 1), Stage(16, 96, 1), Stage(8, 64, 1)))
 REFRESH = (8, 4, 2)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
@@ -18,32 +16,6 @@ OP = Op(
 )
 
 
-@overload
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: BlockList,
-    *,
-    scaling: float,
-    start: Tensor | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
-@overload
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: BlockList,
-    *,
-    scaling: float,
-    start: Tensor | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -54,8 +26,7 @@ def block_sparse_attention(
     start: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of the newest T queries over the visible keys of ``blocks``.
 
     Args:
@@ -67,19 +38,17 @@ def block_sparse_attention(
         start: first real slot of each row, int64 [B]; None when no row is padded. Rows right-aligned.
         softcap: logit soft cap, applied before the softmax.
         sinks: learned sink logits [Hq] that take part in the softmax and add nothing.
-        return_lse: also return the log-sum-exp of each row, learned sinks included.
 
     Returns:
-        [B, T, Hq, Dv] in the dtype of ``query``, 0 for rows that see nothing; with ``return_lse`` also [B, Hq, T] in
-        fp32 (float64 for float64 queries), natural logarithm, -inf for rows that see nothing.
+        [B, T, Hq, Dv] in the dtype of ``query``, 0 for rows that see nothing, and the log-sum-exp of each row, learned
+        sinks included: [B, Hq, T] in fp32 (float64 for float64 queries), -inf for rows that see nothing.
 
     Raises:
         ValueError: if the list does not fit the tensors.
     """
     _check(query, key, value, blocks)
     run = OP.choose(Problem.of(query, key, value)).run
-    output, lse = run(query, key, value, blocks, start, scaling, softcap, sinks)
-    return (output, lse) if return_lse else output
+    return run(query, key, value, blocks, start, scaling, softcap, sinks)  # type: ignore[no-any-return]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, blocks: BlockList) -> None:

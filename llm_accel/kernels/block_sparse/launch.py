@@ -4,64 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.launch import SHARED_MEMORY, Launch, next_power_of_2, opaque, strides, unit_stride
+from llm_accel.kernels.launch import SHARED_MEMORY, Launch, next_power_of_2, operation, strides, unit_stride
 
 AHEAD_OF_TIME = 80  # the architecture to plan for where there is no device
-
-
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    sinks: Tensor | None,
-    ptr: Tensor,
-    n_full: Tensor,
-    n_listed: Tensor,
-    idx: Tensor,
-    window_start: Tensor,
-    block_q: int,
-    block_k: int,
-    sink: int,
-    window: int | None,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, count, _ = query.shape
-    return (
-        query.new_empty(batch, count, heads, value.shape[-1]),
-        query.new_empty(batch, heads, count, dtype=torch.float32),
-    )
-
-
-@opaque(_fake)
-def block_sparse_attention_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    sinks: Tensor | None,
-    ptr: Tensor,
-    n_full: Tensor,
-    n_listed: Tensor,
-    idx: Tensor,
-    window_start: Tensor,
-    block_q: int,
-    block_k: int,
-    sink: int,
-    window: int | None,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The tensors of :func:`llm_accel.kernels.block_sparse.block_sparse_attention`, the block list field by field."""
-    blocks = BlockList(block_q, block_k, ptr, n_full, n_listed, idx, sink, window_start, window)
-    return _run(plan(query, key, value, blocks, start, scaling, softcap, sinks))
 
 
 def block_sparse_attention_triton(
@@ -75,104 +27,97 @@ def block_sparse_attention_triton(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`llm_accel.kernels.block_sparse.block_sparse_attention`; output and log-sum-exp."""
-    return block_sparse_attention_launch(
-        query,
-        key,
-        value,
-        start,
-        sinks,
-        blocks.ptr,
-        blocks.n_full,
-        blocks.n_listed,
-        blocks.idx,
-        blocks.window_start,
-        blocks.block_q,
-        blocks.block_k,
-        blocks.sink,
-        blocks.window,
-        scaling,
-        softcap,
-    )
-
-
-def _run(launches: list[Launch]) -> tuple[Tensor, Tensor]:
-    for launch in launches:
-        launch.run()
-    output, lse = (launches[-1].arguments[name] for name in ("output", "lse"))
-    assert isinstance(output, Tensor) and isinstance(lse, Tensor)
-    return output, lse
+    fields = vars(blocks).values()  # PyTorch's registry takes tensors and numbers only
+    return _operation(query, key, value, start, scaling, softcap, sinks, *fields)  # type: ignore[no-any-return]
 
 
 def plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    blocks: BlockList,
     start: Tensor | None,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
-) -> list[Launch]:
-    """One launch, whose arguments ``output`` and ``lse`` are the result."""
+    block_q: int,
+    block_k: int,
+    ptr: Tensor,
+    n_full: Tensor,
+    n_listed: Tensor,
+    idx: Tensor,
+    sink: int,
+    window_start: Tensor,
+    window: int | None,
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """Output and log-sum-exp, still to be filled, and the launch that fills them."""
     from llm_accel.kernels.block_sparse.triton_kernels import block_sparse_kernel
 
+    blocks = BlockList(block_q, block_k, ptr, n_full, n_listed, idx, sink, window_start, window)
     batch, heads, count, dim = query.shape
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     output = query.new_zeros(batch, count, heads, value.shape[-1])  # queries of padding are never written
     lse = torch.full((batch, heads, count), float("-inf"), dtype=torch.float32, device=query.device)
     sharing = heads // max(key.shape[1], blocks.heads)  # query heads with the same keys and list
     tiling = Tiling.of(query, value, blocks.block_q, sharing)
-    return [
-        Launch(
-            block_sparse_kernel,
-            (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows)),
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "output": output,
-                "lse": lse,
-                "start": start,
-                "sinks": sinks,
-                "ptr": blocks.ptr,
-                "n_full": blocks.n_full,
-                "n_listed": blocks.n_listed,
-                "idx": blocks.idx,
-                "window_start": blocks.window_start,
-                "scaling": scaling,
-                "softcap": softcap,
-                "queries": count,
-                "slots": key.shape[2],
-                "blocks": blocks.count,
-                "sink": blocks.sink,
-                "window": blocks.window,
-                "heads": heads,
-                "group": heads // key.shape[1],
-                "per_list": heads // blocks.heads,
-                **strides("q", query, "bht"),
-                **strides("k", key, "bhs"),
-                **strides("v", value, "bhs"),
-            },
-            {
-                "D": dim,
-                "DV": value.shape[-1],
-                "BD": next_power_of_2(dim, 16),
-                "BDV": next_power_of_2(value.shape[-1], 16),
-                "BQ": blocks.block_q,
-                "BK": blocks.block_k,
-                "BN": tiling.keys,
-                "ROWS": tiling.rows,
-                "PACK": tiling.pack,
-                "HAS_START": start is not None,
-                "HAS_SINKS": sinks is not None,
-                "HAS_SOFTCAP": softcap is not None,
-                "HAS_WINDOW": blocks.window is not None,
-                "UPCAST": interpreting(),
-            },
-            tiling.warps,
-            tiling.stages,
-        )
-    ]
+    launch = Launch(
+        block_sparse_kernel,
+        (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows)),
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "output": output,
+            "lse": lse,
+            "start": start,
+            "sinks": sinks,
+            "ptr": blocks.ptr,
+            "n_full": blocks.n_full,
+            "n_listed": blocks.n_listed,
+            "idx": blocks.idx,
+            "window_start": blocks.window_start,
+            "scaling": scaling,
+            "softcap": softcap,
+            "queries": count,
+            "slots": key.shape[2],
+            "blocks": blocks.count,
+            "sink": blocks.sink,
+            "window": blocks.window,
+            "heads": heads,
+            "group": heads // key.shape[1],
+            "per_list": heads // blocks.heads,
+            **strides("q", query, "bht"),
+            **strides("k", key, "bhs"),
+            **strides("v", value, "bhs"),
+        },
+        {
+            "D": dim,
+            "DV": value.shape[-1],
+            "BD": next_power_of_2(dim, 16),
+            "BDV": next_power_of_2(value.shape[-1], 16),
+            "BQ": blocks.block_q,
+            "BK": blocks.block_k,
+            "BN": tiling.keys,
+            "ROWS": tiling.rows,
+            "PACK": tiling.pack,
+            "HAS_START": start is not None,
+            "HAS_SINKS": sinks is not None,
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_WINDOW": blocks.window is not None,
+            "UPCAST": interpreting(),
+        },
+        tiling.warps,
+        tiling.stages,
+    )
+    return (output, lse), [launch]
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, count, _dim = query.shape
+    output = query.new_empty(batch, count, heads, value.shape[-1])
+    return output, query.new_empty(batch, heads, count, dtype=torch.float32)
+
+
+_operation = operation("block_sparse_attention", plan, _fake)
 
 
 @dataclass(frozen=True)
@@ -247,4 +192,4 @@ def _example(dtype: torch.dtype, dim: int, block_q: int, block_k: int, everythin
     )
     start = torch.empty(2, dtype=torch.int64, device="meta") if everything else None
     sinks = torch.empty(16, dtype=dtype, device="meta") if everything else None
-    return plan(query, key, key, blocks, start, 0.1, 30.0 if everything else None, sinks)
+    return plan(query, key, key, start, 0.1, 30.0 if everything else None, sinks, *vars(blocks).values())[1]

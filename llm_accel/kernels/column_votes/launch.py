@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, opaque, strides, unit_stride
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
 
 PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer leave it idle
 LEAST_SPAN = 512  # slots that are worth a program of their own
@@ -112,37 +112,11 @@ def _triton_dtype(dtype: torch.dtype | None) -> Any:
     return {None: None, torch.float32: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    heads: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    group: str,
-    round_to: torch.dtype | None,
-) -> Tensor:
+def _fake(query: Tensor, key: Tensor, start: Tensor | None, heads: int, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], heads, key.shape[2], dtype=torch.float32)
 
 
-@opaque(_fake)
-def column_votes(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    heads: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    group: str,
-    round_to: torch.dtype | None,
-) -> Tensor:
-    """See :func:`llm_accel.kernels.column_votes.column_votes`."""
-    votes, launches = plan(query, key, start, heads, scaling, softcap, sinks, group, round_to)
-    for launch in launches:
-        launch.run()
-    return votes
+column_votes = operation("column_votes", plan, _fake)
 
 
 def shipped() -> dict[str, list[Launch]]:

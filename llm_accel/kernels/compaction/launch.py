@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, opaque, strides, unit_stride
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
 
 TILE = 8192  # elements that a program moves at once
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,13 +48,7 @@ def _fake(indices: Tensor, keys: Tensor, values: Tensor, scores: Tensor | None) 
     return [tensor.new_empty(*indices.shape, *tensor.shape[3:]) for tensor in given]
 
 
-@opaque(_fake)
-def gather_entries(indices: Tensor, keys: Tensor, values: Tensor, scores: Tensor | None) -> list[Tensor]:
-    """See :func:`llm_accel.kernels.compaction.gather_entries`."""
-    copies, launches = plan(indices, keys, values, scores)
-    for launch in launches:
-        launch.run()
-    return copies
+gather_entries = operation("gather_entries", plan, _fake)
 
 
 def shipped() -> dict[str, list[Launch]]:

@@ -14,10 +14,9 @@ from torch import Tensor
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.hip_select.candidates import ABSENT, Scope
 from llm_accel.kernels.hip_select.exact import ExactSearch
+from llm_accel.kernels.hip_select.search import Search
 from llm_accel.kernels.hip_select.stages import OP, Stage, StageSearch
 from llm_accel.kernels.hip_select.tree import TreeSearch
-
-Search = StageSearch | TreeSearch | ExactSearch
 
 __all__ = ["ABSENT", "OP", "ExactSearch", "Scope", "Search", "Stage", "StageSearch", "TreeSearch", "hip_select"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import interpreting
 from llm_accel.kernels.hip_select.candidates import Keys
-from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation
 
 
 def stage_score_triton(
@@ -15,53 +17,65 @@ def stage_score_triton(
 ) -> Tensor:
     """See :func:`llm_accel.kernels.hip_select.reference.stage_score_reference`; -inf where a chunk is absent. The
     representatives are rounded to the dtype of the keys."""
-    launch = plan(representative, keys, starts, end, chunk, exact)[0]
-    launch.run()
-    score = launch.arguments["score"]
-    assert isinstance(score, Tensor)
-    return score
+    arguments = (representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact)
+    return _operation(*arguments)  # type: ignore[no-any-return]
 
 
-def plan(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int, exact: bool) -> list[Launch]:
-    """One launch, whose argument ``score`` is the result."""
+def plan(
+    representative: Tensor,
+    rows: Tensor,
+    origin: Tensor,
+    last: Tensor,
+    starts: Tensor,
+    end: Tensor,
+    chunk: int,
+    exact: bool,
+) -> tuple[Tensor, list[Launch]]:
+    """The scores, still to be filled, and the launch that fills them; rows, origin and last are those of ``Keys``."""
     from llm_accel.kernels.hip_select.triton_kernels import stage_score_kernel
 
     batch, heads, blocks, chunks = starts.shape
     queries, dim = representative.shape[3:]
-    single = keys.rows.dtype == torch.float32  # takes no tensor cores, and more registers
+    single = rows.dtype == torch.float32  # takes no tensor cores, and more registers
     wide = next_power_of_2(dim, 16) >= 128  # registers hold half as many representatives
     most, columns = (16, 16) if single else (32 if wide else 64, 32)
-    rows = min(most, next_power_of_2(queries, 16))
-    return [
-        Launch(
-            stage_score_kernel,
-            (blocks, ceil_div(chunks, columns), batch * heads),
-            {
-                "representative": representative.to(keys.rows.dtype).contiguous(),
-                "keys": keys.rows,
-                "origin": keys.origin.expand(batch, heads, 1, 1).contiguous(),
-                "last": keys.last.expand(batch, heads, 1, 1).contiguous(),
-                "starts": starts.contiguous(),
-                "end": end.expand(batch, heads, -1, -1).contiguous(),
-                "score": torch.empty(starts.shape, device=starts.device),
-                "blocks": blocks,
-                "chunks": chunks,
-            },
-            {
-                "CHUNK": chunk,
-                "LEVELS": chunk.bit_length(),
-                "EXACT": exact,
-                "R": queries,
-                "D": dim,
-                "BD": next_power_of_2(dim, 16),
-                "BR": rows,
-                "BC": columns,
-                "UPCAST": interpreting(),
-            },
-            4,
-            2,
-        )
-    ]
+    score = torch.empty(starts.shape, device=starts.device)
+    launch = Launch(
+        stage_score_kernel,
+        (blocks, ceil_div(chunks, columns), batch * heads),
+        {
+            "representative": representative.to(rows.dtype).contiguous(),
+            "keys": rows,
+            "origin": origin.expand(batch, heads, 1, 1).contiguous(),
+            "last": last.expand(batch, heads, 1, 1).contiguous(),
+            "starts": starts.contiguous(),
+            "end": end.expand(batch, heads, -1, -1).contiguous(),
+            "score": score,
+            "blocks": blocks,
+            "chunks": chunks,
+        },
+        {
+            "CHUNK": chunk,
+            "LEVELS": chunk.bit_length(),
+            "EXACT": exact,
+            "R": queries,
+            "D": dim,
+            "BD": next_power_of_2(dim, 16),
+            "BR": min(most, next_power_of_2(queries, 16)),
+            "BC": columns,
+            "UPCAST": interpreting(),
+        },
+        warps=4,
+        stages=2,
+    )
+    return score, [launch]
+
+
+def _fake(representative: Tensor, rows: Tensor, origin: Tensor, last: Tensor, starts: Tensor, *_: Any) -> Tensor:
+    return torch.empty(starts.shape, device=starts.device)
+
+
+_operation = operation("hip_stage_score", plan, _fake)
 
 
 def shipped() -> dict[str, list[Launch]]:
@@ -80,4 +94,5 @@ def _example(dtype: torch.dtype, dim: int, chunk: int, queries: int, exact: bool
     keys = Keys.of(torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta"), None)
     starts = torch.empty(2, 4, 64, 128, dtype=torch.int64, device="meta")
     representative = torch.empty(2, 4, 64, queries, dim, device="meta")
-    return plan(representative, keys, starts, torch.empty(1, 1, 64, 1, dtype=torch.int64, device="meta"), chunk, exact)
+    end = torch.empty(1, 1, 64, 1, dtype=torch.int64, device="meta")
+    return plan(representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact)[1]

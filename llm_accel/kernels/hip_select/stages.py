@@ -12,18 +12,10 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
-from llm_accel.kernels.hip_select.candidates import (
-    ABSENT,
-    Keys,
-    Scope,
-    best,
-    first_real,
-    representatives,
-    shared,
-    tiles,
-)
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, first_real, representatives, shared
 from llm_accel.kernels.hip_select.launch import stage_score_triton
 from llm_accel.kernels.hip_select.reference import stage_score_reference
+from llm_accel.kernels.hip_select.search import Search
 
 OP = Op(
     "hip_select",
@@ -48,22 +40,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StageSearch:
-    """The settings of a search.
+class StageSearch(Search):
+    """The settings of a search; see :class:`llm_accel.kernels.hip_select.search.Search`.
 
     Args:
-        scope: which keys may be chosen.
         stages: coarse to fine; chunks of the last are the chosen blocks.
-        budget: keys that are chosen at most, a multiple of the last chunk.
         last_exact: whether the last stage reads every key of its chunks rather than bisecting them.
-        share_heads: "group" for a choice of each KV head, "all" for one choice of all heads.
     """
 
-    scope: Scope
     stages: Sequence[Stage]
-    budget: int
     last_exact: bool = True
-    share_heads: str = "group"
 
     def kept(self, stage: int) -> int:
         """Chunks that stage ``stage`` hands on."""
@@ -102,25 +88,18 @@ class StageSearch:
             found.append(starts)
         return found
 
-    def select(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
-        """The chosen blocks of all query blocks, int64 [B, H, n, M], ascending, absent ones last."""
-        (batch, _, queries, dim), (heads, slots) = query.shape, key.shape[1:3]
-        scope, keys = self.scope, Keys.of(key, start)
-        first = first_real(queries, slots, start, query.device)
-        end = scope.window_start(queries, slots, start, query.device)[:, None, :, None]
-        count = scope.blocks(queries)
-        width = min(self.budget, scope.most(queries, slots, count - 1)) // scope.block_k
-        chosen = torch.full((batch, heads, count, width), ABSENT, device=query.device)
-        gathers = OP.choose(keys.problem).name == "torch"  # otherwise only the chunks themselves take memory
-        for blocks in tiles(count, batch * heads * (dim if gathers else 1) * self._reads(slots)):
-            most = scope.most(queries, slots, blocks[-1])
-            if most == 0:
-                continue
-            here = end[:, :, blocks.start : blocks.stop]
-            chunks = grid(scope.sink, most, self.stages[0].chunk, here).expand(batch, heads, -1, -1)
-            found = self.descend(query, keys, first, blocks, chunks, here)[-1]
-            chosen[:, :, blocks.start : blocks.stop, : found.shape[-1]] = found[..., :width]
-        return chosen
+    def elements(self, keys: Keys, slots: int, width: int) -> int:
+        """The keys of all chunks of a stage; where a kernel reads them, the chunks themselves."""
+        reads = [min(slots, stage.tokens or slots) // stage.chunk for stage in self.stages]
+        most = max(*reads, reads[-1] * self.stages[-1].chunk if self.last_exact else 1)
+        return most * (keys.rows.shape[-1] if OP.choose(keys.problem).name == "torch" else 1)
+
+    def choose(
+        self, query: Tensor, keys: Keys, first: Tensor, blocks: range, end: Tensor, most: int, width: int
+    ) -> Tensor:
+        """What the last stage keeps."""
+        chunks = grid(self.scope.sink, most, self.stages[0].chunk, end).expand(*keys.origin.shape[:2], -1, -1)
+        return self.descend(query, keys, first, blocks, chunks, end)[-1][..., :width]
 
     def refine(
         self,
@@ -164,11 +143,6 @@ class StageSearch:
     def _end(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
         """Where the candidates of one query at the last slot end, int64 [B or 1, 1, 1, 1]."""
         return self.scope.window_start(1, slots, start, device)[:, None, :, None]
-
-    def _reads(self, slots: int) -> int:
-        """Keys that are read at once for a query block."""
-        reads = [min(slots, stage.tokens or slots) // stage.chunk for stage in self.stages]
-        return max(*reads, reads[-1] * self.stages[-1].chunk if self.last_exact else 1)
 
 
 def grid(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:

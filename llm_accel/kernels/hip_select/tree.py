@@ -10,48 +10,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import (
-    ABSENT,
-    Keys,
-    Scope,
-    best,
-    best_key,
-    first_real,
-    representatives,
-    shared,
-    tiles,
-)
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, best_key, representatives, shared
+from llm_accel.kernels.hip_select.search import Search
 
 
 @dataclass(frozen=True)
-class TreeSearch:
-    """The settings of a search; see :class:`llm_accel.kernels.hip_select.stages.StageSearch`.
+class TreeSearch(Search):
+    """The settings of a search; see :class:`llm_accel.kernels.hip_select.search.Search`.
 
     Args:
         stride: rows of a query block of which the last is scored.
     """
 
-    scope: Scope
-    budget: int
     stride: int = 2
-    share_heads: str = "group"
 
-    def select(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
-        """The chosen blocks of all query blocks, int64 [B, H, n, M], ascending, absent ones last."""
-        (batch, _, queries, dim), (heads, slots) = query.shape, key.shape[1:3]
-        scope, keys = self.scope, Keys.of(key, start)
-        first = first_real(queries, slots, start, query.device)
-        end = scope.window_start(queries, slots, start, query.device)[:, None, :, None]
-        count = scope.blocks(queries)
-        groups = min(self.budget, scope.most(queries, slots, count - 1)) // scope.block_k
-        chosen = torch.full((batch, heads, count, groups), ABSENT, device=query.device)
-        for blocks in tiles(count, 2 * batch * heads * dim * groups * scope.block_k):
-            rounds = halvings(scope.most(queries, slots, blocks[-1]) // scope.block_k, groups)
-            here = slice(blocks.start, blocks.stop)
-            candidates = ((end[:, :, here] - scope.sink) // scope.block_k).expand(batch, heads, -1, -1)
-            reps = representatives(query, heads, first, blocks, scope.block_q, self.stride, last=True)
-            chosen[:, :, here] = self._halve(reps, keys, candidates, groups, rounds)
-        return chosen
+    def elements(self, keys: Keys, slots: int, width: int) -> int:
+        """The middle blocks of both halves of every group."""
+        return 2 * keys.rows.shape[-1] * width * self.scope.block_k
+
+    def choose(
+        self, query: Tensor, keys: Keys, first: Tensor, blocks: range, end: Tensor, most: int, width: int
+    ) -> Tensor:
+        """``width`` equal groups, halved until the groups are single blocks."""
+        batch, heads = keys.origin.shape[:2]
+        rounds = halvings(most // self.scope.block_k, width)
+        candidates = ((end - self.scope.sink) // self.scope.block_k).expand(batch, heads, -1, -1)
+        reps = representatives(query, heads, first, blocks, self.scope.block_q, self.stride, last=True)
+        return self._halve(reps, keys, candidates, width, rounds)
 
     def _halve(self, reps: Tensor, keys: Keys, candidates: Tensor, groups: int, rounds: int) -> Tensor:
         edges = torch.arange(groups + 1, device=reps.device) * candidates // max(groups, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, opaque, strides, unit_stride
+from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
 
 PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer leave it idle
 LEAST_SHARE = 256  # entries that are worth a program of their own
@@ -82,35 +84,11 @@ def plan(
     return output, [split, combine]
 
 
-def _fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _fake(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[2])
 
 
-@opaque(_fake)
-def ragged_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """See :func:`llm_accel.kernels.ragged_decode.ragged_attention`."""
-    output, launches = plan(query, keys, values, table, lengths, scaling, softcap, sinks)
-    for launch in launches:
-        launch.run()
-    return output
+ragged_attention = operation("ragged_attention", plan, _fake)
 
 
 def shipped() -> dict[str, list[Launch]]:

@@ -46,7 +46,7 @@ def test_a_whole_search_chooses_what_plain_torch_chooses(queries: int, monkeypat
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, queries, 16, generator=generator).to(DEVICE)
     key = torch.randn(2, 2, 200, 16, generator=generator).to(DEVICE)
-    search = StageSearch(Scope(8, 20, 16, 8), (Stage(32, None, 4), Stage(8, 96, 1)), 48)
+    search = StageSearch(Scope(8, 20, 16, 8), 48, (Stage(32, None, 4), Stage(8, 96, 1)))
     start = torch.tensor([0, 31], device=DEVICE)
     assert stages.OP.choose(Keys.of(key, None).problem).name == "triton"
     ours = search.select(query, key, start)
