@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
@@ -214,3 +216,18 @@ def decode(model: PreTrainedModel, batch: dict[str, Any], **changes: Any) -> tup
     output = model.generate(**batch, **(options | changes))
     assert torch.equal(output.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
     return output.sequences[:, batch["input_ids"].shape[1] :], torch.stack(output.logits, dim=1)
+
+
+def require_mode(
+    model: PreTrainedModel, batch: dict[str, Any], mode: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    """Skips where the unpatched model of an older transformers, which encodes images anew in every call, gets a mode
+    wrong by itself. The newest one must not."""
+    options = {"max_new_tokens": 6, "do_sample": False}
+    try:
+        fine = torch.equal(model.generate(**batch, **options, **mode), model.generate(**batch, **options, **reference))
+    except RuntimeError:
+        fine = False
+    if not fine:
+        assert "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
+        pytest.skip(f"the unpatched {model.config.model_type} of this transformers differs under {mode}")

@@ -8,7 +8,7 @@ import torch
 import llm_accel
 from llm_accel import DyVTE, FastV, FlowCut, SnapKV, UnsupportedCallError
 from tests.patches.calls import Outside
-from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, inputs, tiny_vlm
+from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
 from tests.vision_oracle import decoder_inputs, hidden
 
 EXACT = 2e-4
@@ -105,6 +105,8 @@ def test_two_turns() -> None:
 def test_modes(mode: dict[str, object]) -> None:
     model = tiny_vlm()
     batch = inputs(model, UNEQUAL)
+    if "num_beams" in mode:
+        require_mode(model, batch, mode, mode | {"use_cache": False})
     options = {"max_new_tokens": 6, "do_sample": False} | mode
     with llm_accel.apply(model, "dyvte", exit=1):
         got = model.generate(**batch, **options)

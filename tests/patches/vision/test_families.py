@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import llm_accel
 from llm_accel import StrideTokens
 from tests.patches.calls import Outside
-from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, tiny_vlm
+from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
 from tests.vision_oracle import hidden, removed
 
 EXACT = 2e-4
@@ -79,6 +79,11 @@ def test_nothing_to_drop_and_exact_undo(family: str) -> None:
 def test_modes(family: str, mode: str) -> None:
     model = tiny_vlm(family, attention="eager") if mode == "eager" else model_of(family)
     batch = inputs(model, ONE)
+    beams = {"num_beams": 3}
+    if mode == "beams":
+        require_mode(model, batch, beams, beams | {"use_cache": False})
+    if mode == "chunks":
+        require_mode(model, batch, {"prefill_chunk_size": 11}, {})
     with llm_accel.apply(model, "stride_tokens", keep_ratio=0.5):
         if mode == "beams":
             options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
