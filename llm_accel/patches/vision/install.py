@@ -77,6 +77,7 @@ def _tower_base(tower: Any) -> str:
 
 def install_vision(model: Any, hook: DecoderHook) -> None:
     """Shadows the feature functions, hooks the models above the decoder, the layers of the tower and of the decoder."""
+    uninstall_vision(model, hook.plan)  # what is left where an earlier plug-in was taken off the decoder alone
     plan, holder = hook.plan, model.base_model
     family = plan.family
     assert family is not None
@@ -115,7 +116,7 @@ def uninstall_vision(model: Any, plan: Plan) -> None:
                 delattr(part, name)
     for layer in model.get_decoder().layers:
         drop_hooks(layer, CutHook, BehindCutHook)
-    if isinstance(plan.tokens, TowerTokens):
+    if hasattr(model.base_model, "get_image_features"):
         tower = attribute(model.base_model, plan.family.tower)
         tower.config._attn_implementation_internal = _tower_base(tower)
         for block in attribute(tower, plan.family.blocks):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import TowerTokens, TowerView
 from llm_accel.methods.selection import select_top
 from llm_accel.patches.attention import PREFIX, accel_name
@@ -92,6 +93,11 @@ class TowerPass:
         if layer > self.last or (self.layers is not None and layer not in self.layers):
             return hidden
         last_cut = max(self.last - 1, 0)
+        if not calls:
+            raise UnsupportedCallError(
+                f"the attention of layer {layer} of the vision tower never reached llm_accel; call "
+                "llm_accel.remove(model), set its attention implementation, then apply again."
+            )
         if not self.inside or layer <= last_cut:
             views = [
                 TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=last_cut)

@@ -189,3 +189,25 @@ def test_copies_of_a_patched_model_work_alone() -> None:
     assert torch.equal(decode(twin, batch)[1], ours)
     llm_accel.remove(twin)
     assert torch.equal(decode(twin, batch)[1], dense)
+
+
+def test_taken_off_the_decoder_alone_and_put_on_again() -> None:
+    model = tiny_vlm()
+    batch = inputs(model, ONE)
+    dense, outside = decode(model, batch)[1], Outside.of(model)
+    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+        ours = decode(model, batch)[1]
+        llm_accel.remove(model.get_decoder())
+        assert torch.equal(decode(model, batch)[1], dense)
+    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+        assert torch.equal(decode(model, batch)[1], ours)
+    assert torch.equal(decode(model, batch)[1], dense)
+    assert Outside.of(model) == outside
+
+
+def test_another_attention_in_the_tower_is_noticed() -> None:
+    model = tiny_vlm()
+    with llm_accel.apply(model, "flowcut", target=4):
+        model.set_attn_implementation({"vision_config": "eager"})
+        with pytest.raises(UnsupportedCallError, match="layer 0 of the vision tower never reached llm_accel"):
+            decode(model, inputs(model, ONE))
