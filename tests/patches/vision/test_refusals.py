@@ -211,3 +211,19 @@ def test_another_attention_in_the_tower_is_noticed() -> None:
         model.set_attn_implementation({"vision_config": "eager"})
         with pytest.raises(UnsupportedCallError, match="layer 0 of the vision tower never reached llm_accel"):
             decode(model, inputs(model, ONE))
+
+
+def test_a_later_turn_that_would_leave_gaps() -> None:
+    """One row gets an image and the other as many words: the first would end up with a hole before them."""
+    model = tiny_vlm()
+    batch = inputs(model, ONE)
+    words = torch.randint(3, 100, batch["input_ids"].shape)
+    with llm_accel.apply(model, "stride_tokens", target=3) as handle:
+        cache = handle.new_cache()
+        model(torch.randint(3, 100, (2, 7)), past_key_values=cache)
+        with pytest.raises(UnsupportedCallError, match="would leave gaps"):
+            model(torch.cat([batch["input_ids"], words]), pixel_values=batch["pixel_values"], past_key_values=cache)
+        cache = handle.new_cache()
+        model(torch.randint(3, 100, (1, 7)), past_key_values=cache)
+        with_image = model(batch["input_ids"], pixel_values=batch["pixel_values"], past_key_values=cache).logits
+        assert with_image.isfinite().all() and cache.get_seq_length() == 7 + batch["input_ids"].shape[1]
