@@ -1,5 +1,4 @@
-"""What several Triton kernels share: functions, and the kernel that combines splits. Only modules of kernels import it
-at their top, others inside a function: it imports Triton."""
+"""What several Triton kernels share. Only modules of kernels import it at their top: it imports Triton."""
 
 from __future__ import annotations
 

@@ -176,13 +176,10 @@ def shipped() -> dict[str, list[Launch]]:
     plans = {}
     for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
         for dim in dims:
+            name = f"{str(dtype).removeprefix('torch.')} head_dim {dim}"
             for block_q, block_k in ((64, 8), (64, 64), (128, 128)):
-                label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} block {block_q}x{block_k}"
-                plans[label] = _example(dtype, dim, block_q, block_k)
-    for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (128, 256))):
-        for dim in dims:
-            label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} one query"
-            plans[label] = _example(dtype, dim, 16, 8, queries=1)
+                plans[f"{name} block {block_q}x{block_k}"] = _example(dtype, dim, block_q, block_k)
+            plans[f"{name} one query"] = _example(dtype, dim, 16, 8, queries=1)
     plans["bfloat16 head_dim 128 one query everything"] = _example(torch.bfloat16, 128, 16, 8, True, queries=1)
     plans["bfloat16 head_dim 64 everything"] = _example(torch.bfloat16, 64, 64, 8, everything=True)
     plans["bfloat16 head_dim 256 everything"] = _example(torch.bfloat16, 256, 64, 8, everything=True)

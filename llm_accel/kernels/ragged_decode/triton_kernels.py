@@ -1,5 +1,5 @@
-"""Ragged attention, first pass: each split takes a share of the entries of one row and head. It takes its share of the
-length that it finds on the device, so the host never waits.
+"""Ragged attention: each split takes a share of the entries of one row and head, and what they leave is combined
+afterwards. A split takes its share of the length that it finds on the device, so the host never waits.
 
 Rows are packed: row ``r`` is query ``r // GROUP`` of head ``r % GROUP`` among those of one KV head. Log-sum-exp is in
 base-2 units.

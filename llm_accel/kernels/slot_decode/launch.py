@@ -68,7 +68,7 @@ def plan(
             **{"BLOCK_M": block_m, "BLOCK_N": block_n, "HAS_SOFTCAP": softcap is not None, "UPCAST": interpreting()},
         },
         warps=4,
-        stages=stages,
+        stages=min(stages, 3),  # with no table between the loads all of them are staged, and 3 fit into 99 KiB
     )
     score = Launch(
         kernels.score_kernel,
