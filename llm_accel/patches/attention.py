@@ -101,8 +101,10 @@ class AccelAttention:
         eviction = Eviction(llm_accel, keeper, layer, index, kwargs)
         if llm_accel.flushing:
             key, value = eviction.before_attention(query, key, value)
-        output = layer.attend(self.base, module, query, key, value, **kwargs)
-        eviction.after_attention(query, key)
+        output = eviction.attended(query, key, value)
+        if output is None:
+            output = layer.attend(self.base, module, query, key, value, **kwargs)
+            eviction.after_attention(query, key)
         return output, None
 
 

@@ -62,7 +62,7 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
     for config in configs:
-        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend) else {}
+        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend | StepEviction) else {}
     heads = plan_heads(model, configs, skipped)
     family = plan_family(model, configs, skipped, trace)
     return Plan(
