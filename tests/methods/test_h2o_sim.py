@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 import llm_accel
 from llm_accel import H2O, ConfigError, UnsupportedCallError
-from tests.contracts.matrix import generate, make_batch
+from tests.contracts.laws import (
+    check_copied_cache,
+    check_going_past_raises,
+    check_no_memory,
+    check_nothing_to_cut,
+    check_undo,
+    searched,
+)
+from tests.contracts.matrix import NEW, every_family, every_shape, generate, make_batch
 from tests.contracts.plain_attention import attention_output, attention_weights, running
 from tests.tiny import prompt, tiny_model
 
@@ -253,3 +261,39 @@ def test_the_new_token_is_one_of_the_recent() -> None:
         H2O(heavy=8, recent=0, sinks=0, semantics="sim")
     assert H2O.parse({"semantics": "sim"}).hides
     assert not H2O().hides
+
+
+SIM = H2O(budget=24, semantics="sim")
+
+
+@every_shape
+@every_family
+def test_the_laws_of_every_method(family: str, shape: str) -> None:
+    """Nothing hidden changes nothing, undo is exact, no memory between calls; rows of a batch are independent."""
+    model, batch = tiny_model(family), make_batch(shape, long=True)
+    check_nothing_to_cut(model, batch, H2O(budget=batch.ids.shape[1] + NEW, semantics="sim"))
+    check_nothing_to_cut(model, make_batch(shape, long=False), SIM)
+    check_undo(family, batch, SIM)
+    check_no_memory(model, shape, SIM)
+    with llm_accel.apply(model, SIM):
+        tokens, logits = generate(model, batch)
+        for index, length in enumerate(batch.lengths):
+            alone = generate(model, type(batch)(batch.row(index), None, (length,)))
+            assert torch.equal(alone[0][0], tokens[index])
+            assert (alone[1][0] - logits[index]).abs().max() <= EXACT
+
+
+def test_a_layer_that_loses_its_session_is_found() -> None:
+    check_going_past_raises(SIM)
+
+
+def test_a_copied_cache_is_reusable_for_another_question() -> None:
+    check_copied_cache(SIM)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+def test_search_modes_with_nothing_to_hide_equal_dense(mode: dict[str, Any]) -> None:
+    model, batch = tiny_model("llama"), make_batch("padded", long=True)
+    dense = searched(model, batch, mode)
+    with llm_accel.apply(model, H2O(ratio=1.0, semantics="sim")):
+        assert torch.equal(searched(model, batch, mode), dense)

@@ -35,6 +35,7 @@ class Mix:
     direct: float = 0.0  # per question: only the answer prefix, no question
     other: float = 0.0  # number keys, word values, several keys or values per question
     first: float = 4.0  # loss weight of a value's first token
+    fresh: bool = False  # new embeddings for key words at every step; common words are no keys
 
 
 @dataclass
@@ -71,23 +72,23 @@ class Texts:
         self.bank = [self.encode(" " + s) for s in islice(grammar.filler_sentences(self.rng), bank)]
         self._words = [i for word, i in vocab.items() if word.startswith("Ġ") and len(word) > 1]
         self._numbers = [i for word, i in vocab.items() if word.isascii() and word.isdigit()]
-        self._train_keys = [*grammar.TRAIN_KEYS, *grammar.common_words()]
+        self.key_ids = [vocab["Ġ" + word] for word in (*grammar.TRAIN_KEYS, *grammar.TEST_KEYS)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without bos."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _keys(self, n: int, kind: grammar.Kind) -> list[str]:
-        if kind == "word" and self.split == "train":
-            return self.rng.sample(self._train_keys, n)
+    def _keys(self, n: int, kind: grammar.Kind, fresh: bool) -> list[str]:
+        if kind == "word" and self.split == "train" and not fresh:
+            return self.rng.sample([*grammar.TRAIN_KEYS, *grammar.common_words()], n)
         return grammar.make_keys(self.rng, n, kind, self.split)
 
     def _facts(self, mix: Mix, n: int, n_questions: int) -> tuple[list[tuple[str, str]], list[Question], str]:
         """Needles as (key, sentence) in text order, questions with the last one about needle 0, and the style."""
         rng = self.rng
         if rng.random() < mix.easy:
-            keys = self._keys(n, "word")
+            keys = self._keys(n, "word", mix.fresh)
             joint = rng.choice(["", " is "])
             values = [grammar.make_value(rng) for _ in keys]
             asked = [*rng.sample(range(1, n), min(n_questions, n) - 1), 0]
@@ -95,7 +96,7 @@ class Texts:
             return facts, [Question("", f" {keys[i]}{joint}", [values[i]]) for i in asked], "easy"
         other = rng.random() < mix.other
         value_kind: grammar.Kind = "word" if other and rng.random() < 0.25 else "number"
-        keys = self._keys(n, "number" if other and rng.random() < 0.4 else "word")
+        keys = self._keys(n, "number" if other and rng.random() < 0.4 else "word", mix.fresh)
         if other and n > 3 and rng.random() < 0.4:  # one key gets two or three values
             for i in range(1, rng.choice([2, 3])):
                 keys[i] = keys[0]
