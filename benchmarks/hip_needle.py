@@ -3,7 +3,7 @@
     python benchmarks/hip_needle.py --out benchmarks/results/hip_needle
 
 No layer is left dense and no prompt is too short, unless a row says so. A share counts everything that a query sees:
-32 sinks, a window of 128, and the budget. Each length is one run of ``llm-accel needle`` in a directory of its own,
+16 sinks, a window of 64, and the budget. Each length is one run of ``llm-accel needle`` in a directory of its own,
 which goes on where it stopped. The two coarse stages hand on a half and a quarter of the context, in the rows
 ``all keys enter`` everything.
 """
@@ -18,7 +18,7 @@ from llm_accel import HiP
 from llm_accel.eval.needle import command
 from llm_accel.eval.needle.settings import length_label, parse_lengths
 
-SINK, WINDOW = 32, 128
+SINK, WINDOW = 16, 64
 SHARES = (1 / 16, 1 / 8, 1 / 4)
 ROWS: dict[str, dict[str, Any]] = {
     "exact": {"selector": "exact"},
@@ -69,7 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     for length in parse_lengths(args.lengths):
         dense, rows = measure(length, args.out, args.depths, args.samples)
-        print(f"\n| {length_label(length)}, dense {dense:.2f} | " + " | ".join(f"{share:.2%}" for share in SHARES) + " |")
+        print(
+            f"\n| {length_label(length)}, dense {dense:.2f} | " + " | ".join(f"{share:.2%}" for share in SHARES) + " |"
+        )
         print("|---|" + "---|" * len(SHARES))
         for row, exact in rows.items():
             print(f"| {row} | " + " | ".join(f"{value:.2f}" for value in exact) + " |")
