@@ -45,8 +45,8 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.thread_time() - begin, result
 
 
-def compare(length: int, dim: int, repeats: int) -> dict[str, float]:
-    """Medians in seconds for one prompt length."""
+def compare(length: int, dim: int, repeats: int) -> dict[str, Any]:
+    """Medians and ranges in seconds for one prompt length."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, length, dim, generator=generator)
     key, value = (torch.randn(1, 1, length, dim, generator=generator) for _ in range(2))
@@ -64,7 +64,9 @@ def compare(length: int, dim: int, repeats: int) -> dict[str, float]:
         times["attend"].append(attending)
         times["hip"].append(selecting + attending)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"length": length, "head_dim": dim, **medians, "speedup": medians["dense"] / medians["hip"]}
+    ranges = {name: [min(values), max(values)] for name, values in times.items()}
+    speedup = medians["dense"] / medians["hip"]
+    return {"length": length, "head_dim": dim, **medians, "speedup": speedup, "ranges": ranges}
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     for dim in map(int, args.head_dims.split(",")):
         rows = [compare(length, dim, args.repeats) for length in map(int, args.lengths.split(","))]
         for row in rows:
-            print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
+            print(" ".join(f"{name}={value:.4g}" for name, value in row.items() if name != "ranges"), flush=True)
         first, last = rows[0], rows[-1]
         if first["length"] != last["length"]:
             growth[dim] = math.log(last["hip"] / first["hip"]) / math.log(last["length"] / first["length"])

@@ -12,6 +12,9 @@ from torch import Tensor
 from llm_accel.kernels.block_list import BlockList
 
 LOGITS = 2**18  # of as many KV heads at once as the cache of a processor holds
+# logits below the largest by more weigh as if by this much: 1e-38 of it. A processor takes a hundred times as long for an
+# exponential that is too small for a normal number, which most are where attention is sharp
+FAINTEST = -87.0
 
 
 def block_sparse_attention_reference(
@@ -60,12 +63,14 @@ def _attend(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     per_head = logits.view(heads, count, -1)
-    per_head[..., logits.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
+    edge = per_head[..., logits.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
     largest = per_head.amax(-1)
     peak = largest.clamp(min=torch.finfo(logits.dtype).min)
     if sink is not None:
         peak = torch.maximum(peak, sink)
-    total = per_head.sub_(peak[..., None]).exp_().sum(-1)
+    per_head.sub_(peak[..., None]).clamp_(min=FAINTEST).exp_()
+    edge.masked_fill_(hidden, 0.0)
+    total = per_head.sum(-1)
     if sink is not None:
         total += torch.exp(sink - peak)
     total.clamp_(min=1.0)  # less only where nothing is seen
@@ -91,9 +96,9 @@ def _tiles(blocks: BlockList, count: int, slots: int, start: Tensor | None) -> I
     every = torch.arange(slots, device=blocks.idx.device)
     corner = every.new_ones(blocks.block_q, blocks.block_q, dtype=torch.bool).triu_()
     fields = (blocks.ptr, blocks.n_full, blocks.n_listed, blocks.window_start)
-    ptr, n_full, n_listed, window_start = (field.tolist() for field in fields)
-    for row in range(blocks.ptr.shape[0]):
-        origin = 0 if start is None else int(start[row])  # slot of position 0
+    ptr, n_full, n_listed, window_start = torch.stack([field.long() for field in fields]).tolist()
+    origins = [0] * blocks.ptr.shape[0] if start is None else start.tolist()  # slot of position 0
+    for row, origin in enumerate(origins):
         inside = torch.arange(origin, origin + blocks.block_k, device=every.device)
         for block, begin in enumerate(range(max(0, origin - (slots - count)), count, blocks.block_q)):
             end = min(begin + blocks.block_q, count)

@@ -11,7 +11,8 @@ from llm_accel.kernels.block_list import aligned_window, block_positions
 from llm_accel.kernels.dispatch import Problem
 
 ABSENT = 2**40  # a start that no choice has: sorts last, and no region grows far enough to revive it
-TILE = 2**20  # elements of the keys that are gathered at once
+TILE = 2**21  # elements of the keys of the query blocks that are searched together
+CACHED = 2**17  # elements of the keys, and of their logits, that are at work at once in the cache of a processor
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ class Keys:
         return cls(key.reshape(-1, dim), origin, begin + slots - 1)
 
     def at(self, positions: Tensor) -> Tensor:
-        """fp32 [B, H, n, m, D] at ``positions``, int64 [B, H, n, m]; the last key where there is none."""
-        index = torch.minimum(self.origin + positions, self.last)
-        return self.rows.index_select(0, index.flatten()).float().view(*positions.shape, -1)
+        """Rows of the keys at ``positions``, int64 [B, H, n, m]; the last key where there is none."""
+        return torch.minimum(self.origin + positions, self.last)
 
 
 def first_real(queries: int, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
@@ -108,16 +108,34 @@ def representatives(
     return packed.transpose(2, 3).flatten(3, 4)
 
 
-def match(representative: Tensor, keys: Tensor) -> Tensor:
-    """How well keys [B, H, n, m, D] answer the best of the queries [B, H, n, R, D]: fp32 [B, H, n, m]."""
-    logits = torch.matmul(representative, keys.transpose(-1, -2))
-    return logits.amax(-2)
+def match(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
+    """How well the keys at ``positions``, int64 [B, H, n, m], answer the best of the queries [B, H, n, R, D]: fp32
+    [B, H, n, m]."""
+    index, queries = keys.at(positions).flatten(0, 2), representative.flatten(0, 2)
+    blocks, count, dim = *index.shape, queries.shape[-1]
+    at_once = (CACHED if index.device.type == "cpu" else TILE) // max(queries.shape[1:])
+    columns = max(1, min(count, at_once))
+    rows = max(1, at_once // columns)
+    score = torch.empty(index.shape, device=index.device)
+    for row in range(0, blocks, rows):
+        for column in range(0, count, columns):
+            part = index[row : row + rows, column : column + columns]
+            read = keys.rows.index_select(0, part.flatten()).float().view(*part.shape, dim)
+            logits = queries[row : row + rows] @ read.transpose(1, 2)
+            score[row : row + rows, column : column + columns] = logits.amax(1)
+    return score.view(positions.shape)
 
 
 def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int) -> Tensor:
     """The best match among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32 [B, H, n, m]."""
     positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
-    return match(representative, keys.at(positions)).view(*starts.shape, count).amax(-1)
+    return match(representative, keys, positions).view(*starts.shape, count).amax(-1)
+
+
+def levels(chunk: int) -> int:
+    """Halvings of a chunk of ``chunk`` keys, a power of two, after which every key on the way down has been read: the
+    two keys of a half are the two that it has left when it is two wide."""
+    return max(1, chunk.bit_length() - 1)
 
 
 def shared(score: Tensor, share_heads: str) -> Tensor:

@@ -11,8 +11,6 @@ from torch import Tensor
 from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, best_key, representatives, shared
 from llm_accel.kernels.hip_select.search import Search
 
-AT_ONCE = 2**11  # blocks whose keys are gathered together
-
 
 @dataclass(frozen=True)
 class ExactSearch(Search):
@@ -30,8 +28,7 @@ class ExactSearch(Search):
         reps = representatives(query, heads, first, blocks, self.scope.block_q, 1)
         starts = torch.arange(self.scope.sink, self.scope.sink + most, self.scope.block_k, device=query.device)
         starts = starts.expand(batch, heads, len(blocks), -1)
-        parts = starts.split(AT_ONCE, dim=-1)
-        score = torch.cat([best_key(reps, keys, part, self.scope.block_k) for part in parts], dim=-1)
+        score = best_key(reps, keys, starts, self.scope.block_k)
         present = starts < end
         place = best(shared(score, self.share_heads), present, width)
         return starts.masked_fill(~present, ABSENT).gather(-1, place)

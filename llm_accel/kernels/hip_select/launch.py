@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.hip_select.candidates import Keys
+from llm_accel.kernels.hip_select.candidates import Keys, levels
 from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation
 
 
@@ -56,7 +56,7 @@ def plan(
         },
         {
             "CHUNK": chunk,
-            "LEVELS": chunk.bit_length(),
+            "LEVELS": levels(chunk),
             "EXACT": exact,
             "R": queries,
             "D": dim,

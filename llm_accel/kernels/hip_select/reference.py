@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import Keys, best_key, match
+from llm_accel.kernels.hip_select.candidates import Keys, best_key, levels, match
 
 
 def stage_score_reference(
@@ -28,10 +28,10 @@ def stage_score_reference(
 def _bisect(representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int) -> Tensor:
     low, high = starts, torch.minimum(starts + chunk, end)
     score = torch.full(starts.shape, float("-inf"), device=starts.device)
-    for _ in range(chunk.bit_length()):
+    for _ in range(levels(chunk)):
         middle = (low + high) // 2
-        left = match(representative, keys.at((low + middle) // 2))
-        right = match(representative, keys.at((middle + high) // 2))
+        both = torch.cat([(low + middle) // 2, (middle + high) // 2], dim=-1)
+        left, right = match(representative, keys, both).chunk(2, dim=-1)
         to_left = left >= right
         low, high = torch.where(to_left, low, middle), torch.where(to_left, middle, high)
         score = torch.maximum(score, torch.maximum(left, right))

@@ -84,7 +84,7 @@ class StageSearch(Search):
                 exact = self.last_exact and index + 1 == len(self.stages)
                 score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact)
                 place = best(shared(score, self.share_heads), starts < ABSENT, kept)
-                starts = starts.gather(-1, place).sort(dim=-1).values
+                starts = starts.gather(-1, place)
             found.append(starts)
         return found
 

@@ -1,0 +1,81 @@
+"""Needle accuracy of HiP's selectors on the bundled model, against the share of the context that a query sees.
+
+    python benchmarks/hip_needle.py --out benchmarks/results/hip_needle
+
+No layer is left dense and no prompt is too short, unless a row says so. A share counts everything that a query sees:
+16 sinks, a window of 64, and the budget. Each length is one run of ``llm-accel needle`` in a directory of its own,
+which goes on where it stopped. The two coarse stages hand on a half and a quarter of the context, in the rows
+``all keys enter`` everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llm_accel import HiP
+from llm_accel.eval.needle import command
+from llm_accel.eval.needle.settings import length_label, parse_lengths
+
+SINK, WINDOW = 16, 64
+SHARES = (1 / 16, 1 / 8, 1 / 4)
+ROWS: dict[str, dict[str, Any]] = {
+    "exact": {"selector": "exact"},
+    "stages": {},
+    "stages, all keys enter": {"enter": (1, 1)},
+    "stages, first layer dense": {"dense_layers": (0,)},
+    "stages, first and last layer dense": {"dense_layers": (0, -1)},
+    "tree": {"selector": "tree"},
+    "tree, first layer dense": {"selector": "tree", "dense_layers": (0,)},
+    "tree, first and last layer dense": {"selector": "tree", "dense_layers": (0, -1)},
+}
+
+
+def config(length: int, share: float, enter: tuple[int, int] = (2, 4), **options: Any) -> HiP:
+    """One row at one share; ``enter``: the part of the context that enters the second and the third stage."""
+    second, third = (length // part for part in enter)
+    return HiP(
+        sink=SINK,
+        window=WINDOW,
+        budget=int(length * share) - SINK - WINDOW,
+        stages=((256, None, 4), (32, second, 4), (8, third, 1)),
+        edge_layers=(),
+        min_prefill_len=0,
+        **options,
+    )
+
+
+def measure(length: int, out: Path, depths: str, samples: int) -> tuple[float, dict[str, list[float]]]:
+    """Exact answers of the dense model, and of each row by share."""
+    specs = {row: [config(length, share, **options).spec() for share in SHARES] for row, options in ROWS.items()}
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["--lengths", str(length), "--depths", depths, "--samples", str(samples), "--no-plot"]
+    for spec in ("dense", *(spec for row in specs.values() for spec in row)):
+        words += ["--method", spec]
+    summary = command.run(parser.parse_args([*words, "--out", str(out / f"needle_{length_label(length)}")]))
+    exact = {spec: entry["exact"] for spec, entry in summary["methods"].items()}
+    return exact["dense"], {row: [exact[spec] for spec in row_specs] for row, row_specs in specs.items()}
+
+
+def main() -> None:
+    """Prints one table per length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="4k,8k", help="prompt lengths, separated by commas")
+    parser.add_argument("--depths", default="11", help="as for llm-accel needle")
+    parser.add_argument("--samples", type=int, default=4, help="prompts per depth")
+    parser.add_argument("--out", type=Path, default=Path("runs/hip_needle"), help="where the runs go")
+    args = parser.parse_args()
+    for length in parse_lengths(args.lengths):
+        dense, rows = measure(length, args.out, args.depths, args.samples)
+        print(
+            f"\n| {length_label(length)}, dense {dense:.2f} | " + " | ".join(f"{share:.2%}" for share in SHARES) + " |"
+        )
+        print("|---|" + "---|" * len(SHARES))
+        for row, exact in rows.items():
+            print(f"| {row} | " + " | ".join(f"{value:.2f}" for value in exact) + " |")
+
+
+if __name__ == "__main__":
+    main()
