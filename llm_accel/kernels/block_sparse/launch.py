@@ -59,7 +59,7 @@ def plan(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     width, rows = value.shape[-1], batch * heads * count
     sharing = heads // max(key.shape[1], blocks.heads)  # query heads with the same keys and list
-    tiling = Tiling.of(query, value, blocks.block_q, sharing)
+    tiling = Tiling.of(query, value, blocks.block_q, blocks.block_k, sharing)
     programs = (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows))
     splits = split_count(programs[0] * programs[1], key.shape[2]) if blocks.count == 1 else 1
     output = query.new_zeros(batch, count, heads, width)  # queries of padding are never written
@@ -150,13 +150,15 @@ class Tiling:
     stages: int
 
     @staticmethod
-    def of(query: Tensor, value: Tensor, block_q: int, sharing: int) -> Tiling:
+    def of(query: Tensor, value: Tensor, block_q: int, block_k: int, sharing: int) -> Tiling:
         """As many stages as shared memory holds, three at most."""
-        dims, size = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16), query.element_size()
+        width, size = max(query.shape[-1], value.shape[-1]), query.element_size()
+        dims = next_power_of_2(width, 16)
         if size == 4:  # products of fp32 are no tensor-core instructions and need many registers
             most, keys = (32, 32) if dims < 128 else (16, 32)
-        else:
-            most, keys = (128, 64) if dims <= 128 else (64, 32)
+        else:  # registers: masks of channels and of small blocks take them too, and so do few queries on few warps
+            wide = dims < 128 or (block_q > 16 and (width == 128 or block_k >= 64))
+            most, keys = (128, 64 if wide else 32) if dims <= 128 else (64, 32)
         rows = min(block_q, most)
         pack = math.gcd(sharing, most // rows)
         stages = (_shared_memory(query.device) - pack * rows * dims * size) // (2 * keys * dims * size)
