@@ -119,4 +119,4 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_unknown_operations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.parse(["--only", "votes"])
-    assert "allowed: column_votes" in capsys.readouterr().err
+    assert "allowed: block_sparse_attention, column_votes" in capsys.readouterr().err
