@@ -22,7 +22,21 @@ from llm_accel.errors import (
 
 if TYPE_CHECKING:
     from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import H2O, AdaKV, HiP, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
+    from llm_accel.methods import (
+        H2O,
+        AdaKV,
+        DyVTE,
+        FastV,
+        FlowCut,
+        HiP,
+        PyramidKV,
+        RandomKV,
+        RandomTokens,
+        RetrievalHeads,
+        SnapKV,
+        StreamingLLM,
+        StrideTokens,
+    )
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
@@ -33,17 +47,22 @@ __all__ = [
     "AdaKV",
     "AlreadyAppliedError",
     "ConfigError",
+    "DyVTE",
     "EvictionError",
+    "FastV",
+    "FlowCut",
     "Handle",
     "HiP",
     "LayerReport",
     "LlmAccelError",
     "PyramidKV",
     "RandomKV",
+    "RandomTokens",
     "Report",
     "RetrievalHeads",
     "SnapKV",
     "StreamingLLM",
+    "StrideTokens",
     "UnknownMethodError",
     "UnsupportedCallError",
     "UnsupportedModelError",

@@ -46,7 +46,18 @@ class Handle:
             warnings.append(
                 "every attention call was dense: the context is too short for this method to leave anything out"
             )
-        return Report(method=plan.title, backends=dict(plan.backends), layers=layers, warnings=warnings)
+        visual = self._hook.visual_report()
+        if layers and plan.visual and visual.before == 0:
+            warnings.append("no visual token was taken out: the prompt has none")
+        return Report(
+            method=plan.title,
+            backends=dict(plan.backends),
+            layers=layers,
+            visual_tokens_before=visual.before,
+            visual_tokens_after=visual.after,
+            exit_layer=visual.exit_layer,
+            warnings=warnings,
+        )
 
     def remove(self) -> None:
         """Takes the plug-in off the model, exactly; a no-op when it is gone already."""

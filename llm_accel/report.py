@@ -85,6 +85,10 @@ class Report:
             lines.append(
                 f"  KV cache  {_mib(self.kv_bytes)} instead of {_mib(self.dense_kv_bytes)} ({share:.1%} of dense)"
             )
+            if self.visual_tokens_before:
+                kept = f"{self.visual_tokens_after} of {self.visual_tokens_before}"
+                cut = "" if self.exit_layer is None else f", some left after layer {self.exit_layer}"
+                lines.append(f"  visual    {kept} visual tokens reach the last layer{cut}")
             ours = [layer for layer in self.layers if layer.skipped_reason is None]
             if ours:
                 longest = max(ours, key=lambda layer: layer.physical_length)

@@ -17,7 +17,7 @@ from llm_accel import ConfigError, RandomKV, SnapKV, StreamingLLM, UnknownMethod
 from llm_accel.methods import PromptCompression
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
 from llm_accel.registry import config_class, configure, methods, parse
-from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS
+from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL
 
 every_method = pytest.mark.parametrize("name", methods())
 every_budgeted = pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_registry_cannot_be_changed():
 
 
 def test_every_method_is_in_the_contract_matrix():
-    assert {*METHODS, *BY_HEAD, *ATTENDING} == set(methods())
+    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL} == set(methods())
 
 
 @every_method

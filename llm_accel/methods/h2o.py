@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels import column_votes, slot_decode
+from llm_accel.kernels.dispatch import Problem
+from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET
 from llm_accel.methods.roles import PromptView, StepEviction, StepView
@@ -133,16 +136,37 @@ class H2O(StepEviction):
             return view.scores
         return view.scores / (view.lengths[:, None] - view.ranks).clamp(min=1)[:, None]
 
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        scores = {"scores": column_votes.OP.explain(problem)}
+        return scores if self.hides else scores | {"decode": slot_decode.OP.explain(problem)}
+
+    def attend_and_choose(self, view: AttentionView, slots: StepView) -> tuple[Tensor, Tensor, Tensor] | None:
+        """In one operation where there are kernels for it; plain torch computes no attention that the model can."""
+        problem = Problem.of(view.query, view.key, view.value)
+        if slots.scores is None or slot_decode.OP.choose(problem).name == "torch":
+            return None
+        return slot_decode.slot_decode(
+            view.query,
+            view.key,
+            view.value,
+            slots.scores,
+            slots.positions,
+            view.start,
+            scaling=view.scaling,
+            softcap=view.softcap,
+            sinks=view.sinks,
+            decay=self.decay,
+            keep_first=self.sinks,
+            keep_recent=self._recent_slots(slots),
+            per_query=self.norm == "mean",
+        )
+
     def victims(self, view: StepView) -> Tensor:
         """The entry with the lowest score among those that left the recent window, the oldest of equals."""
         assert view.scores is not None
-        newest = view.positions.amax(-1, keepdim=True)
-        entries = torch.full_like(newest, view.positions.shape[-1] - 1)
-        fixed = (view.positions < self.sinks) | (view.positions > newest - self.recent_of(entries))
-        scores = view.scores
-        if self.norm == "mean":
-            scores = scores / (newest - view.positions + 1)
-        scores = scores.masked_fill(fixed, float("inf"))
-        lowest = scores.amin(-1, keepdim=True)
-        oldest = view.positions.masked_fill(scores > lowest, torch.iinfo(torch.int64).max)
-        return oldest.argmin(-1)
+        recent = self._recent_slots(view)
+        return slot_decode.lowest_slots(view.scores, view.positions, self.sinks, recent, self.norm == "mean")
+
+    def _recent_slots(self, view: StepView) -> int:
+        """Recent entries of a full cache, which has a slot beyond the budget."""
+        return (view.positions.shape[-1] - 1) // 2 if self.recent is None else self.recent

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.roles import PromptCompression, PromptView
-from llm_accel.methods.selection import select_top
+from llm_accel.methods.selection import select_top, uniform
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RandomKV(PromptCompression):
         if view.protected is not None:
             forced = forced | view.protected
         head = torch.arange(view.kv_heads, device=rank.device)[None, :, None]
-        draw = _uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
+        draw = uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
         return select_top(
             draw.expand(len(counts), -1, -1),
             counts=counts,
@@ -52,13 +52,3 @@ class RandomKV(PromptCompression):
             valid=rank >= 0,
             forced=forced,
         )
-
-
-def _uniform(position: Tensor, stream: Tensor) -> Tensor:
-    """fp32 in [0, 1) from a hash of position and stream, so that a row draws the same alone and in a batch."""
-    mixed = (position + 1) * 0x9E3779B1 + stream * 0x85EBCA77
-    for multiplier in (0x2C1B3C6D, 0x297A2D39):
-        mixed = mixed & 0xFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 15)) * multiplier) & 0xFFFFFFFF
-    mixed = mixed ^ (mixed >> 16)
-    return (mixed & 0xFFFFFF).float() / float(1 << 24)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels.dispatch import Problem
+from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.base import option
 from llm_accel.methods.budget import Budgeted
 
@@ -247,6 +249,15 @@ class StepEviction(ScoreAndKeep):
             return None
         limit = self.entries(seen) if self.ratio is not None else self.entries(2**62)
         return limit + self.vacancies
+
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        """Operation -> (backend, reason) for the scores and decode steps of one model."""
+        return {}
+
+    def attend_and_choose(self, view: AttentionView, slots: StepView) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A decode step of a full cache in one operation: output [B, 1, Hq, Dv], scores with the attention of this
+        step, and :meth:`victims` for them. None where attention is left to the model, and the rest follows it."""
+        return None
 
     @abstractmethod
     def victims(self, view: StepView) -> Tensor:

@@ -65,6 +65,22 @@ def slots_of(kept: Tensor) -> Tensor:
     return torch.where(kept, index, -1).sort(dim=-1).values[..., slots - width :]
 
 
+def top_tokens(score: Tensor, count: int) -> Tensor:
+    """The ``count`` best of one line of scores, fp32 >= 0 [n]; ties by the lower index. int64 [count], ascending."""
+    best = _ordered_bits(score).sort(descending=True, stable=True).indices[:count]
+    return best.sort().values
+
+
+def uniform(position: Tensor, stream: Tensor) -> Tensor:
+    """fp32 in [0, 1) from a hash of position and stream, so that a row draws the same alone and in a batch."""
+    mixed = (position + 1) * 0x9E3779B1 + stream * 0x85EBCA77
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        mixed = mixed & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * multiplier) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed & 0xFFFFFF).float() / float(1 << 24)
+
+
 def _per_head(mask: Tensor) -> Tensor:
     """A mask of rows or of heads with a dimension for the heads."""
     return mask[:, None] if mask.ndim == 2 else mask

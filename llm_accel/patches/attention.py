@@ -15,6 +15,7 @@ from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
 from llm_accel.patches.layers import GroupedLayer
 from llm_accel.patches.session import Session
+from llm_accel.patches.vision.cuts import watch
 
 PREFIX = "llm_accel_"
 _NEUTRAL = {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}
@@ -91,6 +92,7 @@ class AccelAttention:
         if split is not None and isinstance(layer, GroupedLayer):
             return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
         key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
+        watch(llm_accel, index, query, key, layer.start, kwargs)
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:
             if llm_accel.closing:
@@ -99,8 +101,10 @@ class AccelAttention:
         eviction = Eviction(llm_accel, keeper, layer, index, kwargs)
         if llm_accel.flushing:
             key, value = eviction.before_attention(query, key, value)
-        output = layer.attend(self.base, module, query, key, value, **kwargs)
-        eviction.after_attention(query, key)
+        output = eviction.attended(query, key, value)
+        if output is None:
+            output = layer.attend(self.base, module, query, key, value, **kwargs)
+            eviction.after_attention(query, key)
         return output, None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
+from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
@@ -44,6 +45,24 @@ class Eviction:
         self.layer.keep(kept, self.session.plan.trace)
         self.layer.window = window if self.keeper.cuts_every else None
         return self.layer.narrowed(kept, key, value)
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """A decode step in which the method computes attention and eviction together, [B, 1, Hq, Dv]; None where the
+        model computes attention."""
+        keeper, layer = self.keeper, self.layer
+        decoding = query.shape[2] == 1 and not self.closing and not query.requires_grad
+        if not (decoding and isinstance(keeper, StepEviction) and isinstance(layer, SlotLayer) and layer.full):
+            return None  # while nothing is evicted, the output is the model's own to the bit
+        softmax = softmax_of(self.kwargs, key.shape[-1])
+        view = AttentionView(
+            query, key, value, layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
+        )
+        step = keeper.attend_and_choose(view, layer.view())
+        if step is None:
+            return None
+        output, layer.scores, victims = step
+        layer.choose_spare(victims)
+        return output
 
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""

@@ -16,6 +16,8 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.session import Session
+from llm_accel.patches.vision.rows import enter
+from llm_accel.patches.vision.state import VisualReport
 from llm_accel.report import LayerReport
 
 
@@ -32,9 +34,10 @@ class DecoderHook:
         self.enabled = True
         self._latest: weakref.ref[Session] | None = None
         self._settled: list[LayerReport] = []
+        self._visual = VisualReport()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_latest": None, "_settled": []}
+        return self.__dict__ | {"_latest": None, "_settled": [], "_visual": VisualReport()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -47,22 +50,26 @@ class DecoderHook:
         if args:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
         cache = kwargs.get("past_key_values")
+        visual = kwargs.pop("llm_accel_visual", None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
                 raise UnsupportedCallError(
                     "this cache belongs to the plug-in; inside disabled() start with a new cache."
                 )
             return args, kwargs
+        passing = False
         if cache is None:
             use_cache = kwargs.get("use_cache")
             cached = decoder.config.use_cache if use_cache is None else use_cache
-            without_cache = self.plan.mask is not None or self.plan.attender is not None
+            without_cache = self.plan.mask is not None or self.plan.attender is not None or self.plan.visual
             if decoder.training or not (cached or without_cache):
                 return args, kwargs  # nothing is kept, so there is nothing to evict
+            passing = not cached
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         self._keep_implementation(decoder)
         _refuse(kwargs, decoder)
         session = adopt(cache, self.plan, decoder.config)
+        session.passing = passing
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
             return args, kwargs  # the model itself says what is missing
@@ -70,6 +77,8 @@ class DecoderHook:
         session.begin(length, past, kwargs.get("attention_mask"))
         if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
+        if self.plan.visual:
+            kwargs = enter(session, kwargs, visual, past)
         self._latest = weakref.ref(session)
         kwargs["llm_accel"] = session
         return args, kwargs
@@ -89,13 +98,18 @@ class DecoderHook:
 
     def settle(self, session: Session) -> None:
         """Keeps the report of a finished generate call, whose cache may be gone soon."""
-        self._settled = session.layer_reports()
+        self._settled, self._visual = session.layer_reports(), session.visual.report()
         self._latest = weakref.ref(session)
 
     def layer_reports(self) -> list[LayerReport]:
         """Reports of the latest cache while it lives, else of the latest finished call."""
         session = self._latest() if self._latest is not None else None
         return self._settled if session is None else session.layer_reports()
+
+    def visual_report(self) -> VisualReport:
+        """The same for visual tokens."""
+        session = self._latest() if self._latest is not None else None
+        return self._visual if session is None else session.visual.report()
 
 
 class DecoderExit:
@@ -104,8 +118,11 @@ class DecoderExit:
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises :class:`llm_accel.errors.EvictionError` if a layer over budget evicted nothing."""
         session = kwargs.get("llm_accel")
-        if session is not None:
-            session.verify()
+        if session is None:
+            return
+        session.verify()
+        if session.passing:
+            output.past_key_values = None  # the caller asked for none, and would take it for that of the next call
 
 
 def session_of(cache: Cache) -> Session | None:

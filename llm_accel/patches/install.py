@@ -20,6 +20,7 @@ from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
 from llm_accel.patches.plan import Plan, check_composition
 from llm_accel.patches.rotary import why_no_rotary
+from llm_accel.patches.vision.install import drop_hooks, install_vision, plan_family, uninstall_vision
 
 
 def unwrapped(model: Any) -> Any:
@@ -61,9 +62,12 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
     for config in configs:
-        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend) else {}
+        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend | StepEviction) else {}
     heads = plan_heads(model, configs, skipped)
-    return Plan(tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), **heads)
+    family = plan_family(model, configs, skipped, trace)
+    return Plan(
+        tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), family=family, **heads
+    )
 
 
 def _problem(decoder: Any) -> Problem:
@@ -90,6 +94,8 @@ def install(model: Any, plan: Plan) -> DecoderHook:
         for entry in SHADOWED:
             if hasattr(model, entry):
                 setattr(model, entry, RefusingProxy(entry))
+    if plan.family is not None:
+        install_vision(model, hook)
     return hook
 
 
@@ -98,6 +104,7 @@ def uninstall(model: Any) -> None:
     hook = hook_of(model)
     if hook is not None:
         _unhook(model.get_decoder(), hook)
+        uninstall_vision(model, hook.plan)
     for entry in ("generate", *SHADOWED):
         if isinstance(getattr(model, "__dict__", {}).get(entry), GenerateProxy | RefusingProxy):
             delattr(model, entry)
@@ -105,16 +112,9 @@ def uninstall(model: Any) -> None:
 
 def _unhook(decoder: Any, hook: DecoderHook) -> None:
     hook.enabled = False  # for the generate proxy of an outer model, when the plug-in is taken off its decoder alone
-    _drop_hooks(decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, DecoderHook)
-    _drop_hooks(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, DecoderExit)
+    drop_hooks(decoder, DecoderHook, DecoderExit)
     if decoder.config._attn_implementation == accel_name(hook.plan.base):
         decoder.config._attn_implementation_internal = hook.plan.base
-
-
-def _drop_hooks(hooks: dict[int, Any], with_kwargs: dict[int, Any], kind: type) -> None:
-    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
 
 
 def _decoder(model: Any) -> Any:

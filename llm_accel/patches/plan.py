@@ -12,10 +12,13 @@ from llm_accel.methods import (
     HeadMask,
     HeadMethod,
     HeadSplit,
+    LayerCut,
     MethodConfig,
     ScoreAndKeep,
     StepEviction,
+    VisualTokens,
 )
+from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.layers import (
     AccelLayer,
     AttendingLayer,
@@ -41,8 +44,11 @@ class Plan:
         split: which KV heads keep everything and which a stream, or None.
         mask: which query heads are silenced, or None.
         kv_heads: KV heads of a layer, where heads are split.
+        family: what is declared of the model's family, where visual tokens are taken out.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attender: the method that computes attention, if any; worked out from ``configs``.
+        tokens: the method that decides which visual tokens reach the decoder, if any; worked out from ``configs``.
+        cut: the method that decides which of them leave it half-way, if any; worked out from ``configs``.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -54,8 +60,11 @@ class Plan:
     split: HeadSplit | None = None
     mask: HeadMask | None = None
     kv_heads: int = 0
+    family: VisionFamily | None = None
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
     attender: Attend | None = field(init=False, compare=False)
+    tokens: VisualTokens | None = field(init=False, compare=False)
+    cut: LayerCut | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +74,10 @@ class Plan:
         ]
         keeper = next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
         attender = next((config for config in self.configs if isinstance(config, Attend)), None)
+        tokens = next((config for config in self.configs if isinstance(config, VisualTokens)), None)
         object.__setattr__(self, "keeper", keeper)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "cut", next((config for config in self.configs if isinstance(config, LayerCut)), None))
         object.__setattr__(self, "attender", attender)
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
@@ -75,8 +87,13 @@ class Plan:
 
     @property
     def evicts(self) -> bool:
-        """Whether entries leave the cache, or are treated as if they had."""
-        return self.keeper is not None or self.split is not None
+        """Whether entries leave the cache, are treated as if they had, or never enter it."""
+        return self.keeper is not None or self.split is not None or self.visual
+
+    @property
+    def visual(self) -> bool:
+        """Whether visual tokens are taken out."""
+        return self.family is not None
 
     @property
     def hides(self) -> bool:
@@ -126,6 +143,14 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
                 "does not keep; combine it with a method that compresses the prompt and keeps as many entries in each "
                 "head: snapkv, pyramidkv, random."
             )
+    choosers = [config.spec() for config in configs if isinstance(config, VisualTokens)]
+    if len(choosers) > 1:
+        raise ConfigError(
+            f"{' and '.join(choosers)} both decide which visual tokens reach the decoder; give one of them."
+        )
+    cuts = [config.spec() for config in configs if isinstance(config, LayerCut)]
+    if len(cuts) > 1:
+        raise ConfigError(f"{' and '.join(cuts)} both let visual tokens leave after a layer; give one of them.")
     by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
     if by_head and len(configs) > 1:
         raise ConfigError(

@@ -12,6 +12,7 @@ from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.patches.rotary import Rotary
+from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Session:
         prompt_end: logical length at which the prompt is complete; None when nobody announced it.
         closing: whether the running call completes the prompt, so that layers evict after their attention.
         flushing: whether layers evict before the attention of the running call (deferred compression).
+        passing: whether the cache serves the running call only, which was to have none.
+        in_prompt: whether the running call brings tokens of a prompt, not decoded ones.
+        visual: what became of visual tokens.
         observing: whether layers remember the last queries, because more of the prompt or the eviction is to come.
         padding: leading padding tokens of each row, int64 [B], where the running call tells them, else None.
         rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
@@ -44,6 +48,9 @@ class Session:
         self.closing = False
         self.flushing = False
         self.observing = False
+        self.passing = False
+        self.in_prompt = False
+        self.visual = VisualState()
         self.padding: Tensor | None = None
         self.protect: Tensor | None = None
         self.rotary: Rotary | None = None
@@ -57,6 +64,11 @@ class Session:
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
         if protect is not None and self.plan.keeper is None:
             raise ConfigError(f"protect_mask: {self.plan.title} does not choose entries, so it cannot protect any.")
+        if protect is not None and self.plan.visual:
+            raise UnsupportedCallError(
+                f"protect_mask counts the tokens of the prompt, of which {self.plan.title} takes some out; "
+                "leave one of them out."
+            )
         keeper = self.plan.keeper
         if protect is not None and (isinstance(keeper, StepEviction) or (keeper and keeper.cuts_every is not None)):
             raise UnsupportedCallError(
@@ -69,14 +81,15 @@ class Session:
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
         for layer in self.ours.values():
-            if layer.cumulative_length != past:
+            if layer.get_seq_length() != past:
                 raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
             layer.expected = True
+            layer.missing, layer.arriving = 0, None
         keeper = self.plan.keeper
         if past == 0:
             self._forget()
         self.flushing = self._awaiting_decode and length == 1 and not self._prompt_open(past)
-        in_prompt = length > 1 or past == 0 or self._prompt_open(past)
+        in_prompt = self.in_prompt = length > 1 or past == 0 or self._prompt_open(past)
         complete = in_prompt and (self.prompt_end is None or past + length >= self.prompt_end)
         self.padding = self._read_padding(length, past, attention_mask) if in_prompt else None
         if complete:
@@ -122,7 +135,7 @@ class Session:
                 " and leave no gaps between turns."
             )
         padding = (~real).sum(-1)
-        if self.any_compressed() or (past > 0 and not self._any_padded()):
+        if self.any_shortened() or (past > 0 and not self._any_padded()):
             if bool((~real[:, -length:]).any()):
                 raise UnsupportedCallError(
                     "a later turn on this cache is padded; give rows whose new tokens have equal length."
@@ -130,9 +143,9 @@ class Session:
             return None
         return padding
 
-    def any_compressed(self) -> bool:
-        """Whether some layer of this cache has evicted entries."""
-        return any(layer.compressed for layer in self.ours.values())
+    def any_shortened(self) -> bool:
+        """Whether some layer of this cache has evicted entries or never got some of the tokens."""
+        return any(layer.compressed or layer.removed for layer in self.ours.values())
 
     def _any_padded(self) -> bool:
         return any(layer.start is not None for layer in self.ours.values())
@@ -191,7 +204,7 @@ class Session:
         for index, layer in self.ours.items():
             if index in self.plan.skipped or layer.compressed:
                 continue
-            seen = layer.get_seq_length() - int(self.flushing)  # the first decoded token is no part of the prompt
+            seen = layer.cumulative_length - int(self.flushing)  # the first decoded token is no part of the prompt
             entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))
             if entries < seen:
                 raise EvictionError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.ops import column_votes, gather_entries, ragged_attention
+from benchmarks.ops import block_sparse_attention, column_votes, gather_entries, ragged_attention, slot_decode
 from benchmarks.ops.registry import Case, Work, all_cases
 from llm_accel.kernels.dispatch import all_ops
 
@@ -30,7 +30,8 @@ def case(name: str, moved: int = 10**8) -> Case:
 
 def test_every_case_is_of_a_known_operation_and_they_are_sorted() -> None:
     cases = all_cases()
-    assert {"column_votes", "ragged_attention", "gather_entries"} <= {case.op for case in cases} <= set(all_ops())
+    measured = {"block_sparse_attention", "column_votes", "ragged_attention", "gather_entries", "slot_decode"}
+    assert measured <= {case.op for case in cases} <= set(all_ops())
     assert [case.bound for case in cases] == sorted(case.bound for case in cases)
     assert len({(case.op, case.name) for case in cases}) == len(cases)
     assert all(case.moved > 0 for case in cases)
@@ -43,6 +44,8 @@ def test_every_case_is_of_a_known_operation_and_they_are_sorted() -> None:
         column_votes.case("window", (4, 2, 16), 8, 64, softcap=5.0),
         gather_entries.case(64, 0.25),
         ragged_attention.case(128, skew=8, batch=2),
+        slot_decode.case((4, 2, 16), 40, batch=2),
+        block_sparse_attention.case(1200, budget=64, count=3),
     ],
     ids=lambda small: small.op,
 )

@@ -32,6 +32,8 @@ METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
 ATTENDING = ("hip",)
 # methods with contracts of their own, because heads of one layer hold different numbers of entries
 BY_HEAD = ("retrieval_heads",)
+# methods that act on visual tokens, with contracts of their own in tests/patches/vision
+VISUAL = ("flowcut", "fastv", "dyvte", "stride_tokens", "random_tokens")
 
 
 @dataclass(frozen=True)

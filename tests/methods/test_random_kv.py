@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_accel import RandomKV
-from llm_accel.methods.random_kv import _uniform
+from llm_accel.methods.selection import uniform
 from tests.methods.views import Problem, check_laws, choose, kept_sets, problems, row_of, view_of
 
 LONG = Problem((400,), kv_heads=4, group=1, window=8, budget=108, protect=False, seed=0)
@@ -61,7 +61,7 @@ def test_every_entry_is_as_likely_as_any_other() -> None:
 
 def test_the_hash_is_uniform_and_its_streams_are_unrelated() -> None:
     position = torch.arange(20_000)
-    streams = torch.stack([_uniform(position, torch.tensor(stream)) for stream in (0, 1, 2, 1031, 4099 * 1031)])
+    streams = torch.stack([uniform(position, torch.tensor(stream)) for stream in (0, 1, 2, 1031, 4099 * 1031)])
     assert streams.min() >= 0
     assert streams.max() < 1
     for stream in streams:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.launch import SHARED_MEMORY, Launch, next_power_of_2, operation, strides, unit_stride
+from llm_accel.kernels.launch import SHARED_MEMORY, Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
+from llm_accel.kernels.splits import combine, split_count
 
 AHEAD_OF_TIME = 80  # the architecture to plan for where there is no device
 
@@ -49,27 +50,33 @@ def plan(
     window_start: Tensor,
     window: int | None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """Output and log-sum-exp, still to be filled, and the launch that fills them."""
+    """Output and log-sum-exp, still to be filled, and the launches that fill them. A single query block gives few
+    programs, so its keys are shared out; how many the lists name is known on the device alone."""
     from llm_accel.kernels.block_sparse.triton_kernels import block_sparse_kernel
 
     blocks = BlockList(block_q, block_k, ptr, n_full, n_listed, idx, sink, window_start, window)
     batch, heads, count, dim = query.shape
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    output = query.new_zeros(batch, count, heads, value.shape[-1])  # queries of padding are never written
-    lse = torch.full((batch, heads, count), float("-inf"), dtype=torch.float32, device=query.device)
+    width, rows = value.shape[-1], batch * heads * count
     sharing = heads // max(key.shape[1], blocks.heads)  # query heads with the same keys and list
-    tiling = Tiling.of(query, value, blocks.block_q, sharing)
+    tiling = Tiling.of(query, value, blocks.block_q, blocks.block_k, sharing)
+    programs = (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows))
+    splits = split_count(programs[0] * programs[1], key.shape[2]) if blocks.count == 1 else 1
+    output = query.new_zeros(batch, count, heads, width)  # queries of padding are never written
+    lse = torch.full((splits, batch, heads, count), float("-inf"), dtype=torch.float32, device=query.device)
+    mixed = query.new_empty(splits, rows, width, dtype=torch.float32) if splits > 1 else output
+    learned = sinks if splits == 1 else None  # they count once, when the shares are combined
     launch = Launch(
         block_sparse_kernel,
-        (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows)),
+        (*programs, splits),
         {
             "query": query,
             "key": key,
             "value": value,
-            "output": output,
+            "output": mixed,
             "lse": lse,
             "start": start,
-            "sinks": sinks,
+            "sinks": learned,
             "ptr": blocks.ptr,
             "n_full": blocks.n_full,
             "n_listed": blocks.n_listed,
@@ -91,24 +98,28 @@ def plan(
         },
         {
             "D": dim,
-            "DV": value.shape[-1],
+            "DV": width,
             "BD": next_power_of_2(dim, 16),
-            "BDV": next_power_of_2(value.shape[-1], 16),
+            "BDV": next_power_of_2(width, 16),
             "BQ": blocks.block_q,
             "BK": blocks.block_k,
             "BN": tiling.keys,
             "ROWS": tiling.rows,
             "PACK": tiling.pack,
             "HAS_START": start is not None,
-            "HAS_SINKS": sinks is not None,
+            "HAS_SINKS": learned is not None,
             "HAS_SOFTCAP": softcap is not None,
             "HAS_WINDOW": blocks.window is not None,
+            "PARTIAL": splits > 1,
             "UPCAST": interpreting(),
         },
         tiling.warps,
         tiling.stages,
     )
-    return (output, lse), [launch]
+    if splits == 1:
+        return (output, lse[0]), [launch]
+    total = torch.empty_like(lse[0])
+    return (output, total), [launch, combine(mixed, lse.view(splits, rows), sinks, output, total, unit=math.log(2))]
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -139,13 +150,15 @@ class Tiling:
     stages: int
 
     @staticmethod
-    def of(query: Tensor, value: Tensor, block_q: int, sharing: int) -> Tiling:
+    def of(query: Tensor, value: Tensor, block_q: int, block_k: int, sharing: int) -> Tiling:
         """As many stages as shared memory holds, three at most."""
-        dims, size = next_power_of_2(max(query.shape[-1], value.shape[-1]), 16), query.element_size()
+        width, size = max(query.shape[-1], value.shape[-1]), query.element_size()
+        dims = next_power_of_2(width, 16)
         if size == 4:  # products of fp32 are no tensor-core instructions and need many registers
             most, keys = (32, 32) if dims < 128 else (16, 32)
-        else:
-            most, keys = (128, 64) if dims <= 128 else (64, 32)
+        else:  # registers: masks of channels and of small blocks take them too, and so do few queries on few warps
+            wide = dims < 128 or (block_q > 16 and (width == 128 or block_k >= 64))
+            most, keys = (128, 64 if wide else 32) if dims <= 128 else (64, 32)
         rows = min(block_q, most)
         pack = math.gcd(sharing, most // rows)
         stages = (_shared_memory(query.device) - pack * rows * dims * size) // (2 * keys * dims * size)
@@ -165,19 +178,23 @@ def shipped() -> dict[str, list[Launch]]:
     plans = {}
     for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
         for dim in dims:
+            name = f"{str(dtype).removeprefix('torch.')} head_dim {dim}"
             for block_q, block_k in ((64, 8), (64, 64), (128, 128)):
-                label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} block {block_q}x{block_k}"
-                plans[label] = _example(dtype, dim, block_q, block_k)
-    plans["bfloat16 head_dim 128 one query"] = _example(torch.bfloat16, 128, 16, 8)
+                plans[f"{name} block {block_q}x{block_k}"] = _example(dtype, dim, block_q, block_k)
+            plans[f"{name} one query"] = _example(dtype, dim, 16, 8, queries=1)
+    plans["bfloat16 head_dim 128 one query everything"] = _example(torch.bfloat16, 128, 16, 8, True, queries=1)
     plans["bfloat16 head_dim 64 everything"] = _example(torch.bfloat16, 64, 64, 8, everything=True)
     plans["bfloat16 head_dim 256 everything"] = _example(torch.bfloat16, 256, 64, 8, everything=True)
     return plans
 
 
-def _example(dtype: torch.dtype, dim: int, block_q: int, block_k: int, everything: bool = False) -> list[Launch]:
+def _example(
+    dtype: torch.dtype, dim: int, block_q: int, block_k: int, everything: bool = False, queries: int = 4096
+) -> list[Launch]:
     """Grouped-query attention, 4 query heads per KV head; ``everything``: padding, sinks, soft cap and window."""
-    query, key = (torch.empty(2, heads, 4096, dim, dtype=dtype, device="meta") for heads in (16, 4))
-    shape = (2, 4, 4096 // block_q)
+    query = torch.empty(2, 16, queries, dim, dtype=dtype, device="meta")
+    key = torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta")
+    shape = (2, 4, ceil_div(queries, block_q))
     counts = torch.empty(shape, dtype=torch.int32, device="meta")
     blocks = BlockList(
         block_q,

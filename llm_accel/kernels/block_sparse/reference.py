@@ -12,8 +12,8 @@ from torch import Tensor
 from llm_accel.kernels.block_list import BlockList
 
 LOGITS = 2**18  # of as many KV heads at once as the cache of a processor holds
-# logits below the largest by more weigh as if by this much: 1e-38 of it. A processor takes a hundred times as long for an
-# exponential that is too small for a normal number, which most are where attention is sharp
+# Logits below the largest by more weigh as if by this much, 1e-38 of it: a processor takes a hundred times as long for
+# an exponential that is too small for a normal number, as most are where attention is sharp.
 FAINTEST = -87.0
 
 

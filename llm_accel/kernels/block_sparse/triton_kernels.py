@@ -1,4 +1,5 @@
-"""Block-sparse attention in Triton: one program per query block and a few query heads of one list."""
+"""Block-sparse attention in Triton: one program per query block and a few query heads of one list, or several among
+which its keys are shared out."""
 
 import triton
 import triton.language as tl
@@ -11,8 +12,8 @@ def block_sparse_kernel(
     query,
     key,
     value,
-    output,  # [B, T, Hq, Dv], contiguous
-    lse,  # [B, Hq, T], contiguous
+    output,  # [B, T, Hq, Dv], contiguous; with PARTIAL mixed values fp32 [splits, B * Hq * T, Dv]
+    lse,  # [B, Hq, T], contiguous; with PARTIAL [splits, B * Hq * T], base-2 units
     start,
     sinks,
     ptr,
@@ -52,10 +53,12 @@ def block_sparse_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PARTIAL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Tiles of BN keys come in two loops: those that every query of the block sees whole, and the edges, which are
-    masked. A tile is BN // PIECE pieces, from the list or next to each other in the sink or window segment."""
+    masked. A tile is BN // PIECE pieces, from the list or next to each other in the sink or window segment. Programs
+    along the last axis share the tiles of both loops out; with PARTIAL they leave what is combined afterwards."""
     BM: tl.constexpr = PACK * ROWS  # ROWS queries of a block, of PACK heads
     PIECE: tl.constexpr = min(BK, BN)
     PIECES: tl.constexpr = BN // PIECE  # in a tile
@@ -105,11 +108,18 @@ def block_sparse_kernel(
     window_whole = tl.maximum(first + 1 - near - window_left * BN, 0) // BN
     window_right = tl.cdiv(tl.maximum(past - near - (window_left + window_whole) * BN, 0), BN)
 
+    # The share of this program.
+    wholes = sink_whole + list_whole + window_whole
+    tiles = wholes + sink_edge + list_edge + window_left + window_right
+    share = tl.cdiv(tiles, tl.num_programs(2))
+    low = tl.minimum(tl.program_id(2) * share, tiles)
+    high = tl.minimum(low + share, tiles)
+
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     mixed = tl.zeros([BM, BDV], tl.float32)
 
-    for tile in range(0, sink_whole + list_whole + window_whole):
+    for tile in range(tl.minimum(low, wholes), tl.minimum(high, wholes)):
         piece = (tile - sink_whole) * PIECES + o_piece
         m_piece = (piece >= 0) & (piece < list_whole * PIECES)
         listed = tl.load(place + piece // SPLIT, mask=m_piece, other=0) * BK + piece % SPLIT * PIECE
@@ -127,7 +137,7 @@ def block_sparse_kernel(
         mixed = mixed * shrink[:, None] + dot(weights.to(b_value.dtype), b_value, UPCAST)
         largest = peak
 
-    for tile in range(0, sink_edge + list_edge + window_left + window_right):
+    for tile in range(tl.maximum(low - wholes, 0), tl.maximum(high - wholes, 0)):
         piece = (tile - sink_edge + list_whole) * PIECES + o_piece
         m_piece = (piece >= list_whole * PIECES) & (piece < listed_pieces)
         listed = tl.load(place + piece // SPLIT, mask=m_piece, other=0) * BK + piece % SPLIT * PIECE
@@ -165,7 +175,14 @@ def block_sparse_kernel(
         largest = peak
     total = tl.where(nothing, 1.0, total)
     mixed = mixed / total[:, None]
-    b_lse = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) / LOG2E)
-    p_output = output + ((i_batch * queries + o_row) * heads + o_head)[:, None] * DV + o_dv[None, :]
-    tl.store(p_output, mixed.to(output.dtype.element_ty), mask=m_row[:, None] & (o_dv < DV)[None, :])
-    tl.store(lse + (i_batch * heads + o_head) * queries + o_row, b_lse, mask=m_row)
+    b_lse = tl.where(nothing, float("-inf"), largest + tl.log2(total))
+    m_output = m_row[:, None] & (o_dv < DV)[None, :]
+    row = (i_batch * heads + o_head) * queries + o_row
+    if PARTIAL:
+        row += tl.program_id(2).to(tl.int64) * tl.num_programs(0) * PACK * queries
+        tl.store(output + row[:, None] * DV + o_dv[None, :], mixed, mask=m_output)
+        tl.store(lse + row, b_lse, mask=m_row)
+    else:
+        p_output = output + ((i_batch * queries + o_row) * heads + o_head)[:, None] * DV + o_dv[None, :]
+        tl.store(p_output, mixed.to(output.dtype.element_ty), mask=m_output)
+        tl.store(lse + row, b_lse / LOG2E, mask=m_row)

@@ -9,17 +9,7 @@ from torch import Tensor
 
 from llm_accel.kernels.dispatch import interpreting
 from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
-
-PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer leave it idle
-LEAST_SHARE = 256  # entries that are worth a program of their own
-MOST_SPLITS = 32
-
-
-def tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
-    """Largest row block, entry block and stages that stay within 99 KiB of shared memory."""
-    if dtype == torch.float32:
-        return 16, 16 if block_d > 64 else 32, 2
-    return (32, 32, 4) if block_d > 128 else (64, 64, 4)
+from llm_accel.kernels.splits import combine, split_count, tiles
 
 
 def plan(
@@ -44,8 +34,7 @@ def plan(
     block_m = min(block_m, next_power_of_2(group * count, least=16))
     row_tiles = ceil_div(group * count, block_m)
     longest = table.shape[2] * page  # what the host knows of the lengths
-    wanted = ceil_div(PROGRAMS, max(1, row_tiles * batch * heads))
-    splits = max(1, min(wanted, longest // LEAST_SHARE, MOST_SPLITS))
+    splits = split_count(row_tiles * batch * heads, longest)
     mixed = query.new_empty(splits, rows, width, dtype=torch.float32)
     lse = query.new_empty(splits, rows, dtype=torch.float32)
     output = query.new_empty(batch, count, query_heads, width)
@@ -69,19 +58,7 @@ def plan(
         warps=4,
         stages=stages,
     )
-    combine = Launch(
-        kernels.combine_kernel,
-        (rows,),
-        {
-            **{"mixed": mixed, "lse": lse, "sinks": sinks, "output": output},
-            **{"query_heads": query_heads, "count": count, "rows": rows, "splits": splits},
-            **strides("o", output, "bth"),
-        },
-        {"DV": width, "BLOCK_DV": block_dv, "BLOCK_S": next_power_of_2(splits)},
-        warps=4,
-        stages=1,
-    )
-    return output, [split, combine]
+    return output, [split, combine(mixed, lse, sinks, output)]
 
 
 def _fake(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:

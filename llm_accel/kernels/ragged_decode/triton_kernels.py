@@ -1,5 +1,5 @@
-"""Ragged attention in two passes: each split takes a share of the entries of one row and head, then the splits are
-combined. A split takes its share of the length that it finds on the device, so the host never waits.
+"""Ragged attention: each split takes a share of the entries of one row and head, and what they leave is combined
+afterwards. A split takes its share of the length that it finds on the device, so the host never waits.
 
 Rows are packed: row ``r`` is query ``r // GROUP`` of head ``r % GROUP`` among those of one KV head. Log-sum-exp is in
 base-2 units.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llm_accel.kernels.triton_utils import LOG2E, dot, log2_logits, log_sum, pivot
+from llm_accel.kernels.triton_utils import dot, log2_logits, log_sum, pivot
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
@@ -67,32 +67,3 @@ def split_kernel(
     row = i_split.to(tl.int64) * rows + (i_bh * GROUP + o_g) * count + o_t
     tl.store(lse + row, b_lse, mask=m_m)
     tl.store(mixed + row[:, None] * DV + o_dv[None, :], b_o, mask=m_m[:, None] & (o_dv < DV)[None, :])
-
-
-@triton.jit(do_not_specialize=["count", "rows", "splits"])
-def combine_kernel(
-    mixed, lse, sinks, output,
-    query_heads, count, rows, splits,
-    o_b, o_t, o_h,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The splits of one row together; a learned sink takes part in the sum of the weights alone."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_h, i_t = i_row // (query_heads * count), i_row // count % query_heads, i_row % count
-    o_s, o_dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
-    m_s = o_s < splits
-    b_lse = tl.load(lse + o_s.to(tl.int64) * rows + i_row, mask=m_s, other=float("-inf"))
-    top = tl.max(b_lse, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + i_h).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    top = pivot(top)
-    weights = tl.exp2(b_lse - top)
-    whole = tl.sum(weights, 0)
-    if sinks is not None:
-        whole += tl.exp2(sink - top)
-    at = (o_s.to(tl.int64)[:, None] * rows + i_row) * DV + o_dv[None, :]
-    b_o = tl.load(mixed + at, mask=m_s[:, None] & (o_dv < DV)[None, :], other=0.0)
-    b_o = tl.sum(b_o * weights[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    at = i_b * o_b + i_t * o_t + i_h * o_h + o_dv
-    tl.store(output + at, b_o.to(output.dtype.element_ty), mask=o_dv < DV)

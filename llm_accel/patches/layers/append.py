@@ -20,7 +20,11 @@ class AccelLayer(DynamicLayer):
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
 
     Attributes:
-        cumulative_length: logical length, the tokens seen; the name that ``CacheLayerMixin.reset`` clears.
+        cumulative_length: tokens that came here; the name that ``CacheLayerMixin.reset`` clears.
+        removed: tokens of the prompt that were taken out before they came here; they count in the logical length.
+        missing: those of the running call, until its entries come.
+        arriving: original positions of the running call's entries, int64 [B, n], -1 for padding, where they are traced
+            and tokens may be taken out; else None.
         start: first real slot of each row, int64 [B]; None when every slot is real.
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         expected: whether a call with the plug-in has begun and its entries have not come yet.
@@ -39,7 +43,7 @@ class AccelLayer(DynamicLayer):
     values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
     shared_tensors: ClassVar[tuple[str, ...]] = ()
-    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "compressed", "floor")
+    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "compressed", "floor")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,6 +51,9 @@ class AccelLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.cumulative_length = 0
+        self.removed = 0
+        self.missing = 0
+        self.arriving: Tensor | None = None
         self.start: Tensor | None = None
         self.padding: Tensor | None = None
         self.expected = False
@@ -58,8 +65,8 @@ class AccelLayer(DynamicLayer):
         self.kept: Tensor | None = None
 
     def get_seq_length(self) -> int:
-        """Logical length: tokens seen, the only length that transformers may read."""
-        return self.cumulative_length
+        """Logical length: tokens seen by the model, the only length that transformers may read."""
+        return self.cumulative_length + self.removed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0): the sentinel that makes our mask function return None; validity lives in this layer."""
@@ -117,8 +124,7 @@ class AccelLayer(DynamicLayer):
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
-        if self.positions is not None:
-            self._append_positions(key_states.shape[-2])
+        self._place(key_states.shape[-2])
         return self.keys, self.values
 
     def _admit(self, count: int) -> None:
@@ -133,6 +139,18 @@ class AccelLayer(DynamicLayer):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         self.expected = self.attended = False
         self.cumulative_length += count
+        self.removed += self.missing
+
+    def _place(self, count: int) -> None:
+        """Notes where the newest ``count`` entries stood in the prompt, where that is traced."""
+        if self.missing:
+            self.floor = self.physical_length()
+        if self.arriving is not None:
+            newest = self.arriving[:, None].to(self.keys.device).expand(-1, self.kv_heads, -1)
+            self.positions = newest if self.positions is None else torch.cat([self.positions, newest], dim=-1)
+            self.kept = self.positions
+        elif self.positions is not None:
+            self._append_positions(count)
 
     def _append_positions(self, count: int) -> None:
         assert self.positions is not None
@@ -207,9 +225,9 @@ class AccelLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         remaining = self.physical_length() + tokens_to_remove
-        if tokens_to_remove > 0 or (self.compressed and remaining < self.floor):
+        if tokens_to_remove > 0 or remaining < self.floor:
             most = self.physical_length() - self.floor
-            limit = f", at most {most} of them: older entries were evicted" if self.compressed else ""
+            limit = f", at most {most} of them: older entries were evicted" if self.floor else ""
             raise UnsupportedCallError(
                 f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens{limit}."
             )

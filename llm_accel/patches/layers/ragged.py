@@ -92,8 +92,7 @@ class RaggedLayer(AccelLayer):
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
         self.longest += count
         self.room -= count
-        if self.positions is not None:
-            self._append_positions(count)
+        self._place(count)
         return key_states, value_states
 
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:

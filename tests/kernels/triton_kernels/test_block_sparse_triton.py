@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_accel.kernels import splits
 from llm_accel.kernels.block_list import BlockList
-from llm_accel.kernels.block_sparse.launch import block_sparse_attention_triton
+from llm_accel.kernels.block_sparse.launch import block_sparse_attention_triton, plan
 from tests.kernels.block_sparse_cases import CASES, Case
 from tests.kernels.triton_device import DEVICE, assert_close
 
@@ -78,3 +79,28 @@ def test_order_of_listed_blocks_does_not_matter() -> None:
     expected, _ = triton(case)
     case.blocks = replace(blocks, idx=rows.flatten())
     assert_close("output", triton(case)[0], expected.double(), torch.float32)
+
+
+ONE_BLOCK = {
+    "one_query": Case(queries=1, slots=143),
+    "padded": Case(queries=8, slots=143, start=[0, 50, 138, 143]),
+    "list_per_query_head": Case(queries=3, slots=143, lists="query"),
+    "one_list": Case(queries=1, slots=143, lists="one", group=3),
+    "learned_sinks": Case(queries=8, slots=143, with_sinks=True, start=[3, 143]),
+    "streaming": Case(kind="sink_window", sink=5, window=40, queries=8, slots=143, start=[0, 139]),
+    "softcap": Case(kind="dense", queries=5, slots=300, softcap=2.0),
+    "fewer_tiles_than_splits": Case(queries=1, slots=500, budget=0, sink=0, window=9),
+    "fp16": Case(queries=1, slots=300, dim=64, width=64, dtype=torch.float16, group=4, budget=9),
+    "bf16": Case(queries=8, slots=300, dim=128, width=128, dtype=torch.bfloat16, group=7, kv_heads=1, start=[5]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_BLOCK)
+def test_keys_of_a_single_query_block_are_shared_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "LEAST_SHARE", 8)
+    case = ONE_BLOCK[name]
+    rest = (None, 0.3, None, None, *vars(case.blocks).values())
+    (_, steps) = plan(case.query, case.key, case.value, *rest)
+    assert [step.kernel.__name__ for step in steps] == ["block_sparse_kernel", "combine_kernel"]
+    assert steps[0].grid[2] > 1
+    check(case)

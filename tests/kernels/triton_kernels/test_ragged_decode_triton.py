@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_accel.kernels import splits
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.kernels.ragged_decode import OP, launch, ragged_attention
 from tests.kernels.ragged_case import CASES, Case
@@ -52,7 +53,7 @@ def test_equals_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ragged", "eight_tokens", "learned_sinks", "splits_of_long_heads"])
 def test_splits_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LEAST_SHARE", 8)
+    monkeypatch.setattr(splits, "LEAST_SHARE", 8)
     case = (NARROW | WIDE)[name]
     lengths = torch.tensor(case.lengths)
     steps = launch.plan(case.query, case.keys, case.values, case.table, lengths, 0.4, None, None)[1]

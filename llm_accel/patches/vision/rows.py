@@ -1,0 +1,131 @@
+"""Rows of a call that are taken out of the stream of hidden states, at the decoder's entrance or after a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods.selection import slots_of
+from llm_accel.patches.vision.tombstones import tombstones
+
+if TYPE_CHECKING:
+    from llm_accel.patches.session import Session
+
+
+class VisualRows:
+    """The rows of one forward call that are under way. Rows of a batch that lose different numbers of tokens are
+    aligned to the right, padded with zeros.
+
+    Attributes:
+        length: tokens T of the call.
+        real: bool [B, n], which rows under way are no padding.
+        visual: bool [B, n], which of them are visual tokens; None where the call's token ids are unknown.
+        index: int64 [B, n], the token of the call that a row under way is, ascending, -1 first where a batch row has
+            fewer; None while all T are under way.
+    """
+
+    def __init__(self, real: Tensor, visual: Tensor | None) -> None:
+        self.length = real.shape[1]
+        self.real = real
+        self.visual = None if visual is None else visual & real
+        self.index: Tensor | None = None
+
+    def take(self, keep: Tensor) -> Tensor:
+        """Lets only the rows under ``keep``, bool [B, n], go on; padding goes where all rows of the batch can spare it.
+
+        Returns:
+            int64 [B, m]: which of the n rows each of the m rows was, ascending, -1 first where there are fewer.
+        """
+        taken = slots_of((keep & self.real)[:, None])[:, 0]
+        if taken.shape[1] == 0:
+            raise UnsupportedCallError(
+                "every token of this call is a dropped visual token; give longer chunks (prefill_chunk_size)."
+            )
+        self.index = taken if self.index is None else gathered(self.index, taken, -1)
+        self.real = taken >= 0
+        self.visual = None if self.visual is None else gathered(self.visual, taken, False)
+        return taken
+
+    @property
+    def missing(self) -> int:
+        """Tokens of the call that are not under way any more, padding included."""
+        return self.length - self.real.shape[1]
+
+    @property
+    def padding(self) -> Tensor:
+        """Leading padding of each row under way, int64 [B]."""
+        return (~self.real).sum(-1)
+
+
+def gathered(rows: Tensor, index: Tensor, empty: float | bool) -> Tensor:
+    """Rows ``index``, int64 [B, m], of [B or 1, n, ...]; ``empty`` where the index is -1."""
+    shape = (*index.shape, *rows.shape[2:])
+    wide = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
+    found = rows.expand(index.shape[0], *rows.shape[1:]).gather(1, wide.clamp(min=0).expand(shape))
+    return found.masked_fill(wide < 0, empty)
+
+
+def columns(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Tokens ``index``, int64 [B, m], of a tensor that has them in dimension ``dim`` (-1 or -2), the batch, B or 1,
+    right before it, and any axes before that: position ids [B, n] or [A, B, n], rotary phases [(A,) B, n, D]."""
+    index = index.clamp(min=0).to(tensor.device)
+    tail = tensor.shape[dim:][1:]
+    wide = tensor.expand(*tensor.shape[: dim - 1], index.shape[0], *tensor.shape[dim:])
+    index = index.reshape(*index.shape, *[1] * len(tail)).expand(*wide.shape[: dim - 1], *index.shape, *tail)
+    return wide.gather(dim, index)
+
+
+def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past: int) -> dict[str, Any]:
+    """Takes the tombstones out of a call of the decoder and tells the session what is left.
+
+    Args:
+        session: state of the cache, its call begun.
+        kwargs: arguments of the decoder.
+        visual: bool [B, T], which tokens are visual, or None where nobody knows.
+        past: tokens seen before.
+
+    Returns:
+        The arguments with ``inputs_embeds``, ``position_ids`` and all that has a row per token cut to the rows left.
+    """
+    session.visual.rest()
+    embeddings = kwargs.get("inputs_embeds")
+    if not session.in_prompt or embeddings is None:
+        return kwargs
+    rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
+    session.visual.begin(rows, past)
+    gone = tombstones(embeddings)
+    if bool(gone.any()):
+        index = rows.take(~gone)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + rows.length, device=embeddings.device)[None]
+        kwargs = kwargs | {
+            "inputs_embeds": gathered(embeddings, index, 0.0),
+            "position_ids": columns(positions, index, -1),
+            **_aligned(kwargs, ~gone, index),
+        }
+    session.visual.settle(session, first_layer=0)
+    return kwargs
+
+
+def _real_tokens(embeddings: Tensor, mask: Tensor | None) -> Tensor:
+    """bool [B, T]: which tokens of the call are no padding."""
+    batch, length = embeddings.shape[:2]
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
+    return mask[:, -length:].to(embeddings.device).bool()
+
+
+def _aligned(kwargs: dict[str, Any], kept: Tensor, index: Tensor) -> dict[str, Any]:
+    """Arguments of single families that have one row per token or per visual token."""
+    mask, extra = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if mask is None:
+        return {}
+    rows = kept[mask]
+    return {
+        "visual_pos_masks": gathered(mask, index, False),
+        "deepstack_visual_embeds": None if extra is None else [features[rows] for features in extra],
+    }

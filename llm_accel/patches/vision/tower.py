@@ -1,0 +1,201 @@
+"""One pass of images through a vision tower: scores of patches, and patches that leave half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods import TowerTokens, TowerView
+from llm_accel.methods.selection import select_top
+from llm_accel.patches.attention import PREFIX, accel_name
+from llm_accel.patches.base_attention import base_function, softmax_of
+from llm_accel.patches.vision.rows import gathered
+
+_TOWER = PREFIX + "tower_"
+_RUNNING: ContextVar[TowerPass | None] = ContextVar("llm_accel_tower", default=None)
+
+
+class TowerPass:
+    """Lives for one call, in the context of its thread: some towers hand no keyword arguments down to their attention.
+    Nothing stays on modules, and calls in other threads have passes of their own.
+
+    Args:
+        method: what scores and cuts.
+        class_token: whether row 0 is a class token.
+        last: the layer whose output is used.
+        inside: whether patches are cut inside the tower; otherwise they are scored only.
+        parts: for each tile, the tiles of its image, which share a target; None: each tile is an image.
+        layers: the layers that count; None: all up to ``last``.
+        keeps_class: whether the class token becomes a visual token, which it then always stays.
+    """
+
+    def __init__(
+        self,
+        method: TowerTokens,
+        *,
+        class_token: bool,
+        last: int,
+        inside: bool,
+        parts: Sequence[int] | None,
+        layers: Sequence[int] | None,
+        keeps_class: bool,
+    ) -> None:
+        self.method = method
+        self.class_token = class_token
+        self.last = last
+        self.inside = inside
+        self.parts = parts
+        self.layers = layers
+        self.keeps_class = keeps_class
+        self.targets: Tensor | None = None
+        self.scores: list[Tensor] = []
+        self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self._valid: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._sizes: Tensor | None = None
+        self._patches = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The tower's layers find this pass inside."""
+        token = _RUNNING.set(self)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
+    def attend(self, base: str, module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> Tensor:
+        """Attention of one layer, [B, S, h, d]; rows that were cut from some images only are hidden."""
+        query, key, value = tensors
+        self._calls.append((*tensors, softmax_of(kwargs, query.shape[-1])["scaling"]))
+        mask = self._valid
+        if mask is not None and not base.startswith("flash"):
+            mask = mask[:, None, None]
+            if base == "eager":
+                mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
+                    ~mask, torch.finfo(query.dtype).min
+                )
+        output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
+        return output
+
+    def after(self, layer: int, hidden: Tensor) -> Tensor:
+        """The output of a layer, [B, S, C], without the patches that leave here. What the model reads has all rows
+        again: zeros stand where patches left."""
+        calls, self._calls = self._calls, []
+        if layer > self.last or (self.layers is not None and layer not in self.layers):
+            return hidden
+        last_cut = max(self.last - 1, 0)
+        if not calls:
+            raise UnsupportedCallError(
+                f"the attention of layer {layer} of the vision tower never reached llm_accel; call "
+                "llm_accel.remove(model), set its attention implementation, then apply again."
+            )
+        if not self.inside or layer <= last_cut:
+            views = [
+                TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=last_cut)
+                for tensors in calls
+            ]
+            before: Sequence[Tensor | None] = self.scores or [None] * len(views)
+            self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
+            if self.inside:
+                hidden = self._cut(views[0], hidden)
+        return self._restored(hidden) if layer == self.last else hidden
+
+    def _cut(self, view: TowerView, hidden: Tensor) -> Tensor:
+        if self._sizes is None or self.targets is None:
+            tiles, self._patches = view.patches.shape
+            own = int(self.keeps_class)
+            parts = self.parts or [1] * tiles
+            targets = [max(1, self.method.tokens(self._patches + own, part) - own) for part in parts]
+            self.targets = torch.tensor(targets)
+            self._sizes = torch.full_like(self.targets, self._patches)
+        sizes = self.method.survivors(view, self._sizes, self.targets)
+        if torch.equal(sizes, self._sizes):
+            return hidden
+        width, offset = int(sizes.max()), int(self.class_token)
+        keep = select_top(self.scores[0][:, None], sizes.to(hidden.device), width, view.patches)[:, 0]
+        self.scores = [gathered(self.scores[0], keep, 0.0)]
+        self._kept = keep if self._kept is None else gathered(self._kept, keep, -1)
+        self._sizes = sizes
+        rows = torch.where(keep < 0, -1, keep + offset)
+        rows = F.pad(rows, (offset, 0))
+        self._valid = None if bool((sizes == width).all()) else rows >= 0
+        return gathered(hidden, rows, 0.0)
+
+    def _restored(self, hidden: Tensor) -> Tensor:
+        if self._kept is None:
+            return hidden
+        offset = int(self.class_token)
+        rows = torch.where(self._kept < 0, self._patches, self._kept)[..., None].expand(-1, -1, hidden.shape[-1])
+        full = hidden.new_zeros(hidden.shape[0], self._patches + 1, hidden.shape[-1])
+        full = full.scatter(1, rows, hidden[:, offset:])[:, : self._patches]
+        self._valid = None
+        return torch.cat([hidden[:, :offset], full], dim=1)
+
+    def values(self) -> list[Tensor]:
+        """Per tile, fp32 [patches]: 1 where a patch stayed and 0 where it left; scores where nothing was cut inside."""
+        if not self.inside:
+            return [row for scores in self.scores for row in scores]
+        stayed = torch.ones_like(self.scores[0])
+        if self._kept is not None:
+            stayed = torch.zeros(self._kept.shape[0], self._patches + 1, device=self._kept.device)
+            stayed.scatter_(1, torch.where(self._kept < 0, self._patches, self._kept), 1.0)
+            stayed = stayed[:, : self._patches]
+        return list(F.pad(stayed, (int(self.keeps_class), 0), value=1.0))
+
+
+class TowerHook:
+    """Forward hook of one layer of the tower; idle in calls without a pass."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replaces the output of the layer."""
+        tower = _RUNNING.get()
+        if tower is None:
+            return None
+        if isinstance(output, tuple):
+            return (tower.after(self.layer, output[0]), *output[1:])
+        return tower.after(self.layer, output)
+
+
+class TowerAttention:
+    """The tower's own attention, seen by the running pass, if there is one."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Same arguments as the attention functions of transformers."""
+        tower = _RUNNING.get()
+        if tower is None:
+            return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
+        return tower.attend(self.base, module, (query, key, value), **kwargs), None
+
+
+def tower_name(base: str) -> str:
+    """The name under which the attention of a tower is wrapped."""
+    return accel_name(base).replace(PREFIX, _TOWER)
+
+
+def register_tower(base: str) -> str:
+    """Registers the wrapper of one base implementation; returns its name."""
+    AttentionInterface.register(tower_name(base), TowerAttention(base))
+    return tower_name(base)

@@ -1,0 +1,119 @@
+"""References for dropped visual tokens that share nothing with the package: rows removed, or keys hidden, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_PER_TOKEN = ("inputs_embeds", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
+
+
+def decoder_inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the decoder of the unpatched model is called with for one row without padding."""
+    seen: dict[str, Any] = {}
+
+    def record(decoder: object, args: object, kwargs: dict[str, Any]) -> None:
+        seen.update({name: kwargs.get(name) for name in _PER_TOKEN})
+
+    hook = model.get_decoder().register_forward_pre_hook(record, with_kwargs=True)
+    model(**batch, use_cache=False)
+    hook.remove()
+    length = seen["inputs_embeds"].shape[1]
+    if seen["position_ids"] is None:
+        seen["position_ids"] = torch.arange(length)[None]
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def removed(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, steps: int = 6) -> Tensor:
+    """Logits [steps, vocabulary] of greedy decoding without a cache, after the rows ``dropped``, bool [T], were taken
+    out of the decoder's inputs; all others keep their positions."""
+    given, kept = decoder_inputs(model, batch), ~dropped
+    given["inputs_embeds"] = given["inputs_embeds"][:, kept]
+    given["position_ids"] = given["position_ids"][..., kept]
+    if "visual_pos_masks" in given:
+        rows = kept[given["visual_pos_masks"][0]]
+        given["visual_pos_masks"] = given["visual_pos_masks"][:, kept]
+        given["deepstack_visual_embeds"] = [features[rows] for features in given["deepstack_visual_embeds"]]
+    return _greedy(model, given, steps)
+
+
+def hidden(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, behind: int, steps: int = 6) -> Tensor:
+    """The same with all rows in place, where layers behind ``behind`` do not see the keys of the dropped ones."""
+    given = decoder_inputs(model, batch)
+    with _hiding(model, dropped, behind):
+        return _greedy(model, given, steps)
+
+
+def _greedy(model: PreTrainedModel, given: dict[str, Any], steps: int) -> Tensor:
+    logits = []
+    banned = torch.tensor(model.generation_config.suppress_tokens)
+    for _ in range(steps):
+        # a mask, because positions with gaps would be taken for packed sequences without one
+        mask = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
+        output = model.get_decoder()(**given, attention_mask=mask, use_cache=False).last_hidden_state
+        logits.append(model.lm_head(output[:, -1])[0])
+        token = logits[-1].index_fill(0, banned, float("-inf")).argmax()[None, None]
+        new = model.get_input_embeddings()(token)
+        given["inputs_embeds"] = torch.cat([given["inputs_embeds"], new], dim=1)
+        # where the axes of a position differ, text goes on behind the largest of them; the first may count tokens
+        positions = given["position_ids"]
+        given["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+        if "visual_pos_masks" in given:
+            given["visual_pos_masks"] = torch.nn.functional.pad(given["visual_pos_masks"], (0, 1))
+    return torch.stack(logits)
+
+
+@contextmanager
+def _hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[None]:
+    def hide(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        gone = torch.nn.functional.pad(dropped, (0, length - len(dropped)))
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        visible = causal & (~gone | torch.eye(length, dtype=torch.bool))  # itself, so that no row is empty
+        return args, kwargs | {"attention_mask": visible[None, None]}
+
+    hooks = [
+        layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in model.get_decoder().layers[behind + 1 :]
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def flowcut(model: PreTrainedModel, image: Tensor, target: int, every: int = 2) -> tuple[Tensor, list[int]]:
+    """The published procedure on the CLIP tower of one LLaVA image [3, H, W], layer by layer, scores in float64: kept
+    patches, ascending, and how many were left after each layer."""
+    tower = model.base_model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(image[None]))
+    kept, accumulated, sizes = torch.arange(hidden.shape[1] - 1), None, []
+    last = len(tower.encoder.layers) - 3
+    for index, layer in enumerate(tower.encoder.layers[: last + 1]):
+        attention, inside = layer.self_attn, layer.layer_norm1(hidden)[0]
+        shape = (len(inside), attention.num_heads, attention.head_dim)
+        query, key, value = (
+            project(inside).view(shape).transpose(0, 1).double()
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        relation = ((query[:, :1] @ key.mT) * attention.scale).softmax(-1)[:, 0].mean(0)[1:]
+        semantics = (value[:, :1] @ value.mT).softmax(-1)[:, 0].mean(0)[1:]
+        density = value.mean(0).abs().sum(-1)[1:]
+        now = (relation / relation.sum() + semantics / semantics.sum()) * density
+        accumulated = now if accumulated is None else 0.5 * accumulated + 0.5 * now
+        hidden = layer(hidden, None)
+        left, to_go = len(kept), last - index
+        if to_go % every == 0 and left > target:
+            share = relation / relation.sum()
+            spread = float(-(share * share.log()).sum() / torch.tensor(float(left)).log())
+            cut = left - target if to_go == 0 else round((left - target) / to_go**0.5 * (1 - spread**2))
+            best = accumulated.topk(max(left - cut, target)).indices.sort().values
+            kept, accumulated = kept[best], accumulated[best]
+            hidden = torch.cat([hidden[:, :1], hidden[:, 1:][:, best]], dim=1)
+        sizes.append(len(kept))
+    return kept, sizes
