@@ -2,9 +2,10 @@
 
     python benchmarks/hip_cpu.py --out benchmarks/results/hip_cpu.json
 
-Causal prefill in fp32, 4 query heads and 1 KV head; every query sees 512 chosen tokens, a window of 256 and 64 sinks.
-Runs are interleaved, medians of CPU time are reported. The growth exponent is that of the whole of HiP between the
-shortest and the longest prompt: dense attention has 2.
+Causal prefill in fp32, 4 query heads and 1 KV head. Two settings: ``small``, where a query sees 512 chosen tokens, a
+window of 256 and 64 sinks, and ``default``, HiP's own. Runs are interleaved, medians of CPU time are reported. The
+growth exponent is that of the whole of HiP between the shortest and the longest prompt: dense attention has 2. The
+break-even length is where HiP becomes faster, by interpolation.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel import HiP
+from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
 from llm_accel.methods.hip import make_search
 
-CONFIG = HiP(
-    sink=64,
-    window=256,
-    budget=512,
-    edge_layers=(),
-    stages=((256, None, 4), (32, 4096, 4), (8, 2048, 4)),
-    min_prefill_len=0,
-)
+SETTINGS = {
+    "small": HiP(
+        sink=64,
+        window=256,
+        budget=512,
+        edge_layers=(),
+        stages=((256, None, 4), (32, 4096, 4), (8, 2048, 4)),
+        min_prefill_len=0,
+    ),
+    "default": HiP(edge_layers=(), min_prefill_len=0),
+}
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -46,31 +54,49 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def compare(length: int, dim: int, repeats: int) -> dict[str, Any]:
-    """Medians and ranges in seconds for one prompt length."""
+    """Seconds of the dense attention, and of each setting's selection, attention and both: median, least and most."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, length, dim, generator=generator)
     key, value = (torch.randn(1, 1, length, dim, generator=generator) for _ in range(2))
-    search = make_search(CONFIG, CONFIG.budget, few=False)
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    times: dict[str, list[float]] = {"dense": [], "select": [], "attend": [], "hip": []}
+    def attend(blocks: BlockList) -> Tensor:
+        return block_sparse_attention(query, key, value, blocks, scaling=dim**-0.5)[0]
+
+    times: dict[str, list[float]] = {"dense": []}
     for _ in range(repeats):
         times["dense"].append(timed(dense)[0])
-        selecting, blocks = timed(lambda: hip_select(query, key, search))
-        attending, _ = timed(lambda blocks=blocks: block_sparse_attention(query, key, value, blocks, scaling=dim**-0.5))
-        times["select"].append(selecting)
-        times["attend"].append(attending)
-        times["hip"].append(selecting + attending)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ranges = {name: [min(values), max(values)] for name, values in times.items()}
-    speedup = medians["dense"] / medians["hip"]
-    return {"length": length, "head_dim": dim, **medians, "speedup": speedup, "ranges": ranges}
+        for name, config in SETTINGS.items():
+            search = make_search(config, config.budget, few=False)
+            selecting, blocks = timed(partial(hip_select, query, key, search))
+            attending, _ = timed(partial(attend, blocks))
+            for part, seconds in (("select", selecting), ("attend", attending), ("hip", selecting + attending)):
+                times.setdefault(f"{name} {part}", []).append(seconds)
+    seconds = {name: [statistics.median(values), min(values), max(values)] for name, values in times.items()}
+    speedup = {name: seconds["dense"][0] / seconds[f"{name} hip"][0] for name in SETTINGS}
+    return {"length": length, "head_dim": dim, "seconds": seconds, "speedup": speedup}
+
+
+def growth(rows: list[dict[str, Any]], name: str) -> float:
+    """Exponent of the length in HiP's time, from the first row to the last."""
+    first, last = (math.log(row["seconds"][f"{name} hip"][0]) for row in (rows[0], rows[-1]))
+    return (last - first) / math.log(rows[-1]["length"] / rows[0]["length"])
+
+
+def break_even(rows: list[dict[str, Any]], name: str) -> float | None:
+    """The length at which HiP takes as long as dense attention; None outside of what was measured."""
+    for short, long in pairwise(rows):
+        before, after = math.log(short["speedup"][name]), math.log(long["speedup"][name])
+        if before <= 0 < after:
+            part = before / (before - after)
+            return float(short["length"] * (long["length"] / short["length"]) ** part)
+    return None
 
 
 def main() -> None:
-    """Prints a line per setting and writes all of them as JSON."""
+    """Prints a line per length and writes all of them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4096,8192,16384,32768", help="prompt lengths, separated by commas")
     parser.add_argument("--head-dims", default="64,128", help="head dimensions, separated by commas")
@@ -78,24 +104,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells, growth = [], {}
+    cells, totals = [], {}
     for dim in map(int, args.head_dims.split(",")):
-        rows = [compare(length, dim, args.repeats) for length in map(int, args.lengths.split(","))]
-        for row in rows:
-            print(" ".join(f"{name}={value:.4g}" for name, value in row.items() if name != "ranges"), flush=True)
-        first, last = rows[0], rows[-1]
-        if first["length"] != last["length"]:
-            growth[dim] = math.log(last["hip"] / first["hip"]) / math.log(last["length"] / first["length"])
-            print(f"head_dim={dim} growth exponent {growth[dim]:.3f}", flush=True)
+        rows = []
+        for length in map(int, args.lengths.split(",")):
+            rows.append(compare(length, dim, args.repeats))
+            medians = " ".join(f"{name}={values[0]:.4g}" for name, values in rows[-1]["seconds"].items())
+            print(f"{length=} head_dim={dim} {medians} speedup={rows[-1]['speedup']}", flush=True)
+        if len(rows) > 1:
+            totals[f"head_dim {dim}"] = {
+                name: {"growth_exponent": growth(rows, name), "break_even": break_even(rows, name)} for name in SETTINGS
+            }
         cells += rows
+    print(totals)
     result = {
         "command": "benchmarks/hip_cpu.py",
-        "method": CONFIG.spec(),
+        "settings": {name: config.spec() for name, config in SETTINGS.items()},
         "threads": 1,
+        "cores": os.cpu_count(),
         "dtype": "float32",
         "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "growth_exponent": growth,
+        "processor": platform.processor() or platform.machine(),
+        "totals": totals,
         "cells": cells,
     }
     if args.out is not None:
