@@ -27,9 +27,9 @@ from llm_accel.methods.hip_decode import DecodeMemory, decode_step
 
 FEW = 8  # queries that are treated as decoding: the proposals of speculative decoding
 FEW_BLOCK = 16  # the smallest block of queries
-# prompt lengths from which on the default settings are expected to beat dense attention: estimates from operation
-# counts and published figures, measured on neither kind of device
-BREAK_EVEN = {"cpu": 16384, "cuda": 32768}
+# prompt lengths from which on the default settings beat dense attention: measured on a CPU (benchmarks/hip_cpu.py), an
+# estimate from operation counts and published figures on a GPU
+BREAK_EVEN = {"cpu": 24576, "cuda": 32768}
 
 
 @dataclass(frozen=True)
