@@ -18,6 +18,7 @@ from llm_accel.eval.needle.haystack import Haystack, load_haystack
 from llm_accel.eval.needle.prompts import Prompt, PromptMaker
 from llm_accel.eval.needle.settings import Settings
 from llm_accel.methods import MethodConfig
+from llm_accel.registry import spec_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -84,13 +85,14 @@ class ToldEngine(Engine):
 
     def __init__(self, right: Callable[[str, Prompt], bool] = lambda method, prompt: True, fail_at: int = -1) -> None:
         self.right, self.fail_at, self.calls, self.max_new_tokens = right, fail_at, 0, 8
+        self.query_agnostic = False
         self.seen: list[tuple[str, tuple[int, ...]]] = []
 
-    def run(self, prompts: Sequence[Prompt], config: MethodConfig | None) -> Outcome:
+    def run(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Outcome:
         if self.calls == self.fail_at:
             raise RuntimeError("the machine went away")
         self.calls += 1
-        method = "dense" if config is None else config.spec()
+        method = spec_of(configs)
         self.seen += [(method, prompt.ids) for prompt in prompts]
         texts = [" and ".join(p.values) + "." if self.right(method, p) else "none." for p in prompts]
         answers = [tokenizer().encode(text, add_special_tokens=False) for text in texts]

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache
 
 import llm_accel
-from llm_accel.eval.needle.engine import Engine, cache_bytes
-from llm_accel.registry import parse
+from llm_accel.eval.generation import cache_bytes, cut
+from llm_accel.eval.needle.engine import Engine
+from llm_accel.registry import parse_all
 from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
 
 
@@ -33,7 +34,7 @@ def _engine(new_tokens=6, agnostic=False, **kwargs):
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_dense_answers_are_those_of_plain_generate(agnostic):
     prompts = _prompts()
-    outcome = _engine(agnostic=agnostic).run(prompts, None)
+    outcome = _engine(agnostic=agnostic).run(prompts, ())
     ids = torch.tensor([prompt.ids for prompt in prompts])
     plain = tiny_model().generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert outcome.answers == plain[:, 300:].tolist()
@@ -45,20 +46,20 @@ def test_dense_answers_are_those_of_plain_generate(agnostic):
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_methods_hold_budget_question_and_answer(method, agnostic):
     prompts = _prompts()
-    outcome = _engine(agnostic=agnostic).run(prompts, parse(method))
+    outcome = _engine(agnostic=agnostic).run(prompts, parse_all(method))
     (tail,) = {prompt.length - prompt.context_length for prompt in prompts}
     entries = 64 + 5 + (tail if agnostic else 0)  # the last new token is never fed
     if method.startswith("streaming"):
         entries = 64  # sinks and a ring: the budget holds while decoding too
     assert outcome.kv_bytes == entries * _entry_bytes()
     assert outcome.dense_kv_bytes == 305 * _entry_bytes()
-    assert _engine().run(prompts, None).answers == _engine().run(prompts, None).answers
-    llm_accel.apply(tiny_model(), parse(method)).remove()  # nothing was left behind
+    assert _engine().run(prompts, ()).answers == _engine().run(prompts, ()).answers
+    llm_accel.apply(tiny_model(), parse_all(method)).remove()  # nothing was left behind
 
 
 def test_rows_of_a_batch_answer_as_alone():
     prompts = _prompts(count=3)
-    config = parse("snapkv:budget=64")
+    config = parse_all("snapkv:budget=64")
     together = _engine().run(prompts, config).answers
     assert together == [_engine().run([prompt], config).answers[0] for prompt in prompts]
 
@@ -74,25 +75,24 @@ def test_the_plugin_goes_even_if_generation_fails():
     engine = _engine(apply=apply)
     engine.model = SimpleNamespace(device=torch.device("cpu"), generate=lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        engine.run(_prompts(), parse("snapkv:budget=64"))
+        engine.run(_prompts(), parse_all("snapkv:budget=64"))
     assert events == ["applied", "removed"]
 
 
 def test_a_fake_method_is_measured_through_its_report():
     report = SimpleNamespace(kv_bytes=10, dense_kv_bytes=30)
     handle = SimpleNamespace(remove=lambda: None, new_cache=DynamicCache, report=lambda: report)
-    outcome = _engine(apply=lambda model, config: handle).run(_prompts(count=2), parse("snapkv:budget=64"))
+    outcome = _engine(apply=lambda model, config: handle).run(_prompts(count=2), parse_all("snapkv:budget=64"))
     assert (outcome.kv_bytes, outcome.dense_kv_bytes) == (5, 15)
 
 
 def test_answers_end_before_the_end_token():
-    engine = _engine()
-    engine.ends = {7, 9}
-    assert engine._cut([1, 2, 9, 7, 3]) == [1, 2] and engine._cut([1, 2]) == [1, 2] and engine._cut([7]) == []
+    ends = {7, 9}
+    assert cut([1, 2, 9, 7, 3], ends) == [1, 2] and cut([1, 2], ends) == [1, 2] and cut([7], ends) == []
 
 
 def test_one_new_token_has_no_decode_time():
-    assert _engine(new_tokens=1).run(_prompts(count=1), None).decode_ms is None
+    assert _engine(new_tokens=1).run(_prompts(count=1), ()).decode_ms is None
 
 
 def test_cache_bytes_counts_storage_once():

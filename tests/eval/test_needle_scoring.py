@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from llm_accel.eval.needle.scoring import rouge1_recall, score, wilson
+from llm_accel.eval.needle.scoring import rouge1_recall, score
 from llm_accel.eval.needle.settings import Settings
 from llm_accel.eval.needle.summary import cell_means, summarize
 from llm_accel.eval.needle.table import render
+from llm_accel.eval.statistics import wilson
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from llm_accel import ConfigError, LlmAccelError
+from llm_accel.eval.arguments import parse_shard
 from llm_accel.eval.needle.command import add_arguments, settings_from
 from llm_accel.eval.needle.settings import (
     DEFAULT_METHODS,
@@ -14,7 +15,6 @@ from llm_accel.eval.needle.settings import (
     length_label,
     parse_depths,
     parse_lengths,
-    parse_shard,
 )
 
 
@@ -78,7 +78,7 @@ def test_methods_get_one_spelling():
         (["--method", "snapkw:budget=64"], "Did you mean 'snapkv'"),
         (["--method", "snapkv:budgets=64"], "Did you mean 'budget'"),
         (["--method", "snapkv:budget=-3"], "budget=-3"),
-        (["--method", "dense:budget=3"], "dense takes no options"),
+        (["--method", "dense:budget=3"], "dense: unknown option 'budget'"),
     ],
 )
 def test_wrong_values_are_refused_with_what_is_allowed(argv, message):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from llm_accel.errors import ConfigError
+
+Loaded = TypeVar("Loaded")
 
 
 def needle_model_path() -> Path:
@@ -19,6 +30,15 @@ def needle_model_path() -> Path:
     return Path(__file__).parent / "needle"
 
 
+def vision_model_path(gaps: bool = True) -> Path:
+    """Directory of the bundled vision model: a LLaVA of 1.3 million parameters that knows coloured shapes only.
+
+    It shows whether a method keeps what an answer needs; it says nothing about the quality of a large model.
+    ``gaps``: the weights trained with parts of the background removed, as after pruning; False: those before that.
+    """
+    return Path(__file__).parent / "vision" / ("" if gaps else "plain")
+
+
 def load_needle_model(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -27,15 +47,52 @@ def load_needle_model(
     Raises:
         ConfigError: its files are missing or damaged.
     """
-    path = needle_model_path()
-    try:
+
+    def load(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         model = LlamaForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"the bundled needle model cannot be loaded from {path}: {str(error).splitlines()[0]} "
-            "Reinstall llm_accel, or name another model."
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        return model, tokenizer
+
+    model, tokenizer = _explained("needle", needle_model_path(), load)
     model.to(device)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
     return model.train(False), tokenizer
+
+
+def load_vision_model(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", gaps: bool = True
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The bundled vision model in eval mode, and its processor (weights are stored in bf16).
+
+    ``gaps``: see :func:`vision_model_path`.
+
+    Raises:
+        ConfigError: its files are missing or damaged, or Pillow is not installed.
+    """
+
+    def load(path: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        assert isinstance(processor, LlavaProcessor)
+        return model, processor
+
+    try:
+        model, processor = _explained("vision", vision_model_path(gaps), load)
+    except ImportError as error:
+        raise ConfigError(
+            f"the bundled vision model's processor needs Pillow: {str(error).strip().splitlines()[0]} "
+            "Install it with `pip install 'llm_accel[vision]'`."
+        ) from error
+    model.to(device)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
+    return model.train(False), processor
+
+
+def _explained(name: str, path: Path, load: Callable[[Path], Loaded]) -> Loaded:
+    """What ``load`` makes of ``path``; missing or damaged files become a :class:`ConfigError`."""
+    try:
+        return load(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"the bundled {name} model cannot be loaded from {path}: {str(error).splitlines()[0]} "
+            "Reinstall llm_accel, or name another model."
+        ) from error

@@ -13,7 +13,6 @@ from typing import Any
 from llm_accel.errors import ConfigError
 
 PLACEHOLDER = "LLMACCELPROMPTPLACEHOLDER"
-_ANCHOR = "."
 
 
 class Encoder:
@@ -21,26 +20,33 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._anchor = self.start(_ANCHOR)
 
     def start(self, text: str) -> list[int]:
         """Ids of a text that begins a message; no special tokens are added, those in the text are recognised."""
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
-    def continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that each follow a sentence and one space.
+    def behind(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that each stand right behind ``anchor``.
 
-        They are encoded after a full stop, which is then cut off, so that tokenizers that put a space of their own in
-        front of every text (SentencePiece) do not get two.
+        They are encoded after it, and it is then cut off, so that tokenizers that put a space of their own in front of
+        every text (SentencePiece) do not add one.
         """
         if not texts:
             return []
-        size = len(self._anchor)
-        rows = self.tokenizer([f"{_ANCHOR} {text}" for text in texts], add_special_tokens=False)["input_ids"]
+        head = self.start(anchor)
+        rows = self.tokenizer([anchor + text for text in texts], add_special_tokens=False)["input_ids"]
         return [
-            list(row[size:]) if list(row[:size]) == self._anchor else self.start(" " + text)
+            list(row[len(head) :]) if list(row[: len(head)]) == head else self.start(text)
             for row, text in zip(rows, texts, strict=True)
         ]
+
+    def continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that each follow a sentence and one space."""
+        return self.behind(".", [f" {text}" for text in texts])
+
+    def lines(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that each begin a line."""
+        return self.behind("\n", texts)
 
     def continuation(self, text: str) -> list[int]:
         """Ids of one text that follows a sentence and one space."""

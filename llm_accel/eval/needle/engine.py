@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
-from llm_accel.eval.needle.prompts import Prompt
+from llm_accel.eval.generation import Apply, Clock, Handle, apply_plugin, cache_bytes, cut, end_tokens, greedy
 from llm_accel.methods import MethodConfig
+from llm_accel.patches.cache_name import CACHE
 
 
-class Report(Protocol):
-    """What a run reads from a handle's report, in bytes of the whole batch."""
+class TokenPrompt(Protocol):
+    """What is run of a prompt: its ids, and how many of them are before the question."""
 
     @property
-    def kv_bytes(self) -> int: ...
+    def ids(self) -> Sequence[int]: ...
     @property
-    def dense_kv_bytes(self) -> int: ...
-
-
-class Handle(Protocol):
-    """What a run needs of :class:`llm_accel.Handle`."""
-
-    def report(self) -> Report: ...
-    def remove(self) -> None: ...
-    def new_cache(self) -> Any: ...
-
-
-Apply = Callable[[Any, MethodConfig], Handle]
-
-
-def apply_plugin(model: Any, config: MethodConfig) -> Handle:
-    """The real thing; imported late, so that prompts and plots need no plug-in."""
-    from llm_accel.api import apply
-
-    handle: Handle = apply(model, method=config)
-    return handle
+    def context_length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,23 +43,6 @@ class Outcome:
     decode_ms: float | None
 
 
-class _Clock(StoppingCriteria):
-    """Notes the time after every token; never stops anything."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.ticks: list[float] = []
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.ticks.append(self.now())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
 class Engine:
     """A model with its end tokens, and one method at a time on it."""
 
@@ -86,38 +50,26 @@ class Engine:
         self, model: Any, tokenizer: Any, max_new_tokens: int, query_agnostic: bool, apply: Apply = apply_plugin
     ) -> None:
         self.model, self.max_new_tokens, self.query_agnostic, self._apply = model, max_new_tokens, query_agnostic, apply
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list | tuple) else [ends]
-        self.ends = {int(i) for i in (*ends, getattr(tokenizer, "eos_token_id", None)) if i is not None}
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self._options: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-            "num_beams": 1,
-            "pad_token_id": pad if pad is not None else min(self.ends, default=0),
-            "eos_token_id": sorted(self.ends) or None,
-            "return_dict_in_generate": True,
-        }
+        self.ends = end_tokens(model, tokenizer)
+        self._options = greedy(self.ends, tokenizer)
 
-    def run(self, prompts: Sequence[Prompt], config: MethodConfig | None) -> Outcome:
-        """Answers of prompts of one length. The method is on the model during this call only."""
-        if config is None:
+    def run(self, prompts: Sequence[TokenPrompt], configs: Sequence[MethodConfig]) -> Outcome:
+        """Answers of prompts of one length. The methods are on the model during this call only."""
+        if not configs:
             return self._measure(prompts, None)
-        handle = self._apply(self.model, config)
+        handle = self._apply(self.model, configs)
         try:
             return self._measure(prompts, handle)
         finally:
             handle.remove()
 
-    def try_method(self, config: MethodConfig) -> None:
+    def try_method(self, configs: Sequence[MethodConfig]) -> None:
         """Applies and removes, so that what cannot work is known before a run begins."""
-        self._apply(self.model, config).remove()
+        self._apply(self.model, configs).remove()
 
-    def _measure(self, prompts: Sequence[Prompt], handle: Handle | None) -> Outcome:
+    def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> Outcome:
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
-        clock = _Clock(ids.device)
+        clock = Clock(ids.device)
         begin = clock.now()
         cache: Any = None
         if self.query_agnostic:  # one new token feeds the context and nothing more
@@ -127,12 +79,12 @@ class Engine:
         output = self._generate(ids, cache, self.max_new_tokens, StoppingCriteriaList([clock]))
         steps = len(clock.ticks) - 1
         if handle is None:
-            held = dense = cache_bytes(output.past_key_values)
+            held = dense = cache_bytes(getattr(output, CACHE))
         else:
             report = handle.report()
             held, dense = report.kv_bytes, report.dense_kv_bytes
         return Outcome(
-            answers=[self._cut(row) for row in output.sequences[:, ids.shape[1] :].tolist()],
+            answers=[cut(row, self.ends) for row in output.sequences[:, ids.shape[1] :].tolist()],
             kv_bytes=held // len(prompts),
             dense_kv_bytes=dense // len(prompts),
             prefill_ms=1e3 * (clock.ticks[0] - begin),
@@ -140,7 +92,7 @@ class Engine:
         )
 
     def _generate(self, ids: Tensor, cache: Any, new_tokens: int, stop: StoppingCriteriaList | None = None) -> Any:
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {CACHE: cache}
         return self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -149,19 +101,3 @@ class Engine:
             **given,
             **self._options,
         )
-
-    def _cut(self, row: list[int]) -> list[int]:
-        """Generated ids before the first end token."""
-        stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
-        return row[:stop]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the storage that a stock cache's keys and values hold, each storage counted once."""
-    storages = {}
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.needle import grammar
 from llm_accel.eval.needle.encoding import Encoder
+from llm_accel.eval.rows import DatasetSource
 
 BUILT_IN = "grammar"
 SUFFIXES = (".txt", ".md")
@@ -118,30 +117,9 @@ def _file_texts(source: str) -> Iterator[str]:
 
 
 def _dataset_texts(source: str) -> Iterator[str]:
-    name, *pairs = source.removeprefix("dataset:").split(",")
-    options = {"split": "train", "column": "text", "config": ""}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in options:
-            raise ConfigError(f"--haystack {source!r}: {pair!r} is not one of split=, column=, config=; give {_FORMS}.")
-        options[key] = value
-    if not name:
-        raise ConfigError(f"--haystack {source!r} names no dataset; give {_FORMS}.")
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(
-            f"--haystack {source!r} needs the package 'datasets': pip install 'llm_accel[eval]'."
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, options["config"] or None, split=options["split"], streaming=True)
-        for row in rows:
-            if options["column"] not in row:
-                raise ConfigError(
-                    f"--haystack {source!r}: no column {options['column']!r}; columns are {', '.join(row)}."
-                )
-            yield str(row[options["column"]])
-    except ConfigError:
-        raise
-    except Exception as error:  # the loader raises many kinds: missing, gated, offline, no such split
-        raise ConfigError(f"--haystack {source!r} cannot be loaded: {error}") from error
+    dataset = DatasetSource.parse(source, "--haystack", _FORMS, split="train", column="text")
+    column = dataset.options["column"]
+    for row in dataset.rows(streaming=True):
+        if column not in row:
+            raise ConfigError(f"--haystack {source!r}: no column {column!r}; columns are {', '.join(row)}.")
+        yield str(row[column])

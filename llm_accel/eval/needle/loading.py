@@ -3,72 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import torch
-
-from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.loading import bundled, find_device, pretrained, short_name
 
 
-def model_name(settings: Settings) -> str:
-    """What titles call the model: its id, or the last part of its path."""
-    if settings.model is None:
-        return "bundled needle model"
-    return Path(settings.model).name if Path(settings.model).exists() else settings.model
+class ModelSettings(Protocol):
+    """What a run says about its model: name, or None for the bundled one, and how to load it."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def attn(self) -> str | None: ...
 
 
-def load_model(settings: Settings) -> tuple[Any, Any, Settings]:
+SettingsT = TypeVar("SettingsT", bound=ModelSettings)
+
+
+def model_name(model: str | None) -> str:
+    """What titles call the model."""
+    return "bundled needle model" if model is None else short_name(model)
+
+
+def load_model(settings: SettingsT) -> tuple[Any, Any, SettingsT]:
     """Model in evaluation mode, tokenizer, and the settings with device and dtype as they came out.
 
     Raises:
         ConfigError: no such device, model or attention implementation.
     """
-    device = _device(settings.device)
-    dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = find_device(settings.device)
     if settings.model is None:
         from llm_accel.eval.models.bundled import load_needle_model
 
-        if dtype == "auto":
-            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model, tokenizer = load_needle_model(dtype, device)
-        if settings.attn is not None:
-            _set_attention(model, settings.attn)
+        model, tokenizer = bundled(load_needle_model, settings.dtype, device, settings.attn)
     else:
-        model, tokenizer = _pretrained(settings.model, dtype, device, settings.attn)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model, tokenizer = pretrained(
+            AutoModelForCausalLM, AutoTokenizer, settings.model, settings.dtype, device, settings.attn
+        )
     model.eval()
-    return model, tokenizer, replace(settings, device=str(device), dtype=str(model.dtype).removeprefix("torch."))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name!r} cannot be used: {reason}. Give cpu, cuda or cuda:N.") from error
-    return device
-
-
-def _pretrained(name: str, dtype: Any, device: torch.device, attn: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ConfigError(f"--model {name!r}: no such folder; give a HuggingFace id or a folder with a model.")
-    options = {} if attn is None else {"attn_implementation": attn}
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"--model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device), tokenizer
-
-
-def _set_attention(model: Any, attn: str) -> None:
-    try:
-        model.set_attn_implementation(attn)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"--attn {attn!r} cannot be used: {str(error).splitlines()[0]}") from error
+    resolved: Any = replace(settings, device=str(device), dtype=str(model.dtype).removeprefix("torch."))  # type: ignore[type-var]
+    return model, tokenizer, resolved

@@ -1,8 +1,7 @@
-"""Scores of one answer, and the interval of a share of right answers."""
+"""Scores of one answer."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -32,14 +31,3 @@ def score(answer: str, values: Sequence[str], kind: Kind) -> dict[str, float]:
         "rouge1_recall": round(rouge1_recall(answer, " ".join(values)), 4),
         "recall": round(recall(answer, values), 4),
     }
-
-
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of ``successes`` out of ``n``; (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

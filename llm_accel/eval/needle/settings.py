@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.eval.arguments import DTYPES, flag
 from llm_accel.eval.needle.grammar import KEY_KINDS, Kind
-from llm_accel.registry import parse as parse_method
 
 Task = Literal["single", "multikey", "multivalue", "multiquery"]
 TASKS: tuple[Task, ...] = ("single", "multikey", "multivalue", "multiquery")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEFAULT_METHODS = ("dense", "snapkv:budget=128", "streaming_llm:budget=128", "random:budget=128")
 DEFAULT_LENGTHS = "512,1k,2k,4k,8k"
@@ -66,7 +65,7 @@ class Settings:
         for name in ("samples", "needles", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{_flag(name)} {value}: give an integer of at least 1.")
+                raise ConfigError(f"{flag(name)} {value}: give an integer of at least 1.")
         if self.distractors < 0:
             raise ConfigError(f"--distractors {self.distractors}: give an integer of at least 0.")
         choices: tuple[tuple[str, Sequence[str]], ...] = (
@@ -77,7 +76,7 @@ class Settings:
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{_flag(name)}: " + unknown_name("value", str(getattr(self, name)), allowed))
+                raise ConfigError(f"{flag(name)}: " + unknown_name("value", str(getattr(self, name)), allowed))
         if self.task == "single" and self.needles != 1:
             raise ConfigError(
                 f"--task single --needles {self.needles}: single has one needle; "
@@ -89,10 +88,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain data as JSON reads it back (lists, not tuples)."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse_length(text: str) -> int:
@@ -126,26 +121,6 @@ def parse_depths(text: str) -> tuple[float, ...]:
     if not depths or not all(0 <= depth <= 100 for depth in depths):
         raise ConfigError(f"--depths {text!r} is not allowed: percentages are from 0 to 100; give {allowed}.")
     return tuple(depths)
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``2/4`` is the second of four shards; they are numbered from 1."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConfigError(f"--shard {text!r} is not allowed; give i/n with i from 1 to n, for example 1/4.")
-    return int(match[1]), int(match[2])
-
-
-def canonical_methods(specs: Sequence[str]) -> tuple[str, ...]:
-    """Methods in the form that records and tables show; raises for unknown ones and for two alike."""
-    names: list[str] = []
-    for spec in specs:
-        config = parse_method(spec)
-        name = "dense" if config is None else config.spec()
-        if name in names:
-            raise ConfigError(f"--method {spec!r} is given twice.")
-        names.append(name)
-    return tuple(names)
 
 
 def length_label(length: int) -> str:

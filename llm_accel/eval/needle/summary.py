@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean, median
 from typing import Any
 
-from llm_accel.eval.needle.records import Record
-from llm_accel.eval.needle.scoring import wilson
+from llm_accel.eval.columns import by_method, mean_of, progress_of
 from llm_accel.eval.needle.settings import Settings
-
-DENSE = "dense"
+from llm_accel.eval.records import Record
+from llm_accel.eval.statistics import wilson
 
 
 def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> dict[str, Any]:
@@ -21,33 +19,15 @@ def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> di
     interval ``ci95``, ``rouge1_recall``, ``recall``, ``kv_bytes`` and ``dense_kv_bytes`` per prompt after generation
     (mean), ``prefill_ms`` and ``decode_ms_per_token`` (medians; a step of a batch counts once).
     """
-    methods: dict[str, Any] = {}
-    for method in settings.methods:
-        own = [record for record in records if record["method"] == method]
-        columns = {str(length): _column([r for r in own if r["length"] == length]) for length in settings.lengths}
-        columns = {length: column for length, column in columns.items() if column["n"]}
-        methods[method] = {
-            "n": len(own),
-            "exact": _mean([column["exact"] for column in columns.values()]),
-            "rouge1_recall": _mean([column["rouge1_recall"] for column in columns.values()]),
-            "recall": _mean([column["recall"] for column in columns.values()]),
-            "vs_dense": None,
-            "lengths": columns,
-        }
-    dense = methods.get(DENSE, {"lengths": {}})["lengths"]
-    for method, entry in methods.items():
-        shared = [length for length in entry["lengths"] if length in dense]
-        if method != DENSE and shared:
-            entry["vs_dense"] = _mean([entry["lengths"][i]["exact"] - dense[i]["exact"] for i in shared])
     wanted = len(settings.methods) * len(settings.lengths) * len(settings.depths) * settings.samples
     return {
         **about,
         "task": settings.task,
         "query_agnostic": settings.query_agnostic,
-        "records": len(records),
-        "complete": len(records) == wanted,
-        "missing": wanted - len(records),
-        "methods": methods,
+        **progress_of(records, wanted),
+        "methods": by_method(
+            settings.methods, settings.lengths, records, _column, ("exact", "rouge1_recall", "recall")
+        ),
     }
 
 
@@ -57,24 +37,14 @@ def cell_means(settings: Settings, records: Sequence[Record], method: str) -> li
     for record in records:
         if record["method"] == method:
             sums.setdefault((float(record["depth"]), record["length"]), []).append(record["exact"])
-    return [[_mean(sums.get((depth, length), [])) for length in settings.lengths] for depth in settings.depths]
+    return [[mean_of(sums.get((depth, length), [])) for length in settings.lengths] for depth in settings.depths]
 
 
 def _column(records: Sequence[Record]) -> dict[str, Any]:
     hits = sum(record["exact"] for record in records)
-    steps = [record["decode_ms_per_token"] for record in records if record["decode_ms_per_token"] is not None]
     return {
-        "n": len(records),
-        "exact": _mean([record["exact"] for record in records]),
+        "exact": mean_of([record["exact"] for record in records]),
         "ci95": [round(end, 4) for end in wilson(hits, len(records))],
-        "rouge1_recall": _mean([record["rouge1_recall"] for record in records]),
-        "recall": _mean([record["recall"] for record in records]),
-        "kv_bytes": round(fmean(record["kv_bytes"] for record in records)) if records else None,
-        "dense_kv_bytes": round(fmean(record["dense_kv_bytes"] for record in records)) if records else None,
-        "prefill_ms": round(median(record["prefill_ms"] for record in records), 3) if records else None,
-        "decode_ms_per_token": round(median(steps), 3) if steps else None,
+        "rouge1_recall": mean_of([record["rouge1_recall"] for record in records]),
+        "recall": mean_of([record["recall"] for record in records]),
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(fmean(values), 4) if values else None

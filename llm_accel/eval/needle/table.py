@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_accel.eval.needle.settings import Settings, length_label
-
-_NONE = "-"
+from llm_accel.eval.text import NONE, aligned, number, size
 
 
 def title(settings: Settings, model: str) -> str:
@@ -46,42 +45,23 @@ def render(settings: Settings, summary: dict[str, Any], model: str) -> str:
         rows.append(
             [
                 name,
-                *(_number(column and column["exact"]) for column in columns),
-                _number(entry["exact"]),
-                _number(entry["vs_dense"], "+.2f"),
-                _number(entry["rouge1_recall"]),
-                _bytes(held),
-                _number(held / dense if dense else None, ".1%"),
-                _number(last.get("decode_ms_per_token")),
+                *(number(column and column["exact"]) for column in columns),
+                number(entry["exact"]),
+                number(entry["vs_dense"], "+.2f"),
+                number(entry["rouge1_recall"]),
+                size(held),
+                number(held / dense if dense else None, ".1%"),
+                number(last.get("decode_ms_per_token")),
             ]
         )
         rows.append(["  95 % interval", *(_interval(column) for column in columns), *[""] * 6])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [title(settings, model)]
-    for i, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-        if i == 0:
-            lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
+    lines = [title(settings, model), *aligned(rows)]
     counts = sorted({column["n"] for m in methods.values() for column in m["lengths"].values()})
-    n = _NONE if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    n = NONE if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     missing = "" if summary["complete"] else f"; {summary['missing']} records missing"
     lines.append(f"samples per length: {n}{missing}")
     return "\n".join(lines)
 
 
-def _number(value: float | None, form: str = ".2f") -> str:
-    return _NONE if value is None else format(value, form)
-
-
 def _interval(column: dict[str, Any] | None) -> str:
-    return _NONE if column is None else "{:.2f}-{:.2f}".format(*column["ci95"])
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return _NONE
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1024:.1f} KiB"
+    return NONE if column is None else "{:.2f}-{:.2f}".format(*column["ci95"])

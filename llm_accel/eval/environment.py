@@ -31,7 +31,7 @@ def versions() -> dict[str, str | None]:
 
 def _commit() -> str | None:
     """Commit of the source tree that the package runs from, if it is one."""
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -1,0 +1,93 @@
+"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_accel.errors import ConfigError
+
+FORMS = "a .jsonl or .json file, or a dataset NAME|DIR[,split=test,config=NAME]"
+SUFFIXES = (".json", ".jsonl")
+
+
+def read_rows(source: str, option: str, split: str = "test") -> Iterator[Any]:
+    """Rows of what ``option`` was given; a row with a list of rows as its ``data`` (SQuAD's file) stands for these.
+
+    Raises:
+        ConfigError: the source cannot be read, or needs a package that is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix in SUFFIXES:
+        return _file_rows(path, option)
+    return DatasetSource.parse(source, option, FORMS, split=split).rows()
+
+
+def _file_rows(path: Path, option: str) -> Iterator[Any]:
+    if not path.is_file():
+        raise ConfigError(f"{option} {str(path)!r}: no such file; give {FORMS}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line]
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be read as JSON lines: {error}.") from error
+    for row in rows:
+        yield from row["data"] if isinstance(row, dict) and isinstance(row.get("data"), list) else (row,)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A dataset that an option names: ``NAME[,split=test,config=NAME]``.
+
+    Attributes:
+        given: what the option was given.
+        option: its name.
+        name: the dataset, a name on the hub or a folder.
+        options: the split, the configuration (may be empty), and what else the option takes.
+    """
+
+    given: str
+    option: str
+    name: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, given: str, option: str, forms: str, **defaults: str) -> DatasetSource:
+        """Raises :class:`ConfigError` where a part has no such name. ``forms``: what the option takes, for the error;
+        ``defaults``: parts that may follow the name, ``config`` aside."""
+        name, *pairs = given.removeprefix("dataset:").split(",")
+        options = {**defaults, "config": ""}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals or key not in options:
+                names = ", ".join(f"{option}=" for option in options)
+                raise ConfigError(f"{option} {given!r}: {pair!r} is not one of {names}; give {forms}.")
+            options[key] = value
+        if not name:
+            raise ConfigError(f"{option} {given!r} names no dataset; give {forms}.")
+        return cls(given, option, name, options)
+
+    def rows(self, streaming: bool = False) -> Iterator[Any]:
+        """The rows; ``streaming``: without having all of them first.
+
+        Raises:
+            ConfigError: the package is missing, or the dataset cannot be loaded.
+        """
+        about = f"{self.option} {self.given!r}"
+        try:
+            datasets: Any = importlib.import_module("datasets")
+        except ImportError as error:
+            raise ConfigError(f"{about} needs the package 'datasets': pip install 'llm_accel[eval]'.") from error
+        config, split = self.options["config"] or None, self.options["split"]
+        try:
+            yield from datasets.load_dataset(self.name, config, split=split, streaming=streaming)
+        except Exception as error:  # the loader raises many kinds: missing, gated, offline, no such split
+            raise ConfigError(f"{about} cannot be loaded: {error}") from error

@@ -1,0 +1,1 @@
+"""Vision evaluation: synthetic scenes, questions with known answers."""
