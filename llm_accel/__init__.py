@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llm_accel.methods import (
         H2O,
         AdaKV,
+        Dense,
+        Downsample,
         DyVTE,
         FastV,
         FlowCut,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
         SnapKV,
         StreamingLLM,
         StrideTokens,
+        VASparse,
+        VisionZip,
     )
     from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
@@ -47,6 +51,8 @@ __all__ = [
     "AdaKV",
     "AlreadyAppliedError",
     "ConfigError",
+    "Dense",
+    "Downsample",
     "DyVTE",
     "EvictionError",
     "FastV",
@@ -66,6 +72,8 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "VASparse",
+    "VisionZip",
     "apply",
     "methods",
     "remove",

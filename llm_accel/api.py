@@ -8,12 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.methods import MethodConfig
+from llm_accel.patches.compiled.call import refusal_of
 from llm_accel.patches.hook import DecoderHook, adopt
 from llm_accel.patches.install import hook_of, install, make_plan, uninstall, unwrapped
 from llm_accel.patches.persist import load_cache, save_cache
+from llm_accel.patches.plan import Decode
+from llm_accel.patches.prefill import prefill, why_whole
+from llm_accel.patches.replay import ReadCache
 from llm_accel.registry import configure
 from llm_accel.report import Report
 
@@ -46,12 +51,18 @@ class Handle:
             warnings.append(
                 "every attention call was dense: the context is too short for this method to leave anything out"
             )
+        backends = dict(plan.backends)
+        refusal = refusal_of(self._model.get_decoder())
+        if refusal is not None:
+            backends["decode steps"] = ("eager", refusal)
         visual = self._hook.visual_report()
         if layers and plan.visual and visual.before == 0:
             warnings.append("no visual token was taken out: the prompt has none")
+        if layers and plan.reply is not None and not visual.before:
+            warnings.append(f"{plan.reply.name} left this call alone: its prompt has no image")
         return Report(
             method=plan.title,
-            backends=dict(plan.backends),
+            backends=backends,
             layers=layers,
             visual_tokens_before=visual.before,
             visual_tokens_after=visual.after,
@@ -75,10 +86,41 @@ class Handle:
             self._hook.enabled = before
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache for several turns: pass it as ``past_key_values`` to each of them."""
+        """An empty cache for several turns: pass it as ``past_key_values`` to each of them (``cache`` in newer
+        releases of transformers, which take both names)."""
         cache = DynamicCache()
         adopt(cache, self._hook.plan, self._model.get_decoder().config)
         return cache
+
+    def prefill(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        rows: int | Sequence[int] = 1,
+        protect_mask: Tensor | None = None,
+    ) -> ReadCache:
+        """Reads the prompts of a batch a few at a time, compresses each at once and joins what is left into one cache,
+        from which ``model.generate(**cache.inputs, ...)`` continues as if it had read the whole batch in one call.
+        So the batch is bound by what the compressed cache takes, not by what reading all prompts at once would take.
+
+        Args:
+            input_ids: token ids [B, n], or a list of B 1-D tensors of any lengths.
+            attention_mask: [B, n], zeros on the left of shorter rows; None: no padding.
+            rows: prompts read in one call, or how many in each of the calls: together, prompts of about equal length
+                waste little on padding.
+            protect_mask: prompt tokens whose entries must stay, bool [B, n]; they count in the budget.
+
+        Raises:
+            ConfigError: these are no prompts.
+            UnsupportedCallError: caches of this method or model cannot be joined.
+        """
+        return prefill(self._model, self._hook, input_ids, attention_mask, rows, protect_mask)
+
+    @property
+    def can_prefill(self) -> bool:
+        """Whether :meth:`prefill` works with this method on this model."""
+        return why_whole(self._hook.plan, self._model.get_decoder().config) is None
 
     def save_cache(self, cache: DynamicCache, path: str | Path) -> None:
         """Writes a filled cache of this method to a safetensors file, with the method and the model it belongs to."""
@@ -103,6 +145,8 @@ def apply(
     *,
     trace: bool = False,
     strict: bool = False,
+    decode: Decode = "eager",
+    mlp_chunk: int | None = None,
     **options: Any,
 ) -> Handle:
     """Accelerates one model instance; plain ``model.generate()`` from here on.
@@ -112,6 +156,11 @@ def apply(
         method: a name (see :func:`llm_accel.methods`), a configuration object, or a list of either to compose.
         trace: record the original positions of kept entries in ``Handle.report()``.
         strict: raise where a layer would be left as it is or a backend would be replaced by a slower one.
+        decode: how tokens after the prompt are computed. "eager": layer by layer. "compiled": each step as one compiled
+            graph over buffers of fixed size, the same for every prompt length; :class:`ConfigError` where methods or
+            model do not allow it. "auto": compiled on a GPU where that is possible, else eager; the report says which.
+        mlp_chunk: tokens, of all rows together, that an MLP computes at once. Exact; long prompts then need no memory
+            for the intermediate activations of all their tokens. None: as the model does it.
         **options: options of the method when it is given by name.
 
     Raises:
@@ -125,7 +174,7 @@ def apply(
     if len(given) > 1 and options:
         configure(configs[0], options)
     model = unwrapped(model)
-    plan = make_plan(model, configs, trace, strict)
+    plan = make_plan(model, configs, trace, strict, decode, mlp_chunk)
     return Handle(model, install(model, plan))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llm_accel import __version__
 from llm_accel.errors import LlmAccelError, unknown_name
+from llm_accel.eval.launch import check_alone, started_alone
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -19,17 +20,53 @@ BROKEN_PIPE = 141
 
 @dataclass(frozen=True)
 class Command:
-    """One line of ``llm-accel --help``; the module is imported only when its command is called."""
+    """One line of ``llm-accel --help``; the module is imported only when its command is called.
+
+    Attributes:
+        alone: why it refuses to run in several processes, as launchers start them; empty where it does not.
+        passes_on: whether options that it does not know are another program's; they arrive as ``others``.
+    """
 
     module: str
     help: str
+    alone: str = ""
+    passes_on: bool = False
 
+
+_WHOLE = "each of them would do all of it, into one directory"
 
 COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
     "doctor": Command("llm_accel.doctor", "versions, GPU, and which kernels and backends are live and why not"),
     "needle": Command("llm_accel.eval.needle.command", "needle-in-a-haystack grid, several methods side by side"),
-    "heads": Command("llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map"),
+    "ruler": Command("llm_accel.eval.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"),
+    "vision": Command(
+        "llm_accel.eval.vision.command", "what is still seen with fewer visual tokens, and what is made up"
+    ),
+    "bench": Command(
+        "llm_accel.eval.bench.command",
+        "speed and memory of methods, against dense and what bytes allow",
+        alone="cells that run beside each other share cores and memory, so that their times would not be their own",
+    ),
+    "heads": Command(
+        "llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map", alone=_WHOLE
+    ),
+    "calibrate": Command(
+        "llm_accel.calibrate.dyvte.command", "find the layer after which visual tokens may leave", alone=_WHOLE
+    ),
+    "lm-eval": Command(
+        "llm_accel.integrations.lm_eval_command", "lm-evaluation-harness on an accelerated model", passes_on=True
+    ),
+    "serve": Command(
+        "llm_accel.serve.command",
+        "OpenAI-compatible server on one accelerated model",
+        alone="a server is one process on one port; for replicas see examples/ray_serve.py",
+    ),
+    "transformers-serve": Command(
+        "llm_accel.serve.transformers_serve",
+        "transformers' own server, every model accelerated",
+        alone="a server is one process on one port",
+    ),
 }
 
 
@@ -56,18 +93,29 @@ def _dispatch(arguments: list[str]) -> int:
         overview.parse_args(arguments)
         overview.print_help()
         return 0
+    command, parsed = parse(arguments)
+    if command.alone:
+        check_alone(arguments[0], command.alone)
+    elif (warning := started_alone()) is not None:
+        print(f"llm-accel: {warning}", file=sys.stderr)
+    importlib.import_module(command.module).run(parsed)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """The command that these arguments name, and its options. :class:`LlmAccelError` for a name that does not exist."""
     name, *rest = arguments
     if name not in COMMANDS:
         raise LlmAccelError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"llm-accel {name}", description=command.help, allow_abbrev=False)
-    module.add_arguments(parser)
+    importlib.import_module(command.module).add_arguments(parser)
     parsed, unknown = parser.parse_known_args(rest)
-    if unknown:
+    if command.passes_on:
+        parsed.others = unknown
+    elif unknown:
         raise LlmAccelError(f"{name}: {unknown_name('option', unknown[0], _option_strings(parser))}")
-    module.run(parsed)
-    return 0
+    return command, parsed
 
 
 def _option_strings(parser: argparse.ArgumentParser) -> list[str]:

@@ -14,7 +14,7 @@ from llm_accel import __version__
 from llm_accel.errors import ConfigError
 
 _PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "flash-attn", "matplotlib", "datasets")
-_BUNDLED = ("needle",)
+_BUNDLED = ("needle", "vision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,9 +194,9 @@ def _kernels() -> dict[str, dict[str, str]]:
 
 
 def _bundled(name: str) -> dict[str, Any]:
-    """Whether the weights of a bundled model came with the package, and how large they are."""
+    """Whether the weights of a bundled model came with the package, and how large all of them are."""
     folder = Path(__file__).parent / "eval" / "models" / name
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.rglob("*.safetensors"))
     if not files:
         return {"present": False, "bytes": 0, "reason": f"no *.safetensors in {folder}"}
     return {"present": True, "bytes": sum(path.stat().st_size for path in files), "reason": "comes with the package"}

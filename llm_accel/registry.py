@@ -1,13 +1,14 @@
-"""Method names and the one text form of a method, ``name:option=value,...``."""
+"""Method names and the one text form of a method, ``name:option=value,...``, or of several, joined by ``+``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from llm_accel.errors import ConfigError, UnknownMethodError, unknown_name
-from llm_accel.methods import ALL, MethodConfig
+from llm_accel.methods import ALL, Dense, MethodConfig
 
 _BY_NAME: Mapping[str, type[MethodConfig]] = MappingProxyType({config.name: config for config in ALL})
 
@@ -43,14 +44,39 @@ def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConf
 
 
 def parse(spec: str) -> MethodConfig | None:
-    """``snapkv:budget=1024,window=32`` as a configuration; None for ``dense``, the model without a plug-in."""
+    """``snapkv:budget=1024,window=32`` as a configuration; None for ``dense`` without options, the model without a
+    plug-in."""
+    configs = parse_all(spec)
+    if len(configs) > 1:
+        raise ConfigError(f"method {spec!r} joins {len(configs)} methods; give one.")
+    return configs[0] if configs else None
+
+
+def parse_all(spec: str, more: Mapping[str, type[MethodConfig]] | None = None) -> tuple[MethodConfig, ...]:
+    """``flowcut:target=64+dyvte:exit=20`` as configurations to apply together; none for ``dense`` without options, the
+    model without a plug-in.
+
+    Args:
+        more: methods that are known to the caller only, name -> configuration class.
+    """
+    known = {**_BY_NAME, **(more or {})}
+    # a tuple among the options is written with + too, but none of its items is a method or has options
+    parts = re.split(rf"\+(?=\s*(?:[a-z]\w*\s*:|(?:{'|'.join(known)})\s*(?:\+|$)))", spec)
+    if len(parts) > 1:
+        del known[Dense.name]  # it is the model alone
+    configs = tuple(_parse_one(part, known) for part in parts)
+    return () if configs == (Dense(),) else configs
+
+
+def spec_of(configs: Sequence[MethodConfig]) -> str:
+    """The text form of what :func:`parse_all` returns, options that equal their defaults left out."""
+    return "+".join(config.spec() for config in configs) or Dense.name
+
+
+def _parse_one(spec: str, known: Mapping[str, type[MethodConfig]]) -> MethodConfig:
     name, _, rest = (part.strip() for part in spec.partition(":"))
-    if name == "dense":
-        if rest:
-            raise ConfigError(f"method {spec!r}: dense takes no options.")
-        return None
-    if name not in _BY_NAME:
-        raise UnknownMethodError(unknown_name("method", name, (*_BY_NAME, "dense")))
+    if name not in known:
+        raise UnknownMethodError(unknown_name("method", name, known))
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -59,4 +85,4 @@ def parse(spec: str) -> MethodConfig | None:
         if key in options:
             raise ConfigError(f"method {spec!r}: {key} was given twice; give it once.")
         options[key] = value
-    return config_class(name).parse(options)
+    return known[name].parse(options)

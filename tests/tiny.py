@@ -87,10 +87,13 @@ def sliding_mistral() -> PretrainedConfig:
     return _build(MistralConfig, sliding_window=SLIDING)
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model of this family in fp32 and eval mode; weights from ``seed``, wide enough for sharp attention."""
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of this family in fp32 and eval mode; weights from ``seed``, wide enough for sharp attention;
+    ``changes`` of its configuration."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
     config.initializer_range = 0.15
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(family, "sdpa"))
     if family == "gpt_oss":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         image_seq_length=16,
         vision_feature_layers=[-2, -3, 1],
     ),
+    "video_llava": lambda: hf.VideoLlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    ),
     "llava_next": lambda: hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**CLIP),
         text_config=hf.MistralConfig(**TEXT, sliding_window=None),
@@ -130,13 +137,18 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 FAMILIES = tuple(CONFIGS)
+VIDEOS = ("video_llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def tiny_vlm(family: str = "llava", seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
     """A model of this family in fp32 and eval mode, wide enough for sharp attention and an image that matters. It never
     emits a placeholder, which transformers could not tell from an image of the prompt."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(CONFIGS[family](), attn_implementation=attention)
+    return widened(AutoModelForImageTextToText.from_config(CONFIGS[family](), attn_implementation=attention))
+
+
+def widened(model: PreTrainedModel) -> PreTrainedModel:
+    """A fresh model in fp32 and eval mode, with wide weights, which emits no placeholder and does not end by itself."""
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and "embed" not in name:
             torch.nn.init.normal_(weight, std=0.25)
@@ -173,17 +185,46 @@ def pixels(family: str, seed: int) -> dict[str, Any]:
         values = torch.randn(1, 5, 3, 28, 28, generator=generator)
         return {"pixel_values": values, "image_sizes": torch.tensor([[56, 40]] if seed % 2 else [[28, 50]])}
     side = 56 if family == "internvl" else 28
-    return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+    values = torch.randn(1, 3, side, side, generator=generator)
+    if family == "video_llava":
+        names = inspect.signature(AutoModelForImageTextToText._model_mapping[hf.VideoLlavaConfig].forward).parameters
+        return {"pixel_values" if "pixel_values" in names else "pixel_values_images": values}
+    return {"pixel_values": values}
 
 
-def placeholders(model: PreTrainedModel, family: str, image: dict[str, Any]) -> int:
-    """Visual tokens of one image, as the model itself counts them."""
-    features = model.base_model.get_image_features(**image, return_dict=True).pooler_output
-    return sum(len(one) for one in features)
+def frames(family: str, seed: int) -> dict[str, Any]:
+    """The same of one video with three frames, or three pairs of frames."""
+    generator = torch.Generator().manual_seed(seed)
+    if family.startswith("qwen"):
+        grid = [3, 4, 4]
+        values = torch.randn(math.prod(grid), 3 * 2 * 14 * 14, generator=generator)
+        return {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
+    return {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28, generator=generator)}
 
 
-def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE) -> dict[str, torch.Tensor]:
-    """Token ids padded on the left, mask and images of a batch."""
+def placeholders(model: PreTrainedModel, image: dict[str, Any]) -> int:
+    """Visual tokens of one image or video, as the model itself counts them."""
+    return len(features(model, image))
+
+
+def features(model: PreTrainedModel, image: dict[str, Any]) -> torch.Tensor:
+    """What the language model gets in the places of one image or video: [tokens, C]."""
+    holder = model.base_model
+    if "pixel_values_videos" not in image:
+        return torch.cat(list(holder.get_image_features(**image, return_dict=True).pooler_output))
+    if model.config.model_type != "llava_onevision" or "pixel_values_videos" in _parameters(holder.get_video_features):
+        return torch.cat(list(holder.get_video_features(**image, return_dict=True).pooler_output))
+    # older versions add the newline of a video later
+    videos = holder.get_video_features(image["pixel_values_videos"], return_dict=True).pooler_output
+    return torch.cat([torch.cat([rows, holder.image_newline[None]]) for rows in videos])
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE, video: bool = False) -> dict[str, torch.Tensor]:
+    """Token ids padded on the left, mask and images of a batch, or videos in their place."""
     family = model.config.model_type
     rows, images = [], []
     for scene in scenes:
@@ -192,9 +233,12 @@ def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE) -> dict[str, t
         for place, count in enumerate(scene.text):
             row += torch.randint(3, IMAGE, (count,), generator=generator).tolist()
             if place < scene.images:
-                image = pixels(family, 10 * scene.seed + place)
+                image = (frames if video else pixels)(family, 10 * scene.seed + place)
                 images.append(image)
-                row += [IMAGE] * placeholders(model, family, image)
+                tokens = [VIDEO if video else IMAGE] * placeholders(model, image)
+                if video and family == "qwen3_vl":  # a time stamp stands before each frame
+                    tokens = [3, *tokens[: len(tokens) // 3]] * 3
+                row += tokens
         rows.append(row)
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -204,7 +248,7 @@ def inputs(model: PreTrainedModel, scenes: Sequence[Scene] = ONE) -> dict[str, t
         mask[index, longest - len(row) :] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
     if family.startswith("qwen"):
-        batch["mm_token_type_ids"] = (ids == IMAGE).int()
+        batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     for name in images[0] if images else ():
         batch[name] = torch.cat([image[name] for image in images])
     return batch

@@ -29,12 +29,14 @@ def decoder_inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, A
     return {name: value for name, value in seen.items() if value is not None}
 
 
-def removed(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, steps: int = 6) -> Tensor:
+def removed(
+    model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, steps: int = 6, compact: bool = False
+) -> Tensor:
     """Logits [steps, vocabulary] of greedy decoding without a cache, after the rows ``dropped``, bool [T], were taken
-    out of the decoder's inputs; all others keep their positions."""
+    out of the decoder's inputs; all others keep their positions, or are counted anew."""
     given, kept = decoder_inputs(model, batch), ~dropped
     given["inputs_embeds"] = given["inputs_embeds"][:, kept]
-    given["position_ids"] = given["position_ids"][..., kept]
+    given["position_ids"] = torch.arange(int(kept.sum()))[None] if compact else given["position_ids"][..., kept]
     if "visual_pos_masks" in given:
         rows = kept[given["visual_pos_masks"][0]]
         given["visual_pos_masks"] = given["visual_pos_masks"][:, kept]
@@ -45,7 +47,7 @@ def removed(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, step
 def hidden(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, behind: int, steps: int = 6) -> Tensor:
     """The same with all rows in place, where layers behind ``behind`` do not see the keys of the dropped ones."""
     given = decoder_inputs(model, batch)
-    with _hiding(model, dropped, behind):
+    with hiding(model, dropped, behind):
         return _greedy(model, given, steps)
 
 
@@ -69,7 +71,9 @@ def _greedy(model: PreTrainedModel, given: dict[str, Any], steps: int) -> Tensor
 
 
 @contextmanager
-def _hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[None]:
+def hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[None]:
+    """Calls inside do not see the keys of the rows ``dropped``, bool [T], in layers behind ``behind``."""
+
     def hide(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         length = (args[0] if args else kwargs["hidden_states"]).shape[1]
         gone = torch.nn.functional.pad(dropped, (0, length - len(dropped)))
@@ -87,10 +91,74 @@ def _hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[No
             hook.remove()
 
 
-def flowcut(model: PreTrainedModel, image: Tensor, target: int, every: int = 2) -> tuple[Tensor, list[int]]:
+def last_query(model: PreTrainedModel, given: dict[str, Any], visual: Tensor, layer: int) -> Tensor:
+    """FlowCut's second score of each visual row, float64 [number of them], after ``layer`` of a Llama-like decoder that
+    is called with ``given``, one row without padding, of which ``visual``, bool [T], are visual tokens."""
+    seen: dict[str, Any] = {}
+
+    def record(module: object, args: object, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    attention = model.get_decoder().layers[layer].self_attn
+    hook = attention.register_forward_pre_hook(record, with_kwargs=True)
+    mask = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
+    model.get_decoder()(**given, attention_mask=mask, use_cache=False)
+    hook.remove()
+    rows, (cos, sin) = seen["hidden_states"][0], (part[0].double() for part in seen["position_embeddings"])
+    query, key, value = (
+        project(rows).view(len(rows), -1, attention.head_dim).double()
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+
+    def turned(states: Tensor) -> Tensor:
+        first, second = states.chunk(2, dim=-1)
+        return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+    query, key = turned(query), turned(key)
+    copies = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
+    relation = torch.zeros(int(visual.sum()), dtype=torch.float64)
+    semantics = torch.zeros_like(relation)
+    for head in range(query.shape[1]):
+        relation += (key[visual, head] @ query[-1, head] / attention.head_dim**0.5).softmax(0) / query.shape[1]
+        semantics += (value[visual, head] @ value[-1, head] / attention.head_dim**0.5).softmax(0) / query.shape[1]
+    return (relation + semantics) * value[visual].mean(1).abs().sum(-1)
+
+
+def visionzip(model: PreTrainedModel, image: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """Features [kept, C] of one LLaVA image [3, H, W] and which patches they stand for, ascending; the grouping in
+    float64, from the input of the layer whose output is used."""
+    holder = model.base_model
+    tower = holder.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(image[None]))
+    for layer in tower.encoder.layers[:-2]:
+        hidden = layer(hidden, None)
+    layer = tower.encoder.layers[-2]
+    attention, inside = layer.self_attn, layer.layer_norm1(hidden)[0]
+    heads = (len(inside), attention.num_heads, attention.head_dim)
+    query, key = (project(inside).view(heads).double() for project in (attention.q_proj, attention.k_proj))
+    rows = layer(hidden, None)[0, 1:].double()
+    paid = [float(x) for x in torch.einsum("hd,nhd->hn", query[0] * attention.scale, key).softmax(-1).mean(0)[1:]]
+    order = sorted(range(len(paid)), key=lambda patch: -paid[patch])
+    best, rest = sorted(order[:dominant]), sorted(order[dominant:])
+    stretch = len(rest) / contextual
+    targets = [rest[int((place + 0.5) * stretch)] for place in range(contextual)]
+    groups: dict[int, list[int]] = {target: [target] for target in targets}
+    mean_key = key.mean(1)[1:]
+    for patch in set(rest) - set(targets):
+        alike = [float(torch.cosine_similarity(mean_key[patch], mean_key[target], dim=0)) for target in targets]
+        groups[targets[alike.index(max(alike))]].append(patch)
+    kept = sorted(best + targets)
+    merged = [rows[groups.get(patch, [patch])].mean(0) for patch in kept]
+    return holder.multi_modal_projector(torch.stack(merged).to(image.dtype)), torch.tensor(kept)
+
+
+def flowcut(
+    model: PreTrainedModel, image: Tensor, target: int, every: int = 2, tower_name: str = "vision_tower"
+) -> tuple[Tensor, list[int]]:
     """The published procedure on the CLIP tower of one LLaVA image [3, H, W], layer by layer, scores in float64: kept
     patches, ascending, and how many were left after each layer."""
-    tower = model.base_model.vision_tower
+    tower = getattr(model.base_model, tower_name)
     hidden = tower.pre_layrnorm(tower.embeddings(image[None]))
     kept, accumulated, sizes = torch.arange(hidden.shape[1] - 1), None, []
     last = len(tower.encoder.layers) - 3

@@ -117,9 +117,13 @@ def why_not_triton(problem: Problem) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def why_no_triton(device: torch.device) -> str | None:
     """Why no Triton kernel can run on this device, or None. On a CPU they run under Triton's interpreter alone."""
+    return _why_no_triton(device)
+
+
+@functools.cache
+def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu":

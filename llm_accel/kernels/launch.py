@@ -91,7 +91,19 @@ def operation(name: str, plan: Callable[..., Any], fake: Callable[..., Any]) -> 
 
     signature = inspect.signature(plan, eval_str=True)
     result, _ = get_args(signature.return_annotation)
-    host.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+    return as_node(name, host, fake, signature.replace(return_annotation=result))
+
+
+def as_node(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], signature: inspect.Signature | None = None
+) -> Callable[..., Any]:
+    """``run`` as the operation ``llm_accel::<name>``, which ``torch.compile`` does not look into. It returns new
+    tensors and changes no argument; ``fake`` takes the same arguments and returns empty tensors like them."""
+
+    def host(*arguments: Any) -> Any:
+        return run(*arguments)
+
+    host.__signature__ = signature or inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
     op = torch.library.custom_op(f"llm_accel::{name}", host, mutates_args=())
     op.register_fake(fake)
     return op

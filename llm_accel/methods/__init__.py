@@ -3,7 +3,10 @@
 from llm_accel.methods.adakv import AdaKV
 from llm_accel.methods.attend import Attend
 from llm_accel.methods.base import MethodConfig, MethodInfo
+from llm_accel.methods.dense import Dense
+from llm_accel.methods.downsample import Downsample
 from llm_accel.methods.dyvte import DyVTE
+from llm_accel.methods.exit_profile import ExitProfile, load_exit_profile
 from llm_accel.methods.fastv import FastV
 from llm_accel.methods.flowcut import FlowCut
 from llm_accel.methods.h2o import H2O
@@ -13,12 +16,35 @@ from llm_accel.methods.hip import HiP
 from llm_accel.methods.pyramidkv import PyramidKV
 from llm_accel.methods.random_kv import RandomKV
 from llm_accel.methods.random_tokens import RandomTokens
+from llm_accel.methods.reply import ReplyDecoding
 from llm_accel.methods.retrieval_heads import RetrievalHeads
-from llm_accel.methods.roles import Depth, PromptCompression, PromptView, ScoreAndKeep, StepEviction, StepView
+from llm_accel.methods.roles import (
+    Depth,
+    PromptCompression,
+    PromptView,
+    ScoreAndKeep,
+    StepEviction,
+    StepView,
+    WholeCache,
+)
+from llm_accel.methods.routers import Routers, load_routers
+from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.methods.snapkv import SnapKV
 from llm_accel.methods.streaming_llm import StreamingLLM
 from llm_accel.methods.stride_tokens import StrideTokens
-from llm_accel.methods.visual import CutView, LayerCut, TowerTokens, TowerView, VisualTokens
+from llm_accel.methods.tower import TowerCut, TowerMerge, TowerTokens, TowerView
+from llm_accel.methods.vasparse import VASparse
+from llm_accel.methods.visionzip import VisionZip
+from llm_accel.methods.visual import (
+    Cut,
+    CutModel,
+    CutView,
+    LastQuery,
+    LayerCut,
+    SmallerImage,
+    VisualInput,
+    VisualTokens,
+)
 
 ALL: tuple[type[MethodConfig], ...] = (
     SnapKV,
@@ -30,27 +56,39 @@ ALL: tuple[type[MethodConfig], ...] = (
     HiP,
     RandomKV,
     FlowCut,
+    VisionZip,
     FastV,
     DyVTE,
+    VASparse,
+    Downsample,
     StrideTokens,
     RandomTokens,
+    Dense,
 )
 
 __all__ = [
     "ALL",
     "H2O",
+    "WHOLE",
     "AdaKV",
     "Attend",
+    "Cut",
+    "CutModel",
     "CutView",
+    "Dense",
     "Depth",
+    "Downsample",
     "DyVTE",
+    "ExitProfile",
     "FastV",
     "FlowCut",
     "HeadMask",
     "HeadMethod",
     "HeadProfile",
+    "HeadShard",
     "HeadSplit",
     "HiP",
+    "LastQuery",
     "LayerCut",
     "MethodConfig",
     "MethodInfo",
@@ -60,15 +98,26 @@ __all__ = [
     "PyramidKV",
     "RandomKV",
     "RandomTokens",
+    "ReplyDecoding",
     "RetrievalHeads",
+    "Routers",
     "ScoreAndKeep",
+    "SmallerImage",
     "SnapKV",
     "StepEviction",
     "StepView",
     "StreamingLLM",
     "StrideTokens",
+    "TowerCut",
+    "TowerMerge",
     "TowerTokens",
     "TowerView",
+    "VASparse",
+    "VisionZip",
+    "VisualInput",
     "VisualTokens",
+    "WholeCache",
+    "load_exit_profile",
     "load_profile",
+    "load_routers",
 ]

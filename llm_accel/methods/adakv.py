@@ -13,6 +13,7 @@ from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.pyramidkv import pyramid_entries
 from llm_accel.methods.roles import Depth, PromptView
 from llm_accel.methods.selection import FIRST, real_slots, slots_of, total_order
+from llm_accel.methods.shard import HeadShard
 from llm_accel.methods.snapkv import SnapKV
 
 _BETA = 20
@@ -71,12 +72,12 @@ class AdaKV(SnapKV):
         valid = real_slots(view.start, view.slots, raw.device)
         window_columns = (0, self.window)
         tie_break = F.pad(raw, window_columns) if self.tie == "raw" else None
-        rank = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
-        lengths = (rank >= 0).sum(-1)
-        stored = lengths.sum(-1)
-        average = self.row_entries((stored + view.kv_heads - 1) // view.kv_heads, view)
-        totals = torch.minimum(stored, view.kv_heads * average)
-        return slots_of(self.shared(rank, average, totals))
+        own = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
+        rank = of_all_heads(own, view.heads)
+        heads, stored = rank.shape[1], (rank >= 0).sum((1, 2))
+        average = self.row_entries((stored + heads - 1) // heads, view)
+        kept = self.shared(rank, average, torch.minimum(stored, heads * average))
+        return slots_of(view.heads.mine(kept)[..., -view.slots :])
 
     def shared(self, rank: Tensor, average: Tensor, totals: Tensor) -> Tensor:
         """The entries that the heads keep when they share ``totals``.
@@ -101,6 +102,15 @@ class AdaKV(SnapKV):
         place = torch.empty_like(order).scatter_(-1, order, steps)
         secured = (place < self.window + sure[..., None]) & (rank >= 0)
         return best_of_all(rank.masked_fill(secured, FIRST), totals)
+
+
+def of_all_heads(rank: Tensor, heads: HeadShard) -> Tensor:
+    """The order of the entries of all heads, those in other processes too; right-aligned, -1 where heads hold fewer.
+    int64 [B, h, S] -> [B, H, longest S]."""
+    if heads.count == 1:
+        return rank
+    longest = int(heads.max(torch.tensor(rank.shape[-1], device=rank.device)))
+    return heads.every(F.pad(rank, (longest - rank.shape[-1], 0), value=-1))
 
 
 def best_of_all(rank: Tensor, totals: Tensor) -> Tensor:

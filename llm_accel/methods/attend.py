@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig
+from llm_accel.methods.shard import WHOLE, HeadShard
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class AttentionView:
         sinks: learned sink logits per query head [Hq], or None.
         layer: index of the layer.
         layers: number of layers of the model.
+        heads: what the heads here say to those in other processes, and hear from them.
     """
 
     query: Tensor
@@ -38,6 +41,7 @@ class AttentionView:
     sinks: Tensor | None
     layer: int
     layers: int
+    heads: HeadShard = WHOLE
 
     @property
     def queries(self) -> int:
@@ -60,6 +64,37 @@ class Memory(Protocol):
         """Tensors and numbers to be stored with the cache."""
 
 
+class FixedStep(Protocol):
+    """A decode step of one layer as a graph: all that changes lies in tensors of fixed size, or names another graph.
+
+    Attributes:
+        sparse_steps: steps since :meth:`take` that the method computed; the others were dense.
+    """
+
+    sparse_steps: int
+
+    def tensors(self) -> list[Tensor]:
+        """What a graph reads and writes, beside keys and values."""
+
+    def take(self, memory: Memory | None, slots: int, start: Tensor | None) -> None:
+        """Begins where eager decoding stopped, with ``slots`` stored and row ``b`` beginning at ``start[b]``."""
+
+    def give(self) -> Memory:
+        """The memory for eager decoding to go on with."""
+
+    def begin(self) -> Hashable:
+        """What is constant in the next step: the graph that it is."""
+
+    def advance(self) -> None:
+        """The step that :meth:`begin` announced has been done."""
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, scaling: float, **softmax: Any
+    ) -> Tensor | None:
+        """Output [B, 1, Hq, Dv] of one query per row over buffers [B, H, C, D] whose rows fill their first ``lengths``,
+        int64 [B], slots, the last of them with the query's own entry; None where the step is dense."""
+
+
 @dataclass(frozen=True)
 class Attend(MethodConfig):
     """Role: computes the attention of a layer in another way."""
@@ -76,6 +111,10 @@ class Attend(MethodConfig):
     def attend(self, view: AttentionView, memory: Memory | None) -> tuple[Tensor | None, Memory | None]:
         """Output [B, T, Hq, Dv], or None where the model's own attention is to be called, and the memory for the next
         call on this layer; None forgets."""
+
+    def fixed_step(self, layer: int, layers: int, rows: int, heads: int, device: torch.device) -> FixedStep:
+        """How a decode step of a layer with ``heads`` KV heads is one graph. Methods without it decode eagerly."""
+        raise NotImplementedError
 
     @abstractmethod
     def remember(self, tensors: dict[str, Tensor], values: dict[str, int]) -> Memory:

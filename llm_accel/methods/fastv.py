@@ -7,15 +7,15 @@ mean over heads; the best stay, at their original positions. Decided once, in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.selection import top_tokens
-from llm_accel.methods.visual import CutView, LayerCut, VisualBudget
+from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery, LayerCut, VisualBudget
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,28 @@ class FastV(VisualBudget, LayerCut):
             self.fail("layer", "a layer index of at least 1")
         super().validate()
 
-    @property
-    def needs_attention(self) -> bool:
-        return True
-
     def after(self, layers: int) -> int:
         if self.layer >= layers:
             raise ConfigError(f"fastv: layer={self.layer}, but the model has layers 0 to {layers - 1}.")
         return self.layer - 1
 
     def keep(self, view: CutView) -> Tensor:
-        assert view.attention is not None
-        keep = view.real.clone()
-        for row, attention in enumerate(view.attention):
-            tokens = view.visual[row].nonzero()[:, 0]
-            keep[row, tokens] = False
-            keep[row, tokens[top_tokens(attention[tokens], self.tokens(len(tokens)))]] = True
-        return keep
+        return view.best(lambda row, tokens: self.tokens(tokens))
+
+    def cut(self, model: CutModel) -> Cut:
+        return replace(super().cut(model), rank=attention)
+
+
+def attention(last: LastQuery) -> Tensor:
+    """What the last query pays to each entry, fp32 [B, S], mean over heads."""
+    votes = column_votes(
+        last.query,
+        last.key,
+        last.start,
+        heads=last.key.shape[1],
+        group="mean",
+        scaling=last.scaling,
+        softcap=last.softcap,
+        sinks=last.sinks,
+    )
+    return last.heads.mean(votes.mean(1))

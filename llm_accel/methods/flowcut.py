@@ -10,26 +10,34 @@ After each layer a patch j gets the score S_j = (R_j / sum R + M_j / sum M) * I_
 Scores are accumulated, A = (1 - ema) * A + ema * S. After every second layer, counted back from the last cut, the
 lowest patches leave: all of them above the target T at the last cut, (N - T) / sqrt(layers to go) * (1 - H^2) of N
 before it, where H is the entropy of R over ln N. A tower without a class token is scored by its mean query, R * I.
+
+Images of many tokens get a second stage (``llm_stage``): ``vision_factor`` times the target enters the language model,
+and after layer ``llm_layer`` the last query of the prompt chooses the target among them by (R + M) * I, where R is the
+softmax of its products with the keys of visual tokens alone, M that of its value with theirs, both scaled.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from llm_accel.errors import ConfigError
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.selection import top_tokens
-from llm_accel.methods.visual import TowerTokens, TowerView
+from llm_accel.methods.tower import TowerCut, TowerView, probabilities, relation
+from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery
 
 STATIC_ENTROPY = 0.8
+# visual tokens of an image from which on it gets two stages: more than one tile has
+MANY = 1024
 
 
 @dataclass(frozen=True)
-class FlowCut(TowerTokens):
+class FlowCut(TowerCut):
     """Cuts patches inside the vision tower, those that least information flows from."""
 
     ema: float = option("weight of the newest layer in the accumulated score, in (0, 1]", 0.5)
@@ -39,6 +47,13 @@ class FlowCut(TowerTokens):
         f"{STATIC_ENTROPY}, without waiting for the device",
         "adaptive",
     )
+    llm_stage: Literal["auto", "on", "off"] = option(
+        f"second stage inside the language model; auto: for images of more than {MANY} tokens, unless another method "
+        "lets visual tokens leave between layers",
+        "auto",
+    )
+    llm_layer: int = option("the layer after which the second stage cuts, or the first one that the model allows", 1)
+    vision_factor: float = option("times the target that enters the language model before a second stage", 2.0)
 
     name: ClassVar[str] = "flowcut"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -54,11 +69,40 @@ class FlowCut(TowerTokens):
             self.fail("ema", "a number in (0, 1]")
         if self.cut_every < 1:
             self.fail("cut_every", "an integer of at least 1")
+        if self.llm_layer < 0:
+            self.fail("llm_layer", "a layer index")
+        if self.vision_factor <= 1.0:
+            self.fail("vision_factor", "a number above 1")
         super().validate()
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
         assert scores is not None
-        return top_tokens(scores, self.tokens(count))
+        return top_tokens(scores, self.entering(count))
+
+    def entering(self, count: int, parts: int = 1) -> int:
+        total = count * parts
+        if self.llm_stage == "off" or (self.llm_stage == "auto" and total <= MANY):
+            return self.tokens(count, parts)
+        entering = math.ceil(self.vision_factor * self.tokens(total) / parts)
+        return entering if entering < count else self.tokens(count, parts)
+
+    def second_stage(self, model: CutModel) -> Cut | None:
+        layer = max(self.llm_layer, model.first)
+        if self.llm_stage == "off" or (self.llm_stage == "auto" and layer >= model.layers - 1):
+            return None
+        if layer >= model.layers - 1:
+            raise ConfigError(
+                f"{self.spec()} cuts after layer {layer}, but nothing is saved behind layer {model.layers - 1}, the "
+                f"last of {model.name}; give a smaller llm_layer, or llm_stage='off'."
+            )
+        return Cut((layer,), _without_surplus, rank=asked, surplus_only=True)
+
+    @property
+    def always_cuts(self) -> bool:
+        return self.llm_stage == "on"
+
+    def one_stage(self) -> FlowCut:
+        return replace(self, llm_stage="off")
 
     def score(self, view: TowerView, before: Tensor | None) -> Tensor:
         now = flow(view)
@@ -75,20 +119,10 @@ class FlowCut(TowerTokens):
         return torch.maximum(sizes - cut, targets)
 
 
-def relation(view: TowerView) -> Tensor:
-    """Attention of the class token, or of the mean query, to each row: fp32 [B, S], mean over heads."""
-    if view.class_token:
-        query = view.query[:, :, :1].float()
-    else:
-        real = view.patches[:, None, :, None].float()
-        query = (view.query.float() * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
-    return _probabilities(query @ view.key.float().mT * view.scaling, view.valid)
-
-
 def semantics(view: TowerView) -> Tensor:
     """Softmax over all rows of the unscaled products of their values with the class token's: fp32 [B, S]."""
     value = view.value.float()
-    return _probabilities(value[:, :, :1] @ value.mT, view.valid)
+    return probabilities(value[:, :, :1] @ value.mT, view.valid)[:, :, 0].mean(1)
 
 
 def density(view: TowerView) -> Tensor:
@@ -105,6 +139,29 @@ def flow(view: TowerView) -> Tensor:
     return (share * density(view)[:, 1:]).masked_fill(~view.patches, 0.0)
 
 
+def asked(last: LastQuery) -> Tensor:
+    """The score of the second stage: fp32 [B, S], 0 for all but visual tokens."""
+    key, value = last.key.float(), last.value.float()
+    logits = last.query.float().reshape(*key.shape[:2], -1, key.shape[-1]) @ key.mT * last.scaling
+    if last.softcap is not None:
+        logits = torch.tanh(logits / last.softcap) * last.softcap
+    alike = value[:, :, -1:] @ value.mT * value.shape[-1] ** -0.5
+    share = last.heads.mean(_over(logits, last.visual) + _over(alike, last.visual))
+    return share * last.heads.mean(value.mean(1)).abs().sum(-1)
+
+
+def _over(logits: Tensor, visual: Tensor) -> Tensor:
+    """Softmax of [B, h, n, S] over the visual entries alone, mean over h and n: fp32 [B, S]."""
+    shares = logits.masked_fill(~visual[:, None, None], float("-inf")).softmax(-1)
+    return shares.nan_to_num(0.0).mean((1, 2))
+
+
+def _without_surplus(view: CutView) -> Tensor:
+    assert view.surplus is not None
+    surplus = view.surplus.tolist()
+    return view.best(lambda row, tokens: tokens - surplus[row])
+
+
 def entropy(view: TowerView) -> Tensor:
     """Entropy of the relation over the patches, divided by that of a uniform one: fp32 [B] in [0, 1]. A probability
     that underflows counts 0, where the published code has log(0)."""
@@ -113,9 +170,3 @@ def entropy(view: TowerView) -> Tensor:
     uniform = view.patches.sum(-1).clamp(min=2).float().log()
     spread: Tensor = torch.special.entr(share).sum(-1) / uniform
     return spread
-
-
-def _probabilities(logits: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is not None:
-        logits = logits.masked_fill(~valid[:, None, None], float("-inf"))
-    return logits.softmax(-1)[:, :, 0].mean(1)

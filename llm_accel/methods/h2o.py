@@ -71,7 +71,11 @@ class H2O(StepEviction):
                 )
             object.__setattr__(self, "budget", total)
         elif self.heavy is not None:
-            object.__setattr__(self, "recent", (self.budget or DEFAULT_BUDGET) - self.heavy)
+            budget = DEFAULT_BUDGET if self.budget is None else self.budget
+            if self.heavy > budget:
+                self.fail("heavy", f"at most budget={budget}")
+            object.__setattr__(self, "budget", budget)  # all three stand in the text form then
+            object.__setattr__(self, "recent", budget - self.heavy)
 
     @property
     def reserved(self) -> int:

@@ -21,15 +21,17 @@ from llm_accel.kernels.hip_select import (
     StageSearch,
     TreeSearch,
 )
-from llm_accel.methods.attend import Attend, AttentionView, Memory
+from llm_accel.methods.attend import Attend, AttentionView, FixedStep, Memory
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.hip_decode import DecodeMemory, decode_step
+from llm_accel.methods.hip_fixed import FixedMemory
+from llm_accel.methods.shard import WHOLE, HeadShard
 
 FEW = 8  # queries that are treated as decoding: the proposals of speculative decoding
 FEW_BLOCK = 16  # the smallest block of queries
 # prompt lengths from which on the default settings beat dense attention: measured on a CPU (benchmarks/hip_cpu.py), an
 # estimate from operation counts and published figures on a GPU
-BREAK_EVEN = {"cpu": 24576, "cuda": 32768}
+BREAK_EVEN = {"cpu": 16384, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,14 @@ class HiP(Attend):
     def attend(self, view: AttentionView, memory: Memory | None) -> tuple[Tensor | None, Memory | None]:
         budget = self.budget_of(view.layer, view.layers)
         few = view.queries <= FEW
-        search = make_search(self, budget, few)
-        dense = covers(search, view.slots)
+        search = make_search(self, budget, few, view.heads)
+        dense = view.slots <= reach(search)
         least = self.break_even(view.key.device.type)
         blocks: BlockList | None
         with torch.no_grad():
             if view.queries == 1:
                 assert memory is None or isinstance(memory, DecodeMemory)
-                periods = self.refresh if self.selector == "stages" else self.refresh[-1:]
-                blocks, memory = decode_step(view.query, view.key, view.start, search, periods, dense, memory)
+                blocks, memory = decode_step(view.query, view.key, view.start, search, self.periods, dense, memory)
             elif dense or (view.slots < least and not few):
                 return None, None
             else:
@@ -172,6 +173,15 @@ class HiP(Attend):
         )
         return output, memory
 
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Decode steps between two choices of each stage; of a selector without stages, of the whole choice."""
+        return self.refresh if self.selector == "stages" else self.refresh[-1:]
+
+    def fixed_step(self, layer: int, layers: int, rows: int, heads: int, device: torch.device) -> FixedStep:
+        search = make_search(self, self.budget_of(layer, layers), True)
+        return FixedMemory(search, self.periods, reach(search), rows, heads, device)
+
     def break_even(self, device: str) -> int:
         """Prompt length from which on attention is sparse."""
         if self.min_prefill_len != "auto":
@@ -183,21 +193,21 @@ class HiP(Attend):
 
 
 @lru_cache(maxsize=64)
-def make_search(config: HiP, budget: int, few: bool) -> Search:
+def make_search(config: HiP, budget: int, few: bool, heads: HeadShard = WHOLE) -> Search:
     """The search of a configuration; for a ``few`` queries each of them stands for itself."""
     sink = -(-config.sink // config.block_k) * config.block_k
     scope = Scope(sink, config.window, FEW_BLOCK if few else config.block_q, config.block_k)
     if config.selector == "exact":
-        return ExactSearch(scope, budget, share_heads=config.share_heads)
+        return ExactSearch(scope, budget, share_heads=config.share_heads, across=heads.max)
     if config.selector == "tree":
-        return TreeSearch(scope, budget, 1 if few else 2, share_heads=config.share_heads)
+        return TreeSearch(scope, budget, 1 if few else 2, share_heads=config.share_heads, across=heads.max)
     stages = tuple(Stage(chunk, tokens, 1 if few else stride) for chunk, tokens, stride in config.stages)
-    return StageSearch(scope, budget, stages, config.last_stage_exact, share_heads=config.share_heads)
+    return StageSearch(scope, budget, stages, config.last_stage_exact, share_heads=config.share_heads, across=heads.max)
 
 
-def covers(search: Search, slots: int) -> bool:
-    """Whether sink, window and budget hold everything, so that dense attention gives the same, for less."""
-    return slots <= search.scope.sink + search.scope.window + search.budget
+def reach(search: Search) -> int:
+    """Slots that sink, window and budget hold, up to which dense attention gives the same, for less."""
+    return search.scope.sink + search.scope.window + search.budget
 
 
 def resolved(indices: tuple[int, ...], layers: int) -> set[int]:

@@ -43,7 +43,7 @@ class RandomKV(PromptCompression):
         forced = torch.arange(view.slots, device=rank.device)[None] >= view.slots - self.window
         if view.protected is not None:
             forced = forced | view.protected
-        head = torch.arange(view.kv_heads, device=rank.device)[None, :, None]
+        head = view.heads.numbers(view.kv_heads, rank.device)[None, :, None]
         draw = uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
         return select_top(
             draw.expand(len(counts), -1, -1),

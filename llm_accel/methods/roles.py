@@ -12,8 +12,9 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import option
+from llm_accel.methods.base import MethodConfig, option
 from llm_accel.methods.budget import Budgeted
+from llm_accel.methods.shard import WHOLE, HeadShard
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class Depth:
     rank: int = 0
     layers: int = 1
     later: bool = False
+
+
+@dataclass(frozen=True)
+class WholeCache(MethodConfig):
+    """Role: every entry stays. What such a method decides is how large the buffers of a compiled decode are."""
+
+    capacity: int | None = option(
+        "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
+        "and longer calls: as many as needed, in buckets",
+        None,
+    )
+
+    def validate(self) -> None:
+        if self.capacity is not None and self.capacity < 1:
+            self.fail("capacity", "an integer of at least 1, or None")
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class PromptView:
         slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
         seen: tokens that each row has seen, int64 [B or 1]; None where none of them was evicted before.
         entries: entries that each row may keep, int64 [B], where the prompt has fixed that; None: the method's own.
+        heads: what the heads here say to those in other processes, and hear from them.
     """
 
     query: Tensor
@@ -70,6 +87,7 @@ class PromptView:
     slack: int = 1
     seen: Tensor | None = None
     entries: Tensor | None = None
+    heads: HeadShard = WHOLE
 
     @property
     def slots(self) -> int:

@@ -71,6 +71,11 @@ def top_tokens(score: Tensor, count: int) -> Tensor:
     return best.sort().values
 
 
+def evenly_spaced(count: int, kept: int, device: torch.device) -> Tensor:
+    """The middle of each of ``kept`` equal stretches of ``count`` places: int64 [kept], ascending."""
+    return (2 * torch.arange(kept, device=device) + 1) * count // max(1, 2 * kept)
+
+
 def uniform(position: Tensor, stream: Tensor) -> Tensor:
     """fp32 in [0, 1) from a hash of position and stream, so that a row draws the same alone and in a batch."""
     mixed = (position + 1) * 0x9E3779B1 + stream * 0x85EBCA77

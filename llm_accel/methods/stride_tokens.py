@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo
+from llm_accel.methods.selection import evenly_spaced
 from llm_accel.methods.visual import VisualTokens
 
 
@@ -26,5 +27,4 @@ class StrideTokens(VisualTokens):
     )
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
-        kept = self.tokens(count)
-        return (2 * torch.arange(kept, device=device) + 1) * count // (2 * kept)
+        return evenly_spaced(count, self.tokens(count), device)

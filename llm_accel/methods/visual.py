@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.selection import top_tokens
+from llm_accel.methods.shard import WHOLE, HeadShard
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,65 @@ class VisualBudget(MethodConfig):
         if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
             self.fail("keep_ratio", "a number in (0, 1], the fraction of the visual tokens that is kept")
 
+    @property
+    def default_target(self) -> int | None:
+        """The target where neither is given; None: ``default_ratio`` holds."""
+        return None
+
     def tokens(self, count: int, parts: int = 1) -> int:
         """How many of ``count`` visual tokens stay, which are one of the ``parts`` that share a target."""
-        if self.target is not None:
-            return min(count, math.ceil(self.target / parts))
+        target = self.default_target if self.target is None and self.keep_ratio is None else self.target
+        if target is not None:
+            return min(count, math.ceil(target / parts))
         ratio = self.default_ratio if self.keep_ratio is None else self.keep_ratio
         return min(count, max(1, math.ceil(ratio * count - 1e-9)))
 
 
 @dataclass(frozen=True)
-class VisualTokens(VisualBudget):
+class VisualInput(VisualBudget):
+    """What reaches the language model of an image is decided before it runs."""
+
+    positions: Literal["original", "compact"] = option(
+        "original: what stays keeps its positions in the prompt; compact: positions are counted anew without gaps, for "
+        "models whose positions have one axis",
+        "original",
+    )
+
+    def second_stage(self, model: CutModel) -> Cut | None:
+        """The cut inside the language model that takes out what was let through beyond the target; None: there is none.
+
+        Raises:
+            ConfigError: one was asked for that this model cannot have.
+        """
+        return None
+
+    @property
+    def always_cuts(self) -> bool:
+        """Whether a second stage was asked for, so that no other method can let tokens leave between layers."""
+        return False
+
+    def one_stage(self) -> Self:
+        """The method without a second stage."""
+        return self
+
+
+@dataclass(frozen=True)
+class SmallerImage(VisualInput):
+    """Role: the vision tower sees a smaller image. Its tokens take the places of evenly spaced ones of the full image,
+    row by row, so that they keep positions of the full image."""
+
+    @abstractmethod
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of tokens of the smaller image, for one of ``rows`` x ``columns`` tokens: no more in either
+        direction, ``tokens(rows * columns)`` in all at most."""
+
+    @abstractmethod
+    def resize(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Images [B, c, H, W] in a smaller size in pixels: [B, c, height, width], same dtype."""
+
+
+@dataclass(frozen=True)
+class VisualTokens(VisualInput):
     """Role: decides which visual tokens of an image reach the language model."""
 
     newline: Literal["drop", "keep"] = option(
@@ -50,9 +103,14 @@ class VisualTokens(VisualBudget):
         "drop",
     )
 
+    def entering(self, count: int, parts: int = 1) -> int:
+        """How many of ``count`` visual tokens, one of the ``parts`` that share a target, enter the language model: more
+        than :meth:`tokens` where a second stage takes out the rest."""
+        return self.tokens(count, parts)
+
     @abstractmethod
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
-        """Which of the ``count`` visual tokens of one image stay, ``tokens(count)`` of them: int64, ascending.
+        """Which of the ``count`` visual tokens of one image enter, ``entering(count)`` of them: int64, ascending.
 
         Args:
             count: visual tokens of the image, in raster order, newline rows left out.
@@ -62,75 +120,107 @@ class VisualTokens(VisualBudget):
 
 
 @dataclass(frozen=True)
-class TowerView:
-    """One attention call of a vision tower, of B images or tiles.
-
-    Attributes:
-        query, key, value: [B, h, S, d] as attention sees them; the class token first where there is one.
-        scaling: softmax scale.
-        class_token: whether row 0 is the class token.
-        valid: bool [B, S], rows that are no padding; None where all are.
-        layer: index of the layer.
-        last: the last layer after which tokens may be cut; one more layer, at least, mixes what is left.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float
-    class_token: bool
-    valid: Tensor | None
-    layer: int
-    last: int
-
-    @property
-    def patches(self) -> Tensor:
-        """bool [B, N]: which patches are no padding."""
-        rows = self.query.shape[2] - int(self.class_token)
-        if self.valid is None:
-            return torch.ones(self.query.shape[0], rows, dtype=torch.bool, device=self.query.device)
-        return self.valid[:, int(self.class_token) :]
-
-
-@dataclass(frozen=True)
-class TowerTokens(VisualTokens):
-    """Role: decides by what happens in the vision tower, and may cut patches inside it."""
-
-    @abstractmethod
-    def score(self, view: TowerView, before: Tensor | None) -> Tensor:
-        """Scores of the patches after one layer, fp32 >= 0 [B, N]; ``before``: those after the layer before it."""
-
-    @abstractmethod
-    def survivors(self, view: TowerView, sizes: Tensor, targets: Tensor) -> Tensor:
-        """How many patches each image keeps after this layer, int64 [B] on the CPU, from ``targets`` to ``sizes``, both
-        int64 [B] on the CPU. At ``view.last`` it must be the target."""
-
-
-@dataclass(frozen=True)
 class CutView:
     """The rows of a prompt behind one decoder layer.
 
     Attributes:
         visual: bool [B, n], which rows are visual tokens.
         real: bool [B, n], which rows are no padding.
-        attention: what the last query of the prompt paid to each row in this layer, fp32 [B, n], mean over heads, for
-            methods that ask for it; else None.
+        scores: what :attr:`Cut.rank` made of each row in this layer, fp32 >= 0 [B, n]; None without one.
+        hidden: the layer's output, [B, n, C].
+        layer: index of the layer.
+        surplus: visual tokens of each row beyond its target, which a first stage let through, int64 [B], or None.
     """
 
     visual: Tensor
     real: Tensor
-    attention: Tensor | None
+    scores: Tensor | None = None
+    hidden: Tensor | None = None
+    layer: int = 0
+    surplus: Tensor | None = None
+
+    def best(self, kept: Callable[[int, int], int]) -> Tensor:
+        """bool [B, n]: all rows but the visual tokens of lower score; ``kept`` says how many of them stay, from the
+        index of a row of the batch and the number of its visual tokens."""
+        assert self.scores is not None
+        keep = self.real.clone()
+        for row, scores in enumerate(self.scores):
+            tokens = self.visual[row].nonzero()[:, 0]
+            keep[row, tokens] = False
+            keep[row, tokens[top_tokens(scores[tokens], kept(row, len(tokens)))]] = True
+        return keep
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """What the last query of a prompt meets in one decoder layer.
+
+    Attributes:
+        query: [B, Hq, 1, D], post-RoPE.
+        key, value: [B, H, S, D] as attention sees them; the last entry is the query's own.
+        start: first real entry of each row, int64 [B], or None.
+        visual: bool [B, S], entries that are visual tokens of the running call.
+        scaling, softcap, sinks: of the layer's softmax.
+        heads: what the heads here say to those in other processes, and hear from them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    start: Tensor | None
+    visual: Tensor
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    heads: HeadShard = WHOLE
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """What is known of the model whose layers visual tokens are to leave.
+
+    Attributes:
+        name: its family in transformers.
+        layers: layers L of its decoder.
+        hidden: channels C of a row.
+        first: the first layer after which visual tokens may leave.
+        config_hash, weights_hash: its fingerprints; ``weights_hash`` is "offloaded" where weights are not in memory.
+        calibration: a calibration of exactly these weights that comes with the package, or None.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    first: int = 0
+    config_hash: str = ""
+    weights_hash: str = ""
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a method does between the layers of one model.
+
+    Attributes:
+        layers: the layers after which tokens may leave, ascending; they do after the first one where ``keep`` drops
+            any, and after no other one in the same call. Empty: none ever leaves.
+        keep: which rows go on, bool [B, n]; rows that are no visual tokens always do.
+        rank: scores of all entries for ``keep`` to look at, fp32 >= 0 [B, S], from the last query; None: none.
+        surplus_only: whether it leaves prompts alone of which a first stage let nothing through beyond the target.
+        origin: (what was chosen, why) for the report; None where the configuration says it all.
+    """
+
+    layers: tuple[int, ...]
+    keep: Callable[[CutView], Tensor]
+    rank: Callable[[LastQuery], Tensor] | None = None
+    surplus_only: bool = False
+    origin: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class LayerCut(MethodConfig):
     """Role: lets visual tokens leave the language model after one of its layers. Layers up to it keep their entries for
     the whole generation, later ones never get them."""
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether the last query's attention is looked at."""
-        return False
 
     @abstractmethod
     def after(self, layers: int) -> int:
@@ -143,3 +233,12 @@ class LayerCut(MethodConfig):
     @abstractmethod
     def keep(self, view: CutView) -> Tensor:
         """Which rows go on, bool [B, n]; rows that are no visual tokens always do."""
+
+    def cut(self, model: CutModel) -> Cut:
+        """The cut on one model. Methods that know a single layer need no more than :meth:`after`.
+
+        Raises:
+            ConfigError: the model has no such layer, or what was learned about another model is to decide on this one.
+        """
+        last = self.after(model.layers)
+        return Cut((last,) if last < model.layers - 1 else (), self.keep)

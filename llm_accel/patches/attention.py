@@ -10,10 +10,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import base_function
+from llm_accel.patches.compiled.cache import FixedCache
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
-from llm_accel.patches.layers import GroupedLayer
+from llm_accel.patches.layers import GroupedLayer, ReplyLayer
+from llm_accel.patches.ranks import check_heads
+from llm_accel.patches.replay import Replay
+from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.cuts import watch
 
@@ -48,11 +52,16 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | None = None,
+        llm_accel: Session | FixedCache | Replay | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
         index: int | None = getattr(module, "layer_idx", None)
+        if isinstance(llm_accel, FixedCache | Replay):
+            assert index is not None
+            return llm_accel.attend(index, self.base, module, query, key, value, **kwargs), None
+        if llm_accel is not None:
+            check_heads(llm_accel.plan.heads, query)
         mask = None if llm_accel is None else llm_accel.plan.mask
         if llm_accel is None or index is None or mask is None or not mask.heads[index]:
             return self._unmasked(module, query, key, value, attention_mask, llm_accel, index, **kwargs)
@@ -92,7 +101,10 @@ class AccelAttention:
         if split is not None and isinstance(layer, GroupedLayer):
             return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
         key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
-        watch(llm_accel, index, query, key, layer.start, kwargs)
+        watch(llm_accel, index, (query, key, value), layer.start, kwargs)
+        reply = llm_accel.plan.reply
+        if reply is not None and isinstance(layer, ReplyLayer):
+            return ReplyStep(llm_accel, reply, layer, kwargs).attend(self.base, module, query, key, value), None
         keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
         if keeper is None:
             if llm_accel.closing:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -70,7 +71,22 @@ def attend(
     if base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without being given one
         mask = visibility(start, query.shape[2], key.shape[2], key.device)
     if base == "eager" and mask is not None:
-        mask = _additive(mask, query)
+        mask = additive(mask, query)
+    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
+    return output
+
+
+def attend_visible(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **kwargs: Any
+) -> Tensor:
+    """Dense attention of one query per row, [B, Hq, 1, D], over the slots under ``visible``, bool [B, 1, 1, C];
+    [B, 1, Hq, Dv]."""
+    if base == "sdpa" and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        # the query heads of a group as rows of one head: keys and values are read once and never repeated
+        packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=kwargs.get("scaling"))
+        return output.reshape(query.shape[0], 1, query.shape[1], -1)
+    mask = additive(visible, query) if base == "eager" else visible
     output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
     return output
 
@@ -86,7 +102,8 @@ def visibility(start: Tensor | None, length: int, slots: int, device: torch.devi
     return visible[:, None]
 
 
-def _additive(visible: Tensor, query: Tensor) -> Tensor:
+def additive(visible: Tensor, query: Tensor) -> Tensor:
+    """A bool mask as one that is added to logits in the dtype of ``query``."""
     lowest = torch.finfo(query.dtype).min
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 

@@ -175,6 +175,7 @@ class Eviction:
             slack=slack,
             seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
             entries=getattr(self.layer, "entries", None),
+            heads=self.session.plan.heads,
             **softmax_of(self.kwargs, key.shape[-1]),
         )
         with torch.no_grad():

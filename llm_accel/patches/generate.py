@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.patches.cache_name import CACHE, named_cache
+from llm_accel.patches.compiled.fixed import round_up
 from llm_accel.patches.hook import DecoderHook, adopt, named
+from llm_accel.patches.replay import is_waiting
+from llm_accel.patches.reply import ContrastProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,23 +38,34 @@ class GenerateProxy:
             protect_mask: prompt tokens whose entries must stay, bool [B, prompt length]; they count in the budget.
         """
         generate = type(self.model).generate
-        kwargs = named(generate, args, kwargs)
+        kwargs = named_cache(named(generate, args, kwargs))
         if not self.hook.enabled:
             return generate(self.model, **kwargs)
         self._refuse(kwargs)
         if self._setting("use_cache", kwargs) is False:
             return generate(self.model, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if cache is None:
             cache = DynamicCache()
         session = adopt(cache, self.hook.plan, self.model.get_decoder().config)
+        if is_waiting(cache) and protect_mask is not None:
+            raise UnsupportedCallError("this cache holds its prompt already; give protect_mask to handle.prefill.")
         prompt = _prompt_length(kwargs)
         if prompt is not None:
             session.announce(prompt, protect_mask)
-        kwargs["past_key_values"] = cache
+            session.room = self._new_tokens(prompt, kwargs)
+        beams = self._setting("num_beams", kwargs) or 1
+        session.eager_because = "beam search reorders the cache at each step" if beams > 1 else None
+        kwargs[CACHE] = cache
         if self._setting("cache_implementation", kwargs):
             kwargs["cache_implementation"] = None  # transformers takes either a cache or a kind of cache
+        reply = self.hook.plan.reply
+        if reply is not None and reply.contrasts:
+            contrast = ContrastProcessor(session, reply, self.model.get_output_embeddings())
+            kwargs["logits_processor"] = LogitsProcessorList([contrast, *(kwargs.get("logits_processor") or ())])
         output = generate(self.model, **kwargs)
+        if session.lease is not None:
+            session.lease.end()
         self.hook.settle(session)
         return output
 
@@ -64,12 +80,24 @@ class GenerateProxy:
         value = getattr(kwargs.get("generation_config"), name, None)
         return getattr(self.model.generation_config, name, None) if value is None else value
 
+    def _new_tokens(self, prompt: int, kwargs: dict[str, Any]) -> int | None:
+        """Tokens that will be decoded at most, rounded up, so that calls of about equal length share buffers."""
+        new, length = self._setting("max_new_tokens", kwargs), self._setting("max_length", kwargs)
+        if new is None and length is None:
+            return None
+        return round_up(max(1, length - prompt if new is None else new))
+
     def _refuse(self, kwargs: dict[str, Any]) -> None:
-        if self.hook.plan.evicts:
+        plan = self.hook.plan
+        if plan.reply is not None and self._setting("use_cache", kwargs) is False:
+            raise UnsupportedCallError(
+                f"{plan.title} acts on decode steps, of which there are none with use_cache=False; leave it out."
+            )
+        if plan.evicts or plan.reply is not None:
             for name in _ASSISTED:
                 if self._setting(name, kwargs):
                     raise UnsupportedCallError(
-                        f"assisted decoding ({name}) rolls the cache back, which eviction does not allow; "
+                        f"assisted decoding ({name}) rolls the cache back, which {plan.title} does not allow; "
                         "leave it out, or call inside handle.disabled()."
                     )
         kind = self._setting("cache_implementation", kwargs)

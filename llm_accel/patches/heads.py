@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llm_accel.errors import ConfigError, UnsupportedModelError
-from llm_accel.methods import HeadMethod, HeadProfile, MethodConfig, ModelHeads, load_profile
+from llm_accel.methods import HeadMethod, HeadProfile, HeadShard, MethodConfig, ModelHeads, load_profile
 from llm_accel.patches.base_attention import stores_latents
 from llm_accel.patches.identity import weight_hash
 
 BUNDLED = Path(__file__).parents[1] / "eval" / "models" / "needle" / "heads.json"
 
 
-def plan_heads(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int, str]) -> dict[str, Any]:
-    """The arguments of a plan that concern heads; empty where no method acts on heads."""
+def plan_heads(
+    model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int, str], shard: HeadShard
+) -> dict[str, Any]:
+    """The arguments of a plan that concern heads; empty where no method acts on heads. Profiles count the heads of the
+    whole model, the plan those that are here."""
     method = next((config for config in configs if isinstance(config, HeadMethod)), None)
     if method is None:
         return {}
@@ -28,7 +32,11 @@ def plan_heads(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int
             "supported are models with a key and a value per KV head."
         )
     backends = {} if profile is None else {"heads": (f"{profile.method} profile", _origin(model, profile))}
-    return {"split": split, "mask": mask, "kv_heads": counts.kv_heads, "backends": backends}
+    if split is not None:
+        split = replace(split, full=tuple(shard.own(heads, counts.kv_heads) for heads in split.full))
+    if mask is not None:
+        mask = replace(mask, heads=tuple(shard.own(heads, counts.query_heads) for heads in mask.heads))
+    return {"split": split, "mask": mask, "kv_heads": counts.kv_heads // shard.count, "backends": backends}
 
 
 def model_heads(model: Any, skipped: Iterable[int] = ()) -> ModelHeads:

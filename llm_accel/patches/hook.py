@@ -14,7 +14,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
+from llm_accel.patches.cache_name import CACHE, named_cache
+from llm_accel.patches.compiled.call import arm
+from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.plan import Plan
+from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
+from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.rows import enter
 from llm_accel.patches.vision.state import VisualReport
@@ -49,7 +54,8 @@ class DecoderHook:
         """Finds or makes the session of this call and passes it on as ``llm_accel``."""
         if args:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        kwargs = named_cache(kwargs)
+        cache = kwargs.get(CACHE)
         visual = kwargs.pop("llm_accel_visual", None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
@@ -65,10 +71,14 @@ class DecoderHook:
             if decoder.training or not (cached or without_cache):
                 return args, kwargs  # nothing is kept, so there is nothing to evict
             passing = not cached
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+            cache = kwargs[CACHE] = DynamicCache(config=decoder.config)
         self._keep_implementation(decoder)
-        _refuse(kwargs, decoder)
+        arm(decoder, self)  # a copied or reloaded model has lost its own
+        arm_mlps(decoder, self)
+        _refuse(kwargs, decoder, self.plan)
         session = adopt(cache, self.plan, decoder.config)
+        if is_waiting(cache):
+            return args, replayed(cache, decoder, kwargs)
         session.passing = passing
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
@@ -77,8 +87,10 @@ class DecoderHook:
         session.begin(length, past, kwargs.get("attention_mask"))
         if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
-        if self.plan.visual:
+        if self.plan.family is not None:
             kwargs = enter(session, kwargs, visual, past)
+        if self.plan.reply is not None:
+            look(session, self.plan.reply, kwargs)
         self._latest = weakref.ref(session)
         kwargs["llm_accel"] = session
         return args, kwargs
@@ -118,11 +130,16 @@ class DecoderExit:
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises :class:`llm_accel.errors.EvictionError` if a layer over budget evicted nothing."""
         session = kwargs.get("llm_accel")
+        if isinstance(session, Replay):
+            session.hand_over(output)
+            return
         if session is None:
             return
         session.verify()
+        if session.reading:
+            session.outcome = output.last_hidden_state[:, -1:].clone()
         if session.passing:
-            output.past_key_values = None  # the caller asked for none, and would take it for that of the next call
+            output[CACHE] = None  # the caller asked for none, and would take it for that of the next call
 
 
 def session_of(cache: Cache) -> Session | None:
@@ -141,7 +158,7 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
     of ``config``: only they tell sliding layers from full ones."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise UnsupportedCallError(
-            f"past_key_values is a {type(cache).__name__}; give a transformers Cache or none, or handle.new_cache()."
+            f"{CACHE} is a {type(cache).__name__}; give a transformers Cache or none, or handle.new_cache()."
         )
     session = session_of(cache)
     if session is not None:
@@ -170,9 +187,10 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
     return session
 
 
-def _refuse(kwargs: dict[str, Any], decoder: Any) -> None:
-    wanted = kwargs.get("output_attentions")
-    if wanted or (wanted is None and getattr(decoder.config, "output_attentions", False)):
+def _refuse(kwargs: dict[str, Any], decoder: Any, plan: Plan) -> None:
+    if plan.mlp_chunk is not None and wants(kwargs, decoder, "output_router_logits"):
+        raise UnsupportedCallError("output_router_logits does not work with mlp_chunk, which calls each router often.")
+    if wants(kwargs, decoder, "output_attentions"):
         raise UnsupportedCallError(
             "output_attentions=True needs the attention matrix of every layer, which is never built here; "
             "call inside handle.disabled()."

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
@@ -26,12 +27,24 @@ def weight_hash(model: PreTrainedModel) -> str:
     parameters = list(model.get_decoder().parameters())
     digest = hashlib.sha256()
     for weight in (parameters[0], parameters[-1], parameters[len(parameters) // 2]):
-        local: Any = weight.to_local() if hasattr(weight, "to_local") else weight
-        if local.device.type == "meta":
+        if weight.device.type == "meta":
             return "offloaded"
-        values = local.detach().flatten()[:_SAMPLE].float().cpu().contiguous()
+        values = _first(weight.detach()).float().cpu().contiguous()
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _first(weight: Any) -> Tensor:
+    """The first values of a weight; of one that processes share, those of the whole, which all of them must ask for."""
+    rows = 1 + (_SAMPLE - 1) // max(1, weight.shape[1:].numel())
+    if hasattr(weight, "to_local"):
+        from torch.distributed.tensor import Shard
+
+        part = weight.to_local()[:rows]
+        places = [Shard(place.dim) if hasattr(place, "dim") else place for place in weight.placements]
+        weight = type(weight).from_local(part, weight.device_mesh, places, run_check=False).full_tensor()
+    values: Tensor = weight[:rows].flatten()[:_SAMPLE]
+    return values
 
 
 def identity(model: PreTrainedModel) -> dict[str, str]:

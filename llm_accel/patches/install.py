@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,19 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods import Attend, MethodConfig, ScoreAndKeep, StepEviction
+from llm_accel.methods import Attend, MethodConfig, ReplyDecoding, ScoreAndKeep, StepEviction
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED, stores_latents
+from llm_accel.patches.compiled.call import arm, disarm
+from llm_accel.patches.compiled.eligible import COMPILED, why_eager
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
 from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
-from llm_accel.patches.plan import Plan, check_composition
+from llm_accel.patches.mlp_chunks import arm_mlps, check_mlps, disarm_mlps
+from llm_accel.patches.plan import Decode, Plan, check_composition
+from llm_accel.patches.ranks import head_shard, notes
 from llm_accel.patches.rotary import why_no_rotary
-from llm_accel.patches.vision.install import drop_hooks, install_vision, plan_family, uninstall_vision
+from llm_accel.patches.vision.install import drop_hooks, install_vision, plan_visual, uninstall_vision
 
 
 def unwrapped(model: Any) -> Any:
@@ -36,7 +41,14 @@ def hook_of(model: Any) -> DecoderHook | None:
     return next((hook for hook in hooks if isinstance(hook, DecoderHook)), None)
 
 
-def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: bool) -> Plan:
+def make_plan(
+    model: Any,
+    configs: Sequence[MethodConfig],
+    trace: bool,
+    strict: bool,
+    decode: Decode = "eager",
+    mlp_chunk: int | None = None,
+) -> Plan:
     """Checks model and methods against each other, touching nothing; raises what ``apply`` documents."""
     check_composition(configs)
     decoder = _decoder(model)
@@ -55,19 +67,39 @@ def make_plan(model: Any, configs: Sequence[MethodConfig], trace: bool, strict: 
         )
     skipped = _skipped_layers(model, decoder.config, configs, strict)
     _check_positions(decoder, configs, skipped)
+    check_mlps(decoder, mlp_chunk)
     layers = int(decoder.config.num_hidden_layers)
     backends = {"attention": (base, "the model's own implementation")}
+    if mlp_chunk is not None:
+        backends["mlp"] = (f"{mlp_chunk} tokens at a time", "mlp_chunk")
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
         backends["scores"] = column_votes.OP.explain(_problem(decoder))
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
     for config in configs:
-        backends |= config.backends(_problem(decoder)) if isinstance(config, Attend | StepEviction) else {}
-    heads = plan_heads(model, configs, skipped)
-    family = plan_family(model, configs, skipped, trace)
-    return Plan(
-        tuple(configs), layers, base, skipped, trace, backends | heads.pop("backends", {}), family=family, **heads
+        if isinstance(config, Attend | ReplyDecoding | StepEviction):
+            backends |= config.backends(_problem(decoder))
+    shard = head_shard(model)
+    heads, visual = plan_heads(model, configs, skipped, shard), plan_visual(model, configs, skipped, trace)
+    backends |= heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)
+    plan = Plan(
+        tuple(configs), layers, base, skipped, trace, backends, heads=shard, mlp_chunk=mlp_chunk, **heads, **visual
     )
+    return plan if decode == "eager" else _compiled(plan, decoder, decode)
+
+
+def _compiled(plan: Plan, decoder: Any, decode: Decode) -> Plan:
+    """The plan with its decode steps compiled where that can be; with "compiled" it must."""
+    if decode not in ("compiled", "auto"):
+        raise ConfigError(f"decode={decode!r} is not allowed; give 'eager', 'compiled' or 'auto'.")
+    problem = _problem(decoder)
+    reason = why_eager(plan, decoder, problem)
+    if reason is not None and decode == "compiled":
+        raise ConfigError(f"decode='compiled' does not work for {plan.title}: {reason}. Use 'auto' or 'eager'.")
+    if reason is None and decode == "auto" and problem.device.type != "cuda":
+        reason = "auto compiles on GPUs only"
+    said = ("compiled", COMPILED) if reason is None else ("eager", reason)
+    return replace(plan, decode=decode, compiles=reason is None, backends={**plan.backends, "decode steps": said})
 
 
 def _problem(decoder: Any) -> Problem:
@@ -89,6 +121,8 @@ def install(model: Any, plan: Plan) -> DecoderHook:
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(DecoderExit(), with_kwargs=True)
     decoder.config._attn_implementation_internal = name
+    arm(decoder, hook)
+    arm_mlps(decoder, hook)
     if hasattr(model, "generate"):
         model.generate = GenerateProxy(model, hook)
         for entry in SHADOWED:
@@ -112,6 +146,8 @@ def uninstall(model: Any) -> None:
 
 def _unhook(decoder: Any, hook: DecoderHook) -> None:
     hook.enabled = False  # for the generate proxy of an outer model, when the plug-in is taken off its decoder alone
+    disarm(decoder)
+    disarm_mlps(decoder)
     drop_hooks(decoder, DecoderHook, DecoderExit)
     if decoder.config._attn_implementation == accel_name(hook.plan.base):
         decoder.config._attn_implementation_internal = hook.plan.base

@@ -17,6 +17,8 @@ from llm_accel.patches.hook import adopt, session_of
 from llm_accel.patches.identity import identity
 from llm_accel.patches.layers import AccelLayer
 from llm_accel.patches.plan import Plan
+from llm_accel.patches.ranks import own_file
+from llm_accel.patches.replay import is_waiting
 
 FORMAT = "llm_accel cache 1"
 _STOCK_TENSORS = ("keys", "values")
@@ -24,7 +26,8 @@ _STOCK_VALUES = ("cumulative_length",)
 
 
 def save_cache(cache: DynamicCache, path: str | Path, model: PreTrainedModel, plan: Plan) -> None:
-    """Writes a filled cache; a file that exists is replaced only when the new one is complete.
+    """Writes a filled cache; a file that exists is replaced only when the new one is complete. Processes that share a
+    model write a file each.
 
     Raises:
         UnsupportedCallError: the cache is not one of the applied method's, or it is empty.
@@ -34,6 +37,10 @@ def save_cache(cache: DynamicCache, path: str | Path, model: PreTrainedModel, pl
         raise UnsupportedCallError(f"this cache was not filled with {plan.title}; save it through the handle that did.")
     if cache.get_seq_length() == 0:
         raise UnsupportedCallError("this cache is empty; run the prompt through the model first.")
+    if is_waiting(cache):
+        raise UnsupportedCallError(
+            "this cache has not been continued since handle.prefill; call model.generate(**cache.inputs) first."
+        )
     tensors: dict[str, Tensor] = {}
     values: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):
@@ -46,18 +53,19 @@ def save_cache(cache: DynamicCache, path: str | Path, model: PreTrainedModel, pl
         "model": json.dumps(identity(model)),
         "layers": json.dumps(values),
     }
-    target = Path(path)
+    target = own_file(path, model)
     partial = target.with_name(target.name + ".partial")
     save_file(tensors, partial, metadata)
     partial.replace(target)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, plan: Plan) -> DynamicCache:
-    """Reads a cache that was saved with the same method on the same model.
+    """Reads a cache that was saved with the same method on the same model, by as many processes.
 
     Raises:
         ConfigError: the file is missing or no cache, or belongs to another method or model.
     """
+    path = own_file(path, model)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -72,7 +80,12 @@ def load_cache(path: str | Path, model: PreTrainedModel, plan: Plan) -> DynamicC
     device = model.get_input_embeddings().weight.device
     for index, values in enumerate(json.loads(metadata["layers"])):
         prefix = f"{index}."
-        own = {name.removeprefix(prefix): t.to(device) for name, t in tensors.items() if name.startswith(prefix)}
+        # copied: the file lies in memory at any address, and sums in its tensors would differ in their last bits
+        own = {
+            name.removeprefix(prefix): tensor.to(device, copy=True)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         _restore(cache.layers[index], own, values)
     return cache
 

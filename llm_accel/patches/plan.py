@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
+    WHOLE,
     Attend,
+    Cut,
     Depth,
     HeadMask,
     HeadMethod,
+    HeadShard,
     HeadSplit,
     LayerCut,
     MethodConfig,
+    ReplyDecoding,
     ScoreAndKeep,
     StepEviction,
-    VisualTokens,
+    VisualInput,
+    WholeCache,
 )
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.layers import (
@@ -26,8 +32,12 @@ from llm_accel.patches.layers import (
     HidingLayer,
     RaggedLayer,
     RelativeSlotLayer,
+    ReplyLayer,
     SlotLayer,
 )
+
+Decode = Literal["eager", "compiled", "auto"]
+DECODES: tuple[Decode, ...] = get_args(Decode)
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,17 @@ class Plan:
         backends: operation -> (backend, reason).
         split: which KV heads keep everything and which a stream, or None.
         mask: which query heads are silenced, or None.
-        kv_heads: KV heads of a layer, where heads are split.
-        family: what is declared of the model's family, where visual tokens are taken out.
+        kv_heads: KV heads of a layer that are here, where heads are split.
+        heads: which heads of the layers are here, where several processes share them.
+        family: what is declared of the model's family, where a method must know its visual tokens.
+        decode: how decode steps were asked to run.
+        compiles: whether they run as a compiled graph wherever a call allows it.
+        mlp_chunk: tokens that an MLP computes at once; None: all of a call.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attender: the method that computes attention, if any; worked out from ``configs``.
-        tokens: the method that decides which visual tokens reach the decoder, if any; worked out from ``configs``.
-        cut: the method that decides which of them leave it half-way, if any; worked out from ``configs``.
+        cut: after which layers visual tokens may leave the decoder, and which of them, or None.
+        tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
+        reply: the method that changes how a reply is decoded, if any; worked out from ``configs``.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -60,11 +75,16 @@ class Plan:
     split: HeadSplit | None = None
     mask: HeadMask | None = None
     kv_heads: int = 0
+    heads: HeadShard = WHOLE
     family: VisionFamily | None = None
+    cut: Cut | None = field(default=None, compare=False)
+    decode: Decode = field(default="eager", compare=False)
+    compiles: bool = field(default=False, compare=False)
+    mlp_chunk: int | None = field(default=None, compare=False)
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
     attender: Attend | None = field(init=False, compare=False)
-    tokens: VisualTokens | None = field(init=False, compare=False)
-    cut: LayerCut | None = field(init=False, compare=False)
+    tokens: VisualInput | None = field(init=False, compare=False)
+    reply: ReplyDecoding | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,10 +94,13 @@ class Plan:
         ]
         keeper = next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
         attender = next((config for config in self.configs if isinstance(config, Attend)), None)
-        tokens = next((config for config in self.configs if isinstance(config, VisualTokens)), None)
+        tokens = next((config for config in self.configs if isinstance(config, VisualInput)), None)
+        if tokens is not None and (self.cut is None or any(isinstance(config, LayerCut) for config in self.configs)):
+            tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
         object.__setattr__(self, "keeper", keeper)
         object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "cut", next((config for config in self.configs if isinstance(config, LayerCut)), None))
+        reply = next((config for config in self.configs if isinstance(config, ReplyDecoding)), None)
+        object.__setattr__(self, "reply", reply)
         object.__setattr__(self, "attender", attender)
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
@@ -93,19 +116,37 @@ class Plan:
     @property
     def visual(self) -> bool:
         """Whether visual tokens are taken out."""
-        return self.family is not None
+        return self.tokens is not None or self.cut is not None
 
     @property
     def hides(self) -> bool:
         """Whether entries are hidden from attention and none leaves the cache."""
         return isinstance(self.keeper, StepEviction) and self.keeper.hides
 
+    @property
+    def whole(self) -> WholeCache | None:
+        """The method that keeps everything, or None."""
+        return next((config for config in self.configs if isinstance(config, WholeCache)), None)
+
+    @property
+    def capacity(self) -> int:
+        """Entries that buffers of compiled decoding have place for at least."""
+        return (self.whole.capacity or 0) if self.whole is not None else 0
+
+    @property
+    def cut_title(self) -> str:
+        """The method that lets visual tokens leave between layers, as the command line writes it; empty without one."""
+        cutting = [config for config in self.configs if isinstance(config, LayerCut)]
+        return next((config.spec() for config in (*cutting, self.tokens) if config is not None), "")
+
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
         if self.attender is not None and self.attender.dense_layer(index, self.layers) is None:
-            return AttendingLayer(self.attender, index, self.layers)
+            return AttendingLayer(self.attender, index, self.layers, self.heads)
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
+        if self.reply is not None and self.reply.attends:
+            return ReplyLayer()
         if self.keeper is None or index in self.skipped:
             return AccelLayer()
         if isinstance(self.keeper, StepEviction):
@@ -113,7 +154,7 @@ class Plan:
                 return HidingLayer()
             kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
             return kind(self.keeper.vacancies)
-        return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size)
+        return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size, self.heads)
 
     def depth(self, index: int, later: bool) -> Depth:
         """Where a layer stands among those that the methods act on; ``later``: it has evicted before."""
@@ -129,6 +170,9 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
     """Raises :class:`ConfigError` where two methods would decide the same thing."""
     if not configs:
         raise ConfigError("method=[] names no method; give at least one.")
+    whole = next((config for config in configs if isinstance(config, WholeCache)), None)
+    if whole is not None and len(configs) > 1:
+        raise ConfigError(f"{whole.spec()} is the model as it is; give it alone, or leave it out.")
     keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
     if len(keepers) > 1:
         raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
@@ -143,14 +187,25 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
                 "does not keep; combine it with a method that compresses the prompt and keeps as many entries in each "
                 "head: snapkv, pyramidkv, random."
             )
-    choosers = [config.spec() for config in configs if isinstance(config, VisualTokens)]
+    choosers = [config.spec() for config in configs if isinstance(config, VisualInput)]
     if len(choosers) > 1:
         raise ConfigError(
             f"{' and '.join(choosers)} both decide which visual tokens reach the decoder; give one of them."
         )
     cuts = [config.spec() for config in configs if isinstance(config, LayerCut)]
+    cuts += [config.spec() for config in configs if isinstance(config, VisualInput) and config.always_cuts]
     if len(cuts) > 1:
         raise ConfigError(f"{' and '.join(cuts)} both let visual tokens leave after a layer; give one of them.")
+    replies = [config for config in configs if isinstance(config, ReplyDecoding)]
+    if len(replies) > 1:
+        raise ConfigError(
+            f"{' and '.join(config.spec() for config in replies)} both decode the reply; give one of them."
+        )
+    for spec in (*keepers, *attenders) if replies and replies[0].attends else ():
+        raise ConfigError(
+            f"{replies[0].spec()} computes attention and chooses entries while decoding, which {spec} would decide "
+            "too; combine it with methods on visual tokens, or leave only its contrast on (beta=0, keep=1)."
+        )
     by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
     if by_head and len(configs) > 1:
         raise ConfigError(

@@ -18,6 +18,7 @@ from llm_accel.report import LayerReport
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+    from llm_accel.patches.compiled.cache import Lease
     from llm_accel.patches.plan import Plan
 
 
@@ -38,6 +39,11 @@ class Session:
         rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
         arrived_at: positions of the running call's tokens in such methods, int64 [B, T], else None.
         protect: prompt positions that must stay, bool [B, n], or None.
+        room: tokens that will be decoded after the prompt, where that was announced, else None.
+        eager_because: why this cache's decode steps must not be compiled, or None.
+        lease: the buffers of fixed size that hold the entries between compiled decode steps, or None.
+        reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
+        outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
     """
 
     def __init__(self, plan: Plan, cache: Cache) -> None:
@@ -55,7 +61,19 @@ class Session:
         self.protect: Tensor | None = None
         self.rotary: Rotary | None = None
         self.arrived_at: Tensor | None = None
+        self.room: int | None = None
+        self.eager_because: str | None = None
+        self.lease: Lease | None = None
+        self.reading = False
+        self.outcome: Tensor | None = None
         self._awaiting_decode = False
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is complete and compressed, so that a call with one token is a plain decode step."""
+        first = next(iter(self.ours.values()))
+        begun = first.cumulative_length > 0 and first.attended
+        return begun and not self._awaiting_decode and not self._prompt_open(first.get_seq_length())
 
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
         """Tells the session how long the prompt will be, so that chunks of it can be recognised."""
@@ -142,6 +160,11 @@ class Session:
                 )
             return None
         return padding
+
+    @property
+    def pictured(self) -> bool:
+        """Whether a prompt with visual tokens is complete."""
+        return any(layer.pictured for layer in self.ours.values())
 
     def any_shortened(self) -> bool:
         """Whether some layer of this cache has evicted entries or never got some of the tokens."""

@@ -32,8 +32,10 @@ METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
 ATTENDING = ("hip",)
 # methods with contracts of their own, because heads of one layer hold different numbers of entries
 BY_HEAD = ("retrieval_heads",)
+# methods that keep everything
+WHOLE = ("dense",)
 # methods that act on visual tokens, with contracts of their own in tests/patches/vision
-VISUAL = ("flowcut", "fastv", "dyvte", "stride_tokens", "random_tokens")
+VISUAL = ("flowcut", "visionzip", "fastv", "dyvte", "vasparse", "downsample", "stride_tokens", "random_tokens")
 
 
 @dataclass(frozen=True)

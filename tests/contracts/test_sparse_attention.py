@@ -41,7 +41,7 @@ def sparse(**changes: Any) -> HiP:
 
 def covering(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> HiP:
     """A budget for everything, computed sparsely all the same."""
-    monkeypatch.setattr(hip, "covers", lambda search, slots: False)
+    monkeypatch.setattr(hip, "reach", lambda search: 0)
     return sparse(**({"budget": 256, "stages": ((16, None, 2), (8, 256, 1))} | changes))
 
 

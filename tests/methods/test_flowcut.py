@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llm_accel import FlowCut
 from llm_accel.methods import TowerView
-from llm_accel.methods.flowcut import density, entropy, relation, semantics
+from llm_accel.methods.flowcut import density, entropy, semantics
+from llm_accel.methods.tower import relation
 
 
 def view(query, key, value, *, class_token=True, valid=None, layer=0, last=0, scaling=1.0) -> TowerView:
@@ -108,7 +109,23 @@ def test_choice_has_no_favourite_place(scores: list[float], target: int, random)
     assert sorted(scores[order[i]] for i in again.tolist()) == sorted(scores[i] for i in chosen.tolist())
 
 
-@pytest.mark.parametrize("option", [{"ema": 0.0}, {"ema": 1.5}, {"cut_every": 0}, {"schedule": "fast"}])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_nearly_the_same(kind: torch.dtype) -> None:
+    """CLIP-L/14-336 shapes: scores are fp32 whatever the tower runs in."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, 16, 577, 64, generator=draw) for _ in range(3)]
+    kept = []
+    for tensors in (rows, [one.to(kind) for one in rows]):
+        scores = FlowCut().score(TowerView(*tensors, 0.125, True, None, 0, 0), None)
+        assert scores.dtype is torch.float32
+        kept.append(set(FlowCut(target=192).choose(576, scores[0], scores.device).tolist()))
+    assert len(kept[0] & kept[1]) >= (0.98 if kind is torch.float16 else 0.95) * 192
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"ema": 0.0}, {"ema": 1.5}, {"cut_every": 0}, {"schedule": "fast"}, {"vision_factor": 1.0}, {"llm_layer": -1}],
+)
 def test_refused_options(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="flowcut"):
         FlowCut(**option)

@@ -60,6 +60,22 @@ def test_refused_exits(given_exit: float) -> None:
         DyVTE(exit=given_exit)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exit": 2, "calibration": "a"},
+        {"exit": "calibrated", "routers": "b"},
+        {"calibration": "a", "routers": "b"},
+    ],
+)
+def test_one_thing_chooses_the_exit(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="all choose the layer; give one of them"):
+        DyVTE(**options)
+    assert DyVTE().after(32) == DyVTE(exit=0.6).after(32)
+    with pytest.raises(ConfigError, match="depends on the model"):
+        DyVTE(exit="calibrated").after(4)
+
+
 def test_layers_that_a_model_lacks() -> None:
     with pytest.raises(ConfigError, match="layers 0 to 3"):
         DyVTE(exit=4).after(4)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from llm_accel import UnsupportedCallError
-from tests.patches.calls import BUDGET, IDS, MASK, failing_once, logits_of, snapkv
+from llm_accel.patches.cache_name import CACHE
+from tests.patches.calls import BUDGET, IDS, MASK, NEW, failing_once, logits_of, snapkv
 from tests.tiny import prompt, tiny_model
 
 
@@ -49,6 +50,21 @@ def test_a_cache_without_layers_is_filled_in_for_the_model(family: str) -> None:
         assert torch.equal(model(IDS, attention_mask=MASK, past_key_values=DynamicCache()).logits[real], forward)
     with snapkv(model):
         assert torch.equal(logits_of(model, past_key_values=DynamicCache()), logits_of(model))
+
+
+def test_a_cache_comes_under_each_of_its_names(model: PreTrainedModel) -> None:
+    handle = snapkv(model)
+    expected, forward = logits_of(model), model(IDS, attention_mask=MASK, use_cache=True)
+    for name in {CACHE, "past_key_values"}:
+        generated, called, inner = (handle.new_cache() for _ in range(3))
+        assert torch.equal(logits_of(model, **{name: generated}), expected)
+        output = model(IDS, attention_mask=MASK, **{name: called})
+        assert torch.equal(output.logits, forward.logits)
+        assert output[name] is called
+        model.model(IDS, attention_mask=MASK, **{name: inner})
+        for cache in (called, inner):
+            assert [layer.physical_length() for layer in cache.layers] == [BUDGET] * 3
+        assert generated.layers[0].physical_length() == BUDGET + NEW - 1
 
 
 def test_arguments_by_position(model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import llm_accel
+from tests.patches import tensor_parallel
 from tests.patches.calls import logits_of, snapkv
 from tests.tiny import tiny_model
+from tests.tiny_vlm import tiny_vlm
 
 ROOT = Path(__file__).parents[2]
-CLOSE = 1e-5
-SPLIT = ("llama", "qwen3")
 
 
 def dispatch_to_disk(model: PreTrainedModel, folder: Path) -> None:
@@ -54,61 +52,35 @@ def test_offloaded_weights(model: PreTrainedModel, tmp_path: Path, kind: str, fi
     assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
 
 
-def tensor_parallel(rank: int, folder: str) -> None:
-    """One of the two processes: same checkpoint, split weights, numbers of the single process."""
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    for family in SPLIT:
-        model = AutoModelForCausalLM.from_pretrained(Path(folder) / family, tp_plan="auto").eval()
-        dense = logits_of(model)
-        for method, logits in torch.load(Path(folder) / f"{family}.pt").items():
-            handle = llm_accel.apply(model, method, budget=40, trace=True)
-            difference = float((logits_of(model) - logits).abs().max())
-            assert difference <= CLOSE, (family, method, difference)
-            assert handle.report().layers[0].kept.shape == (2, 1, 40), "each process holds one of two KV heads"
-            handle.remove()
-        assert torch.equal(logits_of(model), dense)
-    torch.distributed.destroy_process_group()
-    print(f"rank {rank} agrees")
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_methods_where_accelerate_chose_the_places(tmp_path: Path, family: str) -> None:
+    """Some layers are on disk until they are called; every method answers as it does in memory."""
+    whole = tiny_model(family) if family in tensor_parallel.TEXT else tiny_vlm(family)
+    whole.save_pretrained(tmp_path)
+    tensor_parallel.write_profile(whole, tmp_path / "heads.json")
+    half = {"cpu": sum(weight.nbytes for weight in whole.parameters()) // 2}
+    model = type(whole).from_pretrained(tmp_path, device_map="auto", max_memory=half, offload_folder=tmp_path / "disk")
+    model.generation_config = whole.generation_config
+    assert {"cpu", "disk"} <= set(map(str, model.hf_device_map.values()))
+    for case, options in tensor_parallel.CASES[family].items():
+        with tensor_parallel.applied(whole, tmp_path, case, options):
+            wanted = tensor_parallel.answer(whole)
+        with tensor_parallel.applied(model, tmp_path, case, options):
+            assert torch.equal(tensor_parallel.answer(model), wanted), case
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    for family in SPLIT:
-        model, expected = tiny_model(family), {}
-        model.save_pretrained(tmp_path / family)
-        for method in ("snapkv", "streaming_llm"):
-            with llm_accel.apply(model, method, budget=40):
-                expected[method] = logits_of(model)
-        torch.save(expected, tmp_path / f"{family}.pt")
-    script = (
-        "import sys; from tests.patches import test_offload_tp as t; t.tensor_parallel(int(sys.argv[1]), sys.argv[2])"
+    """Every method on several models, with the attention heads of each layer spread over two processes."""
+    tensor_parallel.prepare(tmp_path)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.patches.tensor_parallel", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, output[-3000:]
-        assert f"rank {rank} agrees" in output
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        assert done.stdout.count(f"rank {rank} agrees on") == sum(map(len, tensor_parallel.CASES.values()))

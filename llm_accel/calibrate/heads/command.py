@@ -15,13 +15,14 @@ from llm_accel.calibrate.heads.profile import HeadProfile, make_profile
 from llm_accel.calibrate.heads.runs import Grid, progress
 from llm_accel.calibrate.heads.table import render
 from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.eval.arguments import add_model, add_place, add_shown
+from llm_accel.eval.environment import versions
 from llm_accel.eval.needle import settings as s
 from llm_accel.eval.needle.command import make_prompts, prompts_digest
-from llm_accel.eval.needle.environment import versions
-from llm_accel.eval.needle.heatmap import require_matplotlib
 from llm_accel.eval.needle.loading import load_model, model_name
-from llm_accel.eval.needle.records import RunDir
+from llm_accel.eval.needle.records import NeedleDir
 from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.plots import require_matplotlib
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 
@@ -33,7 +34,7 @@ _SMALL = 128  # query heads up to which the circuit is looked for unless told ot
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command; values are checked in :func:`run`."""
-    parser.add_argument("--model", metavar="ID|PATH", help="HuggingFace model (default: the bundled needle model)")
+    add_model(parser, "needle")
     parser.add_argument(
         "--detector",
         default=DETECTORS[0],
@@ -45,10 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=2, metavar="N", help="inputs, or prompts per length and depth (default: 2)"
     )
-    parser.add_argument("--dtype", default="auto", metavar="|".join(s.DTYPES), help="default: the checkpoint's")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw heads.png")
-    parser.add_argument("--json-only", action="store_true", help="no table on stdout, only the JSON line")
+    add_place(parser, attention=False)
+    add_shown(parser, "heads.png")
     free = parser.add_argument_group("induction")
     free.add_argument(
         "--tokens", type=int, metavar="N", help="random tokens, repeated four times (default: 512; paper: 2500)"
@@ -128,7 +127,7 @@ def _induction(args: argparse.Namespace, model: Any, tokenizer: Any, settings: S
         scores, echo = induction_scores(model, tokenizer, tokens, args.samples, args.seed, tick=lambda: bar.update(1))
     return make_profile(
         model,
-        model_name(settings),
+        model_name(settings.model),
         "induction",
         scores,
         echo=echo,
@@ -143,7 +142,7 @@ def _copy_paste(args: argparse.Namespace, model: Any, tokenizer: Any, settings: 
     maker, settings = make_prompts(settings, tokenizer)
     settings = replace(settings, methods=("copy_paste",))
     tied = settings.to_dict() | {"prompt_hash": prompts_digest(maker), "weights_hash": weight_hash(model)}
-    run_dir = RunDir(out)
+    run_dir = NeedleDir(out)
     done = run_dir.open(tied, {"command": "heads", "versions": _versions(), "argv": sys.argv[1:]}, args.overwrite)
     grid = Grid(model, tokenizer, maker, settings)
     records = grid.run(run_dir, done)
@@ -152,7 +151,7 @@ def _copy_paste(args: argparse.Namespace, model: Any, tokenizer: Any, settings: 
     look = heads.layers * heads.query_heads <= _SMALL if args.circuit is None else args.circuit
     return make_profile(
         model,
-        model_name(settings),
+        model_name(settings.model),
         "copy_paste",
         scores,
         circuit=grid.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llm_accel.errors import ConfigError
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.probe import Observed, observe_attention
 
@@ -67,12 +68,12 @@ def watch_copies(
     answer: list[int] = []
     prompt = torch.tensor([list(ids)], device=model.device)
     with observe_attention(model, watch):
-        cache = DynamicCache(config=model.config)
+        given: dict[str, Any] = {CACHE: DynamicCache(config=model.config), "use_cache": True}
         if prompt.shape[1] > 1:
-            model.get_decoder()(prompt[:, :-1], past_key_values=cache, use_cache=True)
+            model.get_decoder()(prompt[:, :-1], **given)
         watch.active, token = True, prompt[:, -1:]
         for _ in range(min(steps, MAX_STEPS)):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, **given).logits[:, -1:].argmax(-1)
             written = int(token)
             if written in stop:
                 break

@@ -7,10 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from llm_accel.eval.needle.heatmap import PALETTES, save
+from llm_accel.eval.needle.heatmap import PALETTES
+from llm_accel.eval.plots import INK, MUTED, save
 from llm_accel.methods.head_profile import HeadProfile
 
-_INK, _MUTED, _DETECTED = "#22252A", "#6B7178", "#F0496E"
+_DETECTED = "#F0496E"
 _MEANING = {
     "copy_paste": "share of the needle's tokens that a head copied",
     "induction": "attention on the token after earlier occurrences",
@@ -38,9 +39,9 @@ def draw(profile: HeadProfile) -> Any:
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     title = f"{profile.model}: {profile.method.replace('_', '-')} scores"
-    figure.text(left / width, 1 - 0.25 / height, title, va="center", fontsize=10.5, color=_INK, weight="bold")
+    figure.text(left / width, 1 - 0.25 / height, title, va="center", fontsize=10.5, color=INK, weight="bold")
     for i, text in enumerate(subtitle):
-        figure.text(left / width, 1 - (0.47 + 0.17 * i) / height, text, va="center", fontsize=8, color=_MUTED)
+        figure.text(left / width, 1 - (0.47 + 0.17 * i) / height, text, va="center", fontsize=8, color=MUTED)
     axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
     colours = LinearSegmentedColormap.from_list("heads", PALETTES["safe"])
     limit = max(0.1, math.ceil(top * 10 - 1e-9) / 10)
@@ -57,17 +58,17 @@ def draw(profile: HeadProfile) -> Any:
     every_x, every_y = math.ceil(heads / 16), math.ceil(layers / 16)
     axes.set_xticks(range(0, heads, every_x))
     axes.set_yticks(range(0, layers, every_y))
-    axes.tick_params(labelsize=7.5, length=0, pad=4, colors=_MUTED)
+    axes.tick_params(labelsize=7.5, length=0, pad=4, colors=MUTED)
     grouped = f", in groups of one KV head ({kv_heads})" if kv_heads < heads else ""
-    axes.set_xlabel(f"query head{grouped}", fontsize=8, color=_MUTED)
-    axes.set_ylabel("layer", fontsize=8, color=_MUTED)
+    axes.set_xlabel(f"query head{grouped}", fontsize=8, color=MUTED)
+    axes.set_ylabel("layer", fontsize=8, color=MUTED)
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.add_axes(((left + wide + 0.15) / width, bottom / height, 0.13 / width, high / height))
     scale = figure.colorbar(image, cax=bar, ticks=[0, limit / 2, limit])
     scale.outline.set_visible(False)
-    bar.tick_params(labelsize=7.5, length=0, colors=_MUTED)
-    bar.set_ylabel("score", fontsize=8, color=_MUTED)
+    bar.tick_params(labelsize=7.5, length=0, colors=MUTED)
+    bar.set_ylabel("score", fontsize=8, color=MUTED)
     return figure
 
 

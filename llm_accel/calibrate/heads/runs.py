@@ -14,9 +14,10 @@ from llm_accel.errors import ConfigError
 from llm_accel.eval.needle.engine import Engine
 from llm_accel.eval.needle.grid import places
 from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.records import Record, RunDir, record_key
+from llm_accel.eval.needle.records import NeedleDir
 from llm_accel.eval.needle.scoring import rouge1_recall
 from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.records import Record
 from llm_accel.methods.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
@@ -37,10 +38,10 @@ class Grid:
         """Every prompt of the grid, shortest first."""
         return [self.maker.make(at.length, at.depth, at.sample) for at in places(self.settings, (1, 1))]
 
-    def run(self, run_dir: RunDir, done: Sequence[Record]) -> list[Record]:
+    def run(self, run_dir: NeedleDir, done: Sequence[Record]) -> list[Record]:
         """Watches what is not in ``done`` yet, writes a record of each prompt at once, returns all of them."""
         records = list(done)
-        known = {record_key(record) for record in done}
+        known = {NeedleDir.key(record) for record in done}
         todo = [p for p in self.prompts() if (NAME, p.length, float(p.depth), p.sample) not in known]
         if done:
             print(f"{run_dir.path}: {len(done)} prompts are there, {len(todo)} to do", file=sys.stderr)
@@ -88,7 +89,7 @@ class Grid:
 
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
-        answered = {record_key(record): record for record in records if record["success"]}
+        answered = {NeedleDir.key(record): record for record in records if record["success"]}
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
         for prompt in self.prompts():
             record = answered.get((NAME, prompt.length, float(prompt.depth), prompt.sample))
@@ -100,7 +101,7 @@ class Grid:
             return find_circuit(self.model, pairs, found, tick=lambda: bar.update(1))
 
 
-def progress(total: int, unit: str) -> Any:
+def progress(total: int | None, unit: str) -> Any:
     """A progress bar on stderr."""
     tqdm: Any = importlib.import_module("tqdm").tqdm
     patience = 0.5 if sys.stderr.isatty() else 20.0

@@ -12,13 +12,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
-from llm_accel.kernels.hip_select.candidates import ABSENT, Scope
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, zero
 from llm_accel.kernels.hip_select.exact import ExactSearch
+from llm_accel.kernels.hip_select.pages import paged
 from llm_accel.kernels.hip_select.search import Search
 from llm_accel.kernels.hip_select.stages import OP, Stage, StageSearch
 from llm_accel.kernels.hip_select.tree import TreeSearch
 
-__all__ = ["ABSENT", "OP", "ExactSearch", "Scope", "Search", "Stage", "StageSearch", "TreeSearch", "hip_select"]
+__all__ = [
+    "ABSENT",
+    "OP",
+    "ExactSearch",
+    "Keys",
+    "Scope",
+    "Search",
+    "Stage",
+    "StageSearch",
+    "TreeSearch",
+    "hip_select",
+    "listed",
+    "paged",
+    "zero",
+]
 
 
 def hip_select(query: Tensor, key: Tensor, search: Search, start: Tensor | None = None) -> BlockList:

@@ -40,6 +40,10 @@ class Scope:
         positions = block_positions(queries, slots, self.block_q, start, device)
         return aligned_window(positions, window=self.window, sink=self.sink, block_k=self.block_k)
 
+    def end_at(self, position: Tensor) -> Tensor:
+        """Where the candidates of one query at ``position``, int64 [B or 1], end: int64 [B or 1, 1, 1, 1]."""
+        return aligned_window(position, window=self.window, sink=self.sink, block_k=self.block_k)[:, None, None, None]
+
     def most(self, queries: int, slots: int, block: int) -> int:
         """Candidate keys of query block ``block`` in the longest row."""
         first = slots - queries + block * self.block_q
@@ -67,6 +71,13 @@ class Keys:
         origin = begin if start is None else begin + start.to(key.device)[:, None, None, None]
         return cls(key.reshape(-1, dim), origin, begin + slots - 1)
 
+    @classmethod
+    def first(cls, key: Tensor, lengths: Tensor) -> Keys:
+        """Keys of rows that hold their first ``lengths``, int64 [B], slots; those behind are free."""
+        batch, heads, slots, dim = key.shape
+        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
+        return cls(key.reshape(-1, dim), begin, begin + lengths[:, None, None, None] - 1)
+
     def at(self, positions: Tensor) -> Tensor:
         """Rows of the keys at ``positions``, int64 [B, H, n, m]; the last key where there is none."""
         return torch.minimum(self.origin + positions, self.last)
@@ -75,8 +86,13 @@ class Keys:
 def first_real(queries: int, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
     """First real query of each row among the last ``queries`` of ``slots``, int64 [B or 1]."""
     if start is None:
-        return torch.zeros(1, dtype=torch.long, device=device)
+        return zero(device)
     return (start.to(device) - (slots - queries)).clamp(min=0)
+
+
+def zero(device: torch.device) -> Tensor:
+    """The first real query, or slot, of rows without padding, int64 [1]."""
+    return torch.zeros(1, dtype=torch.long, device=device)
 
 
 def representatives(
@@ -136,11 +152,6 @@ def levels(chunk: int) -> int:
     """Halvings of a chunk of ``chunk`` keys, a power of two, after which every key on the way down has been read: the
     two keys of a half are the two that it has left when it is two wide."""
     return max(1, chunk.bit_length() - 1)
-
-
-def shared(score: Tensor, share_heads: str) -> Tensor:
-    """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""
-    return score.amax(1, keepdim=True).expand_as(score) if share_heads == "all" else score
 
 
 def best(score: Tensor, present: Tensor, count: int) -> Tensor:

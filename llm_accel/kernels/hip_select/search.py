@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, tiles
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, tiles, zero
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Search(ABC):
         scope: which keys may be chosen.
         budget: keys that are chosen at most, a multiple of ``scope.block_k``.
         share_heads: "group" for a choice of each KV head, "all" for one choice of all heads.
+        across: with "all", the maximum over the processes that hold the heads of a layer between them.
     """
 
     scope: Scope
     budget: int
     share_heads: str = field(default="group", kw_only=True)
+    across: Callable[[Tensor], Tensor] = field(default=lambda score: score, kw_only=True)
 
     def select(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
         """The chosen blocks of all query blocks, int64 [B, H, n, M], ascending, absent ones last."""
@@ -42,6 +45,21 @@ class Search(ABC):
             found = self.choose(query, keys, first, blocks, end[:, :, here], most, width)
             chosen[:, :, here, : found.shape[-1]] = found
         return chosen
+
+    def select_one(self, query: Tensor, keys: Keys, end: Tensor, most: int) -> Tensor:
+        """The chosen blocks of one query per row, int64 [B, H, 1, M], ascending, absent ones last.
+
+        Args:
+            query: [B, Hq, 1, D].
+            end: position at which the candidates end, int64 [B or 1, 1, 1, 1].
+            most: candidate keys of the longest row, or more.
+        """
+        width = min(self.budget, most) // self.scope.block_k
+        return self.choose(query, keys, zero(query.device), range(1), end, most, width)
+
+    def shared(self, score: Tensor) -> Tensor:
+        """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""
+        return score if self.share_heads == "group" else self.across(score.amax(1, keepdim=True)).expand_as(score)
 
     @abstractmethod
     def elements(self, keys: Keys, slots: int, width: int) -> int:

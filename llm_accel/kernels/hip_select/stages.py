@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, first_real, representatives, shared
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, representatives, zero
 from llm_accel.kernels.hip_select.launch import stage_score_triton
 from llm_accel.kernels.hip_select.reference import stage_score_reference
 from llm_accel.kernels.hip_select.search import Search
@@ -83,7 +83,7 @@ class StageSearch(Search):
                     reps = representatives(query, heads, first, blocks, self.scope.block_q, stride)
                 exact = self.last_exact and index + 1 == len(self.stages)
                 score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact)
-                place = best(shared(score, self.share_heads), starts < ABSENT, kept)
+                place = best(self.shared(score), starts < ABSENT, kept)
                 starts = starts.gather(-1, place)
             found.append(starts)
         return found
@@ -104,45 +104,38 @@ class StageSearch(Search):
     def refine(
         self,
         query: Tensor,
-        key: Tensor,
-        start: Tensor | None,
+        keys: Keys,
+        end: Tensor,
+        most: int,
         stage: int,
         kept: Sequence[Tensor],
-        seen: Sequence[int],
+        before: Tensor | None,
+        moved: int,
     ) -> list[Tensor]:
         """Stages from ``stage`` on for one query, which has moved on since the earlier stages chose.
 
         Args:
             query: [B, Hq, 1, D].
+            end: position at which the candidates end, int64 [B or 1, 1, 1, 1].
+            most: candidate keys of the longest row, or more.
             kept: chunks that each earlier stage kept, int64 [B, H, 1, n].
-            seen: slots that there were when it did; chunks that left the window since then enter too.
+            before: where the candidates of the stage before ended when it chose, as ``end``; chunks that have left the
+                window since then enter too. None for the first stage.
+            moved: tokens since then, or more.
 
         Returns:
             The chunks that ``stage`` and each later one kept, ascending, absent ones last.
         """
-        slots, chunk = key.shape[2], self.stages[stage].chunk
-        first, end = first_real(1, slots, start, key.device), self._end(slots, start, key.device)
-        if stage == 0:
-            starts = self.unpruned(key, start, 1)[0]
+        chunk = self.stages[stage].chunk
+        if before is None:
+            starts = grid(self.scope.sink, most, chunk, end).expand(*keys.origin.shape[:2], -1, -1)
         else:
-            before = self._end(seen[-1], start, key.device)
             fresh = self.scope.sink + (before - self.scope.sink) // chunk * chunk
-            old = split(kept[-1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
-            room = torch.arange(0, slots - seen[-1] + self.scope.block_k + chunk, chunk, device=key.device)
+            old = split(kept[stage - 1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
+            room = torch.arange(0, moved + self.scope.block_k + chunk, chunk, device=end.device)
             new = torch.where(fresh + room < end, fresh + room, ABSENT).expand(*old.shape[:3], -1)
             starts = torch.cat([old, new], dim=-1).sort(dim=-1).values
-        return self.descend(query, Keys.of(key, start), first, range(1), starts, end, stage)
-
-    def unpruned(self, key: Tensor, start: Tensor | None, stages: int) -> tuple[Tensor, ...]:
-        """Every chunk of each of the first ``stages`` stages, for one query at the last slot, int64 [B, H, 1, n]."""
-        slots, end = key.shape[2], self._end(key.shape[2], start, key.device)
-        most = self.scope.most(1, slots, 0)
-        chunks = (grid(self.scope.sink, most, stage.chunk, end) for stage in self.stages[:stages])
-        return tuple(part.expand(*key.shape[:2], -1, -1) for part in chunks)
-
-    def _end(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
-        """Where the candidates of one query at the last slot end, int64 [B or 1, 1, 1, 1]."""
-        return self.scope.window_start(1, slots, start, device)[:, None, :, None]
+        return self.descend(query, keys, zero(query.device), range(1), starts, end, stage)
 
 
 def grid(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:

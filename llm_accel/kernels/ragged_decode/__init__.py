@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
+from llm_accel.kernels.launch import as_node
+from llm_accel.kernels.ragged_decode.launch import new_output
 from llm_accel.kernels.ragged_decode.launch import ragged_attention as ragged_attention_triton
 from llm_accel.kernels.ragged_decode.reference import ragged_attention_reference
+
+# the reference looks up who owns a page, which no graph can: to torch.compile it is one node, as the kernel is
+_opaque = as_node("ragged_attention_reference", ragged_attention_reference, new_output)
 
 OP = Op(
     "ragged_attention",
@@ -46,4 +52,6 @@ def ragged_attention(
     head_dim = max(keys.shape[-1], values.shape[-1])
     problem = Problem(query.device, query.dtype, head_dim, query.shape[1] // table.shape[1])
     run = OP.choose(problem).run
+    if torch.compiler.is_compiling() and run is ragged_attention_reference:
+        run = _opaque
     return run(query, keys, values, table, lengths, scaling, softcap, sinks)  # type: ignore[no-any-return]

@@ -61,11 +61,12 @@ def plan(
     return output, [split, combine(mixed, lse, sinks, output)]
 
 
-def _fake(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+def new_output(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    """An empty result, for the arguments of the operation."""
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[2])
 
 
-ragged_attention = operation("ragged_attention", plan, _fake)
+ragged_attention = operation("ragged_attention", plan, new_output)
 
 
 def shipped() -> dict[str, list[Launch]]:
@@ -76,6 +77,9 @@ def shipped() -> dict[str, list[Launch]]:
         "decode 128 fp16": _example(128, torch.float16),
         "decode 128 bf16 short": _example(128, torch.bfloat16, pages=4),
         "decode 256 bf16 softcap": _example(256, torch.bfloat16, softcap=50.0),
+        "decode 64 bf16 pages of 8": _example(64, torch.bfloat16, pages=512, page=8),
+        "decode 128 bf16 pages of 8": _example(128, torch.bfloat16, pages=512, page=8),
+        "decode 128 bf16 pages of 32": _example(128, torch.bfloat16, page=32),
         "decode 64 bf16 sinks": _example(64, torch.bfloat16, sinks=True, group=8),
         "8 tokens 128 bf16 group 7": _example(128, torch.bfloat16, count=8, group=7),
         "8 tokens 256 bf16 group 16": _example(256, torch.bfloat16, count=8, group=16),
@@ -88,11 +92,12 @@ def _example(
     count: int = 1,
     group: int = 4,
     pages: int = 128,
+    page: int = 64,
     softcap: float | None = None,
     sinks: bool = False,
 ) -> list[Launch]:
     with torch.device("meta"):
-        query, pool = torch.empty(1, 8 * group, count, dim, dtype=dtype), torch.empty(8 * pages, 64, dim, dtype=dtype)
+        query, pool = torch.empty(1, 8 * group, count, dim, dtype=dtype), torch.empty(8 * pages, page, dim, dtype=dtype)
         table = torch.empty(1, 8, pages, dtype=torch.int64)
         lengths = torch.empty(1, 8, dtype=torch.int64)
         learned = torch.empty(8 * group, dtype=dtype) if sinks else None

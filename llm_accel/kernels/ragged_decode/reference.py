@@ -1,13 +1,16 @@
 """Ragged attention in plain torch: each page gets a softmax of its own, then the pages of a head are combined. The pool
-is read in place, block by block, and no head is padded to the length of another."""
+is read in place, block by block, and no head is padded to the length of another. Where a decode step finds little to
+read, padding it costs less than the forty operations that this takes."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 32
 POOL_BLOCK = 2**16  # entries read at once
+PADDED = 2**19  # numbers in keys and values that a decode step may copy
 
 
 def ragged_attention_reference(
@@ -24,6 +27,9 @@ def ragged_attention_reference(
     batch, query_heads, count, head_dim = query.shape
     heads, width = table.shape[1], values.shape[-1]
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    copied = table.numel() * keys.shape[1] * (head_dim + width)
+    if count == 1 and softcap is None and sinks is None and copied <= PADDED:
+        return _one_step(query, keys, values, table, lengths, scaling, precision)
     packed = query.reshape(batch * heads, query_heads // heads, count, head_dim)
     owner, first = _owners(table, keys.shape[0], keys.shape[1])
     output = query.new_empty(batch, count, query_heads, width)
@@ -37,6 +43,25 @@ def ragged_attention_reference(
         combined = _combined(*partial, table, sink)
         output[:, step : step + rows.shape[2]] = combined.reshape(batch, query_heads, -1, width).transpose(1, 2)
     return output
+
+
+def _one_step(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    precision: torch.dtype,
+) -> Tensor:
+    """One query per row, all heads padded to the longest and computed together."""
+    batch, heads, pages = table.shape
+    slots = pages * keys.shape[1]
+    mask = (torch.arange(slots, device=query.device) < lengths[..., None])[:, :, None]
+    key, value = (pool[table].view(batch, heads, slots, -1).to(precision) for pool in (keys, values))  # -1: any page
+    rows = query.reshape(batch, heads, -1, query.shape[-1]).to(precision)
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return output.to(query.dtype).reshape(batch, 1, query.shape[1], -1)
 
 
 def _owners(table: Tensor, pages: int, size: int) -> tuple[Tensor, Tensor]:

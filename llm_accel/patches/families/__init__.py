@@ -9,11 +9,13 @@ from typing import Any
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION
 from llm_accel.patches.families.base import VisionFamily, attribute
+from llm_accel.patches.families.generic import UNTESTED, generic_family
 from llm_accel.patches.families.internvl import INTERNVL
-from llm_accel.patches.families.llava import LLAVA, VIPLLAVA
+from llm_accel.patches.families.llava import LLAVA, VIDEO_LLAVA, VIPLLAVA
 from llm_accel.patches.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from llm_accel.patches.families.resizing import Places
 
-_ALL = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
+_ALL = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, VIDEO_LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
 FAMILIES: Mapping[str, VisionFamily] = MappingProxyType({family.model_type: family for family in _ALL})
 
 _BLOCKS = "its image tokens attend to each other in both directions, and the masks for that are built for whole images"
@@ -22,24 +24,28 @@ _CROSS = "its image is no part of the token sequence: the decoder reads it throu
 _REFUSED = {
     "gemma3": _BLOCKS,
     "gemma3n": _BLOCKS,
+    "gemma4": _BLOCKS,
+    "paligemma": _BLOCKS,
     "mllama": _CROSS,
     "blip-2": _QFORMER,
     "instructblip": _QFORMER,
     "instructblipvideo": _QFORMER,
 }
+_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model", "pixtral")
 
 
 def family_of(model: Any, methods: str) -> VisionFamily:
     """The family of a model.
 
     Raises:
-        UnsupportedModelError: visual tokens cannot be taken out of this model, or nobody has tried.
+        UnsupportedModelError: visual tokens cannot be taken out of this model.
     """
     kind = model.config.model_type
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(kind) or (generic_family(model) if kind not in _REFUSED else None)
     known = ", ".join(FAMILIES)
     if family is None:
-        default = "this family is not supported yet" if hasattr(model.config, "vision_config") else "it sees no images"
+        sees = hasattr(model.config, "vision_config")
+        default = "its images do not go where placeholders stand" if sees else "it sees no images"
         raise UnsupportedModelError(
             f"{methods} acts on visual tokens, not for {kind}: {_REFUSED.get(kind, default)}. Supported: {known}."
         )
@@ -48,7 +54,13 @@ def family_of(model: Any, methods: str) -> VisionFamily:
             f"{methods} acts on visual tokens, but {type(model).__name__} has no get_image_features; "
             "give the whole vision-language model."
         )
+    tower = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    if family.class_token and tower in _NO_CLASS_TOKEN:
+        raise UnsupportedModelError(
+            f"{methods} knows {kind} with a vision tower that puts a class token first; this one has a {tower}, "
+            "which has none."
+        )
     return family
 
 
-__all__ = ["FAMILIES", "VisionFamily", "attribute", "family_of"]
+__all__ = ["FAMILIES", "UNTESTED", "Places", "VisionFamily", "attribute", "family_of"]

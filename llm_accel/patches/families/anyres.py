@@ -3,6 +3,7 @@ projector; padding is cut off, and a newline token ends each line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_accel.patches.families.base import VisionFamily
+from llm_accel.patches.families.base import VisionFamily, pixels_of, shows_video
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class AnyRes(VisionFamily):
     packing: tuple[str, ...] = ()
     counts_images: bool = False
 
-    def tiles(self, model: Any, call: dict[str, Any]) -> list[int]:
+    def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
+        if call.get("image_sizes") is None:  # a video
+            return None
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         sizes, counts = call["image_sizes"], call.get("batch_num_images")
@@ -38,19 +41,30 @@ class AnyRes(VisionFamily):
         ]
 
     def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
-        vision = model.config.vision_config
-        return [(vision.image_size // vision.patch_size) ** 2] * sum(self.tiles(model, call))
+        vision, tiles = model.config.vision_config, self.tiles(model, call)
+        pictures = math.prod(call[pixels_of(call)].shape[:2]) if tiles is None else sum(tiles)
+        return [(vision.image_size // vision.patch_size) ** 2] * pictures
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
-        stacked = torch.stack(list(values))[..., None]
+        stacked, tiles = torch.stack(list(values)), self.tiles(model, call)
+        if tiles is None:
+            pooled = model.apply_pooling(stacked)
+            # older versions add the newline of a video later and call the argument as that for images
+            return _frames(pooled, call["pixel_values_videos"].shape[1]) if shows_video(call) else list(pooled)
         given = {name: call.get(name) or getattr(model.config, name) for name in self.packing}
         packed, _ = model.pack_image_features(
-            list(stacked.split(self.tiles(model, call))),
+            list(stacked.split(tiles)),
             call["image_sizes"],
-            image_newline=stacked.new_full((1,), float("nan")),
+            image_newline=stacked.new_full(stacked.shape[-1:], float("nan")),
             **given,
         )
-        return [one[:, 0] for one in packed]
+        return list(packed)
+
+
+def _frames(pooled: Tensor, frames: int) -> list[Tensor]:
+    """Numbers of all frames, [videos * frames, n, c], with the newline that stands behind the last frame of a video."""
+    newline = pooled.new_full((1, pooled.shape[-1]), float("nan"))
+    return [torch.cat([one, newline]) if index % frames == 0 else one for index, one in enumerate(pooled, start=1)]
 
 
 LLAVA_NEXT = AnyRes("llava_next", packing=("vision_feature_select_strategy",))

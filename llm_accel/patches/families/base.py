@@ -1,4 +1,5 @@
-"""What a family of vision-language models must declare before visual tokens can be taken out of it."""
+"""What a family of vision-language models must declare before visual tokens can be taken out of it. Frames of a video,
+or the pairs of frames that a tower takes together, are images of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_accel.methods import SmallerImage
+from llm_accel.patches.families.resizing import Places
+
 
 @dataclass(frozen=True)
 class VisionFamily:
@@ -16,23 +20,36 @@ class VisionFamily:
     Attributes:
         model_type: name of the family in transformers.
         tower: path of the vision tower.
+        video_tower: path of the one for videos, where it is another.
         blocks: path of its layers, from the tower.
         class_token: whether the tower puts a class token first.
         prunable: whether the tower may lose patches half-way, which leaves the number of its outputs to be restored.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
+        resizable: whether the tower takes images of other sizes than that of its position embeddings.
+        axes: of a position in the language model.
+        declared: whether somebody has looked at the family; else only what needs no tower is possible.
     """
 
     model_type: str
     tower: str = "vision_tower"
+    video_tower: str | None = None
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
     merge: int = 1
     token_ids: tuple[str, ...] = ("image_token_id",)
+    resizable: bool = False
+    axes: int = 1
+    declared: bool = True
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Paths of all vision towers."""
+        return (self.tower,) if self.video_tower is None else (self.tower, self.video_tower)
 
     def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
-        """Tiles that each image of a call of ``get_image_features`` is cut into; None: one each."""
+        """Tiles that each image of a call is cut into; None: one each."""
         return None
 
     def full_blocks(self, model: Any) -> tuple[int, ...] | None:
@@ -40,7 +57,7 @@ class VisionFamily:
         return None
 
     def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
-        """Patches of each tile, for the ``features`` of each image that the call returned."""
+        """Patches of each tile or frame, for the ``features`` of each image or video that the call returned."""
         return [len(one) * self.merge for one in features]
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
@@ -49,17 +66,40 @@ class VisionFamily:
 
         Args:
             model: the model that holds ``get_image_features``.
-            call: arguments of that call, by name.
-            values: fp32 [patches] of each tile.
+            call: arguments of that call, or of one of ``get_video_features``, by name.
+            values: fp32 [patches, c] of each tile or frame.
 
         Returns:
-            One fp32 [tokens] per image; NaN where a visual token is no patch, as in rows that mark a line's end.
+            One fp32 [tokens, c] per image or frame; NaN where a token is no patch, as in rows that mark a line's end.
         """
-        return [one.view(-1, self.merge).mean(-1) for one in values]
+        return [one.view(-1, self.merge, one.shape[-1]).mean(1) for one in values]
+
+    def smaller(
+        self, model: Any, call: dict[str, Any], method: SmallerImage
+    ) -> tuple[dict[str, Any], Sequence[Places]]:
+        """What the call becomes with smaller images, and the places of the tokens of each. Only where ``resizable``."""
+        raise NotImplementedError
+
+    def keeps_class(self, model: Any, call: dict[str, Any]) -> bool:
+        """Whether the class token becomes a visual token in this call."""
+        given = call.get("vision_feature_select_strategy")
+        strategy = given or getattr(model.config, "vision_feature_select_strategy", None)
+        return self.class_token and strategy == "full"
 
     def first_cut(self, config: Any) -> int:
-        """The first decoder layer after which visual tokens may leave."""
-        return 0
+        """The first decoder layer after which visual tokens may leave: the last to which deeper features are added."""
+        return len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+
+
+def pixels_of(call: dict[str, Any]) -> str:
+    """Which argument of a call of a feature function holds the pixels."""
+    names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+    return next(name for name in names if call.get(name) is not None)
+
+
+def shows_video(call: dict[str, Any]) -> bool:
+    """Whether it is a call of ``get_video_features``."""
+    return pixels_of(call) == "pixel_values_videos"
 
 
 def attribute(model: Any, path: str) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_accel.methods import SmallerImage
 from llm_accel.patches.families.base import VisionFamily
+from llm_accel.patches.families.resizing import Places, smaller_pixels
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,20 @@ class PixelShuffle(VisionFamily):
     blocks: str = "encoder.layer"
     prunable: bool = False
     merge: int = 4
+    resizable: bool = True
+
+    def smaller(
+        self, model: Any, call: dict[str, Any], method: SmallerImage
+    ) -> tuple[dict[str, Any], Sequence[Places]]:
+        patch, leading = model.config.vision_config.patch_size, int(self.keeps_class(model, call))
+        side = patch[0] * isqrt(self.merge), patch[1] * isqrt(self.merge)
+        pixels, where = smaller_pixels(method, call["pixel_values"], side, leading)
+        return call | {"pixel_values": pixels}, where
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         side = isqrt(self.merge)
-        grids = [one.view(isqrt(len(one)) // side, side, -1, side) for one in values]
-        return [grid.mean((1, 3)).flatten() for grid in grids]
+        grids = [one.view(isqrt(len(one)) // side, side, -1, side, one.shape[-1]) for one in values]
+        return [grid.mean((1, 3)).flatten(0, 1) for grid in grids]
 
 
 INTERNVL = PixelShuffle("internvl")

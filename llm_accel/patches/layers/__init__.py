@@ -6,6 +6,7 @@ from llm_accel.patches.layers.grouped import GroupedLayer
 from llm_accel.patches.layers.hiding import HidingLayer
 from llm_accel.patches.layers.ragged import RaggedLayer
 from llm_accel.patches.layers.relative import RelativeSlotLayer
+from llm_accel.patches.layers.reply import ReplyLayer
 from llm_accel.patches.layers.slots import SlotLayer
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "HidingLayer",
     "RaggedLayer",
     "RelativeSlotLayer",
+    "ReplyLayer",
     "SlotLayer",
 ]

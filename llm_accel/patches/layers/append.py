@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
+
+if TYPE_CHECKING:
+    from llm_accel.patches.compiled.cache import Lease
 
 
 class AccelLayer(DynamicLayer):
@@ -29,11 +34,13 @@ class AccelLayer(DynamicLayer):
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         expected: whether a call with the plug-in has begun and its entries have not come yet.
         attended: whether our attention has seen the newest entries; False while they are on their way to it.
+        pictured: whether a prompt with visual tokens came here or was taken out on its way.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
         positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
         kept: ``positions`` right after the last eviction.
+        lease: what holds the entries while decoding runs on buffers of fixed size, else None.
     """
 
     is_sliding = False
@@ -43,7 +50,9 @@ class AccelLayer(DynamicLayer):
     values: Tensor
     row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
     shared_tensors: ClassVar[tuple[str, ...]] = ()
-    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "compressed", "floor")
+    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "pictured", "compressed", "floor")
+    # what lies beside the slots: the dimension of the slots and what stands where a row has none
+    slotted: ClassVar[dict[str, tuple[int, int]]] = {"window": (-2, 0), "positions": (-1, -1), "kept": (-1, -1)}
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,11 +67,26 @@ class AccelLayer(DynamicLayer):
         self.padding: Tensor | None = None
         self.expected = False
         self.attended = True
+        self.pictured = False
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None
         self.positions: Tensor | None = None
         self.kept: Tensor | None = None
+        self.lease: Lease | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Reached for what is lent to a compiled decode: it comes back before anybody looks at it."""
+        lease: Lease | None = self.__dict__.get("lease")
+        if lease is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        lease.end()
+        return getattr(self, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.lease is not None:
+            self.lease.end()
+        return self.__dict__
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen by the model, the only length that transformers may read."""
@@ -91,6 +115,11 @@ class AccelLayer(DynamicLayer):
             return None
         seen = torch.full((1,), self.cumulative_length, device=self.keys.device)
         return seen if self.padding is None else seen - self.padding
+
+    @property
+    def rows(self) -> int:
+        """Rows that are stored."""
+        return self.keys.shape[0]
 
     @property
     def kv_heads(self) -> int:
@@ -122,8 +151,8 @@ class AccelLayer(DynamicLayer):
         if self.keys.numel() == 0:
             self.keys, self.values = key_states, value_states
         else:
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
+            self.keys = appended(self.keys, key_states)
+            self.values = appended(self.values, value_states)
         self._place(key_states.shape[-2])
         return self.keys, self.values
 
@@ -150,9 +179,10 @@ class AccelLayer(DynamicLayer):
             self.positions = newest if self.positions is None else torch.cat([self.positions, newest], dim=-1)
             self.kept = self.positions
         elif self.positions is not None:
-            self._append_positions(count)
+            self.append_positions(count)
 
-    def _append_positions(self, count: int) -> None:
+    def append_positions(self, count: int) -> None:
+        """Notes the original positions of ``count`` decoded entries."""
         assert self.positions is not None
         steps = torch.arange(1, count + 1, device=self.positions.device)
         newest = self.positions[..., -1:] + steps
@@ -277,8 +307,57 @@ class AccelLayer(DynamicLayer):
         for name, content in (tensors | values).items():
             setattr(self, name, content)
 
+    def join(self, parts: Sequence[Self], length: int) -> None:
+        """Fills an empty layer with the rows of ``parts``, whose prompts are complete, as if they had been read in one
+        call that pads them on the left to ``length`` tokens."""
+        self.lazy_initialization(parts[0].keys, parts[0].values)
+        stored, device = max(part.physical_length() for part in parts), self.device
+        traced = any(part.positions is not None for part in parts)
+        for part in parts:
+            if traced and part.positions is None:
+                part.positions = part._slot_positions()
+            if part.kept is None and any(other.kept is not None for other in parts):
+                part.kept = part.positions
+        self._join_entries(parts, stored)
+        for name, (dim, empty) in self.slotted.items():
+            setattr(self, name, joined([getattr(part, name) for part in parts], dim, empty))
+        self.padding = _leading([length - part.cumulative_length for part in parts], parts, "padding", device)
+        self.compressed = any(part.compressed for part in parts)
+        self.cumulative_length = length
+        self.floor = self.physical_length() if self.compressed else 0
+
+    def _join_entries(self, parts: Sequence[Self], stored: int) -> None:
+        """The part of :meth:`join` that depends on how entries are stored; ``stored``: slots of the longest part."""
+        for name in ("keys", "values"):
+            setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
+        self.start = _leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+
+    def _slot_positions(self) -> Tensor:
+        """Original position of each slot of an unevicted prompt, int64 [B, Hk, P], -1 for padding."""
+        slots = torch.arange(self.physical_length(), device=self.keys.device)
+        return self._positions_of(slots.expand(*self.keys.shape[:2], -1)).clamp(min=-1)
+
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()
+
+
+def joined(parts: Sequence[Tensor | None], dim: int, empty: int) -> Tensor | None:
+    """The rows of all parts in one tensor, padded with ``empty`` at the front of ``dim``; None where they are."""
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    longest, behind = max(tensor.shape[dim] for tensor in tensors), (0, 0) * (-1 - dim)
+    return torch.cat([F.pad(part, (*behind, longest - part.shape[dim], 0), value=empty) for part in tensors])
+
+
+def _leading(more: Sequence[int], parts: Sequence[AccelLayer], name: str, device: Any) -> Tensor | None:
+    """Leading empty places of each row, int64 [B]: what a part counts as ``name`` and ``more``; None without any."""
+    rows = []
+    for count, part in zip(more, parts, strict=True):
+        own: Tensor | None = getattr(part, name)
+        rows.append(torch.full((part.rows,), count, device=device) + (0 if own is None else own))
+    total = torch.cat(rows)
+    return total if bool(total.any()) else None

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_accel.methods.attend import Attend, AttentionView, Memory
+from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
 
@@ -21,12 +22,13 @@ class AttendingLayer(AccelLayer):
         method: computes the attention.
         index: index of the layer.
         layers: number of layers of the model.
+        heads: which of the layer's heads are here.
         memory: what the method remembers of the latest decode step, or None.
         sparse_calls: attention calls that the method computed; the others were dense.
     """
 
-    def __init__(self, method: Attend, index: int, layers: int) -> None:
-        self.method, self.index, self.layers = method, index, layers
+    def __init__(self, method: Attend, index: int, layers: int, heads: HeadShard = WHOLE) -> None:
+        self.method, self.index, self.layers, self.heads = method, index, layers, heads
         super().__init__()
 
     def _clear(self) -> None:
@@ -37,7 +39,9 @@ class AttendingLayer(AccelLayer):
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """The method's attention, or dense attention where it leaves the call to the model, [B, T, Hq, Dv]."""
         softmax = softmax_of(kwargs, key.shape[-1])
-        view = AttentionView(query, key, value, self.start, **softmax, layer=self.index, layers=self.layers)
+        view = AttentionView(
+            query, key, value, self.start, **softmax, layer=self.index, layers=self.layers, heads=self.heads
+        )
         output, self.memory = self.method.attend(view, self.memory)
         if output is None:
             return super().attend(base, module, query, key, value, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class GroupedLayer(AccelLayer):
         if key_states.shape[1] != self.kv_heads:
             raise UnsupportedModelError(
                 f"the layer was planned for {self.kv_heads} KV heads and got {key_states.shape[1]}; latent attention "
-                "and tensor parallelism cannot be split by head profiles."
+                "cannot be split by head profiles."
             )
         self._admit(key_states.shape[-2])
         for group in self.groups:
@@ -193,6 +193,14 @@ class GroupedLayer(AccelLayer):
                 own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
                 getattr(self, name).store.restore(own, values[name])
         self.is_initialized = True
+
+    def join(self, parts: Sequence[Self], length: int) -> None:
+        """As in the base, store by store."""
+        for place, group in enumerate(self.groups):
+            group.store.join([part.groups[place].store for part in parts], length)
+        self.start = self.groups[0].store.padding
+        self.compressed = any(part.compressed for part in parts)
+        self.cumulative_length, self.is_initialized = length, True
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

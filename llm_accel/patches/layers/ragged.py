@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_accel.kernels.ragged_decode import ragged_attention
+from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
 
@@ -25,6 +26,7 @@ class RaggedLayer(AccelLayer):
 
     Attributes:
         page: entries per page.
+        heads: which of the layer's heads are here; averages are over all of them, so that processes agree.
         table: pages of each row and head in order, int64 [B, Hk, M], -1 after the last; None before the first eviction.
         longest: entries of the longest head.
         excess: how many of these are more than :meth:`mean_length`, known without a synchronisation.
@@ -36,14 +38,18 @@ class RaggedLayer(AccelLayer):
     shared_tensors = ("table",)
     plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
 
-    def __init__(self, page: int) -> None:
-        self.page = page
+    def __init__(self, page: int, heads: HeadShard = WHOLE) -> None:
+        self.page, self.heads = page, heads
         super().__init__()
 
     def _clear(self) -> None:
         super()._clear()
         self.table: Tensor | None = None
         self.longest = self.excess = self.used = self.room = 0
+
+    @property
+    def rows(self) -> int:
+        return super().rows if self.table is None else self.table.shape[0]
 
     @property
     def kv_heads(self) -> int:
@@ -66,7 +72,8 @@ class RaggedLayer(AccelLayer):
         """Real entries of each row, per KV head on average and rounded up, int64 [B]."""
         if self.table is None:
             return super().row_lengths()
-        return (self.lengths().sum(-1) + self.kv_heads - 1) // self.kv_heads
+        every = self.kv_heads * self.heads.count
+        return (self.heads.sum(self.lengths().sum(-1)) + every - 1) // every
 
     def token_bytes(self) -> int:
         """Bytes that one token takes in all rows and heads."""
@@ -86,7 +93,9 @@ class RaggedLayer(AccelLayer):
         self._admit(count)
         if count > self.room:
             self._reserve(count)
-        entries = self.lengths()[..., None] + torch.arange(count, device=self.keys.device)
+        entries = self.lengths()[..., None]
+        if count > 1:
+            entries = entries + torch.arange(count, device=self.keys.device)
         slots = self._slots(self.table, entries)
         self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
@@ -116,7 +125,7 @@ class RaggedLayer(AccelLayer):
 
     def keep(self, indices: Tensor, trace: bool) -> None:
         """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter heads."""
-        if self.kv_heads == 1:
+        if self.kv_heads * self.heads.count == 1:
             super().keep(indices, trace)
             return
         self._record(indices, trace)
@@ -136,8 +145,38 @@ class RaggedLayer(AccelLayer):
         self.keys, self.values = self._pool(keys, target, used), self._pool(values, target, used)
         self.table, self.used, self.start = table, used, start
         self.room = int((pages * self.page - self.lengths()).min())
-        self.excess = self.longest + -int(self.lengths().sum(-1).max()) // self.kv_heads
+        self.excess = self.longest - int(self.row_lengths().max())
         self._close_eviction()
+
+    def _join_entries(self, parts: Sequence[Self], stored: int) -> None:
+        if all(part.table is None for part in parts):
+            super()._join_entries(parts, stored)
+            return
+        used, tables, starts = 0, [], []
+        for part in parts:
+            if part.table is None:
+                part._page_all()
+            assert part.table is not None and part.start is not None
+            tables.append(part.table.where(part.table < 0, part.table + used))
+            starts.append(part.start + stored - part.longest)
+            used += part.used
+        self.keys = torch.cat([part.keys[: part.used] for part in parts])
+        self.values = torch.cat([part.values[: part.used] for part in parts])
+        most = max(table.shape[2] for table in tables)
+        self.table = torch.cat([F.pad(table, (0, most - table.shape[2]), value=-1) for table in tables])
+        self.start, self.longest, self.used = torch.cat(starts), stored, used
+        self.room = min(part.room for part in parts)
+        self.excess = self.longest - int(self.row_lengths().max())
+
+    def _page_all(self) -> None:
+        """Moves an unevicted layer into pages."""
+        slots = torch.arange(self.physical_length(), device=self.keys.device)
+        slots = slots.expand(self.keys.shape[0], self.kv_heads, -1)
+        if self.start is not None:
+            slots = slots.masked_fill(slots < self.start[:, None, None], -1)
+        window = self.window
+        self.keep(slots, trace=self.positions is not None)
+        self.window = window
 
     def _pool(self, entries: Tensor, slots: Tensor, pages: int) -> Tensor:
         """A pool that holds ``entries`` [E, D] at ``slots`` and zeros elsewhere."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,7 @@ class SlotLayer(AccelLayer):
 
     row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
     plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
+    slotted: ClassVar = AccelLayer.slotted | {"scores": (-1, 0)}
 
     def __init__(self, vacancies: int = 0) -> None:
         self.vacancies = vacancies
@@ -79,8 +82,7 @@ class SlotLayer(AccelLayer):
     def count_positions(self) -> None:
         """Gives each slot of an unevicted prompt its original position."""
         if self.positions is None:
-            slots = torch.arange(self.physical_length(), device=self.keys.device)
-            self.positions = self._positions_of(slots.expand(*self.keys.shape[:2], -1))
+            self.positions = self._slot_positions()
 
     def choose_spare(self, victims: Tensor | None) -> None:
         """Decides what the next token overwrites: an empty slot of the row if it has one, else ``victims`` [B, Hk]."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods import CutView, LayerCut
+from llm_accel.methods import Cut, CutView, LastQuery
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.vision.rows import columns, gathered
 
@@ -17,39 +17,41 @@ if TYPE_CHECKING:
 
 
 class CutHook:
-    """Forward hook of the layer after which tokens leave. The decoder records its output without them."""
+    """Forward hook of a layer after which tokens may leave. The decoder records its output without them."""
 
-    def __init__(self, method: LayerCut, layer: int) -> None:
-        self.method = method
+    def __init__(self, cut: Cut, title: str, layer: int) -> None:
+        self.cut = cut
+        self.title = title
         self.layer = layer
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The layer's output [B, n, C] without the rows that leave."""
         session: Session | None = kwargs.get("llm_accel")
-        if session is None or session.visual.rows is None:
+        if session is None or not _cuts_here(session, self.cut) or session.visual.cut is not None:
             return None
         state, rows = session.visual, session.visual.rows
+        assert rows is not None
         if rows.visual is None:
             raise UnsupportedCallError(
-                f"{self.method.spec()} must know which tokens are visual; give input_ids instead of inputs_embeds."
+                f"{self.title} must know which tokens are visual; give input_ids instead of inputs_embeds."
             )
-        attention, state.attention = state.attention, None
+        scores, state.scores = state.scores, None
         if not bool(rows.visual.any()):
             return None
         if session.prompt_end is not None:
             raise UnsupportedCallError(
-                f"{self.method.spec()} decides once the prompt is complete, and this one comes in chunks; leave out "
+                f"{self.title} decides once the prompt is complete, and this one comes in chunks; leave out "
                 "prefill_chunk_size."
             )
-        if attention is not None:
-            attention = attention[:, -rows.real.shape[1] :]
-        keep = self.method.keep(CutView(rows.visual, rows.real, attention))
+        if scores is not None:
+            scores = scores[:, -rows.real.shape[1] :]
+        hidden = output[0] if isinstance(output, tuple) else output
+        keep = self.cut.keep(CutView(rows.visual, rows.real, scores, hidden, self.layer, rows.surplus))
         if bool((keep >= rows.real).all()):
             return None
         state.cut = rows.take(keep)
         state.exit_layer = self.layer
         state.settle(session, first_layer=self.layer + 1)
-        hidden = output[0] if isinstance(output, tuple) else output
         hidden = gathered(hidden, state.cut.to(hidden.device), 0.0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -73,14 +75,29 @@ class BehindCutHook:
         return args, kwargs | changed
 
 
+def _cuts_here(session: Session, cut: Cut) -> bool:
+    """Whether the running call brings rows of a prompt that the cut concerns."""
+    rows = session.visual.rows
+    return rows is not None and not (cut.surplus_only and rows.surplus is None)
+
+
 def watch(
-    session: Session, index: int, query: Tensor, key: Tensor, start: Tensor | None, kwargs: dict[str, Any]
+    session: Session,
+    index: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    start: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> None:
-    """Remembers the attention of the call's last query, fp32 [B, S], mean over heads, where a cut behind this layer
-    looks at it. Called between the attention of a layer and its eviction."""
-    if session.plan.cut is None or not session.plan.cut.needs_attention or session.visual.rows is None:
+    """Remembers the scores that the call's last query gives to all entries, where a cut behind this layer looks at
+    them. ``tensors`` are query, key and value. Called between the attention of a layer and its eviction."""
+    cut, rows = session.plan.cut, session.visual.rows
+    if cut is None or cut.rank is None or index not in cut.layers or not _cuts_here(session, cut):
         return
-    if index == session.plan.cut.after(session.plan.layers):
+    query, key, value = tensors
+    assert rows is not None
+    if rows.visual is not None:
+        visual = F.pad(rows.visual.to(key.device), (key.shape[2] - rows.visual.shape[1], 0))
         softmax = softmax_of(kwargs, key.shape[-1])
-        votes = column_votes(query[:, :, -1:], key, start, heads=key.shape[1], group="mean", **softmax)
-        session.visual.attention = votes.mean(1)
+        session.visual.scores = cut.rank(
+            LastQuery(query[:, :, -1:], key, value, start, visual, **softmax, heads=session.plan.heads)
+        )

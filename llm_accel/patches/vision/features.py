@@ -1,53 +1,74 @@
-"""``get_image_features`` on a patched instance: features of dropped visual tokens come back as tombstones."""
+"""Feature functions on a patched instance: features of dropped visual tokens come back as tombstones."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_accel.errors import UnsupportedCallError
-from llm_accel.methods import TowerTokens, VisualTokens
+from llm_accel.methods import SmallerImage, TowerMerge, TowerTokens, VisualInput, VisualTokens
 from llm_accel.patches.families import VisionFamily, attribute
 from llm_accel.patches.hook import DecoderHook, named
+from llm_accel.patches.vision.pieces import by_piece, features_of, spread
 from llm_accel.patches.vision.tombstones import buried
 from llm_accel.patches.vision.tower import TowerPass
 
+FEATURES = ("get_image_features", "get_video_features")
+# some models' functions for videos call those for images
+_ENTERED: ContextVar[bool] = ContextVar("llm_accel_features", default=False)
+
 
 class FeatureProxy:
-    """Instance attribute ``get_image_features`` of the model that holds the vision tower. An object rather than a
-    closure: deepcopy and pickle carry it to the copy. Its signature is that of the original, which generate reads."""
+    """Instance attribute ``name``, one of :data:`FEATURES`, of the model that holds the vision tower. An object rather
+    than a closure: deepcopy and pickle carry it to the copy. Its signature is that of the original, which generate
+    reads."""
 
-    def __init__(self, model: Any, hook: DecoderHook) -> None:
+    def __init__(self, model: Any, hook: DecoderHook, name: str) -> None:
         self.model = model
         self.hook = hook
+        self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same as the original, with as many features."""
-        original = type(self.model).get_image_features
+        original = getattr(type(self.model), self.name)
         call = named(original, args, kwargs)
         method = self.hook.plan.tokens
-        if method is None or not self.hook.enabled or self.model.training:
+        if method is None or not self.hook.enabled or self.model.training or _ENTERED.get():
             return original(self.model, **call)
+        token = _ENTERED.set(True)
+        try:
+            return self._reduced(method, original, call)
+        finally:
+            _ENTERED.reset(token)
+
+    def _reduced(self, method: VisualInput, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         family = self.hook.plan.family
         assert family is not None
+        if isinstance(method, SmallerImage):
+            call, where = family.smaller(self.model, call, method)
+            return spread(original(self.model, **call), where)
+        assert isinstance(method, VisualTokens)
         tower = self._tower(method, family, call) if isinstance(method, TowerTokens) else None
         with nullcontext() if tower is None else tower.running():
             output = original(self.model, **call)
-        features = getattr(output, "pooler_output", None)
-        if features is None:
-            raise UnsupportedCallError("get_image_features was called with return_dict=False; leave it out.")
+        features = features_of(output)
         if tower is None:
             device = features[0].device
-            values = [torch.zeros(count, device=device) for count in family.patches(self.model, call, features)]
+            values = [torch.zeros(count, 1, device=device) for count in family.patches(self.model, call, features)]
         else:
             values = tower.values()
         marks = family.packed(self.model, call, values)
-        pruned = [_pruned(method, tower, one, mark) for one, mark in zip(features, marks, strict=True)]
-        output.pooler_output = torch.stack(pruned) if torch.is_tensor(features) else type(features)(pruned)
+        tiles = family.tiles(self.model, call) or [1] * len(marks)
+
+        def pruned(index: int, piece: Tensor) -> Tensor:
+            return _pruned(method, tower, piece, marks[index], len(values[0]) * tiles[index])
+
+        output.pooler_output = by_piece(features, [len(mark) for mark in marks], pruned)
         return output
 
     def _tower(self, method: TowerTokens, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
@@ -59,7 +80,6 @@ class FeatureProxy:
         chosen = [given] if isinstance(given, int) else list(given or ())
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
         last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
-        strategy = call.get("vision_feature_select_strategy") or getattr(config, "vision_feature_select_strategy", None)
         tiles = family.tiles(self.model, call)
         return TowerPass(
             method,
@@ -68,43 +88,35 @@ class FeatureProxy:
             inside=family.prunable and len(chosen) == 1,
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
             layers=family.full_blocks(self.model),
-            keeps_class=family.class_token and strategy == "full",
+            keeps_class=family.keeps_class(self.model, call),
         )
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).get_image_features)
+        return inspect.signature(getattr(type(self.model), self.name))
 
 
-class VideoProxy:
-    """Instance attribute ``get_video_features``: videos are not pruned, and no answer should look so."""
-
-    def __init__(self, model: Any, hook: DecoderHook) -> None:
-        self.model = model
-        self.hook = hook
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises :class:`UnsupportedCallError`; the original inside ``Handle.disabled()``."""
-        if self.hook.enabled and not self.model.training:
-            raise UnsupportedCallError(
-                f"{self.hook.plan.title} acts on images only; call on videos inside handle.disabled()."
-            )
-        return type(self.model).get_video_features(self.model, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).get_video_features)
-
-
-def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, marks: Tensor) -> Tensor:
-    """Features [n, C] of one image with tombstones for what the method does not keep. ``marks``, fp32 [n], is NaN for
-    rows that are no patch; else it says what the tower has kept, or how it scored."""
-    patches = (~marks.isnan()).nonzero()[:, 0]
+def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, marks: Tensor, total: int) -> Tensor:
+    """Features [n, C] of one image or frame with tombstones for what the method does not keep. ``marks``, fp32 [n, c],
+    is NaN for rows that are no patch; else it says what the tower has kept, or what it knows of each. ``total``:
+    patches of all tiles of the image, which shared its target where the tower has chosen."""
+    newline = marks[:, 0].isnan()
+    patches = (~newline).nonzero()[:, 0]
     if tower is not None and tower.inside:
-        chosen = (marks > 0.5).nonzero()[:, 0]
+        chosen = (marks[:, 0] > 0.5).nonzero()[:, 0]
     else:
-        scores = None if tower is None else marks[patches]
+        total = len(patches)
+        scores = None if tower is None else marks[patches, 0]
         chosen = patches[method.choose(len(patches), scores, features.device)]
-    kept = marks.isnan() if method.newline == "keep" else torch.zeros_like(marks, dtype=torch.bool)
+    two_stages = method.entering(total) > method.tokens(total)
+    surplus = max(0, len(chosen) - method.tokens(len(patches))) if two_stages else 0
+    if surplus and len(chosen) == len(patches):  # all that left was padding: one token leaves to tell of the others
+        chosen, surplus = chosen[:-1], surplus - 1
+    if len(chosen) == len(patches):
+        return features
+    if isinstance(method, TowerMerge) and tower is not None and not tower.inside:
+        parts = method.split(marks[patches, 0], len(chosen))
+        features = features.index_copy(0, patches, method.merge(features[patches], parts, marks[patches, 1:]))
+    kept = newline if method.newline == "keep" else torch.zeros_like(newline)
     kept[chosen] = True
-    return features if len(chosen) == len(patches) else buried(features, kept)
+    return buried(features, kept, surplus)

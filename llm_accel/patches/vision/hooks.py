@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
-
-import torch
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.hook import DecoderHook, named
@@ -24,7 +24,9 @@ class VisualMaskHook:
         ids = named(type(model).forward, args, kwargs).get("input_ids")
         if ids is None or not self.hook.enabled:
             return args, kwargs
-        return args, kwargs | {"llm_accel_visual": torch.isin(ids, ids.new_tensor(self.token_ids))}
+        # number by number: a tensor of them would be copied to the device at each step
+        visual = reduce(or_, (ids == token for token in self.token_ids))
+        return args, kwargs | {"llm_accel_visual": visual}
 
 
 class LabelsHook:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods.selection import slots_of
-from llm_accel.patches.vision.tombstones import tombstones
+from llm_accel.patches.vision.tombstones import surplus_of, tombstones
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
@@ -25,6 +25,7 @@ class VisualRows:
         visual: bool [B, n], which of them are visual tokens; None where the call's token ids are unknown.
         index: int64 [B, n], the token of the call that a row under way is, ascending, -1 first where a batch row has
             fewer; None while all T are under way.
+        surplus: visual tokens of each batch row beyond its target, int64 [B]; None where no row has any.
     """
 
     def __init__(self, real: Tensor, visual: Tensor | None) -> None:
@@ -32,6 +33,7 @@ class VisualRows:
         self.real = real
         self.visual = None if visual is None else visual & real
         self.index: Tensor | None = None
+        self.surplus: Tensor | None = None
 
     def take(self, keep: Tensor) -> Tensor:
         """Lets only the rows under ``keep``, bool [B, n], go on; padding goes where all rows of the batch can spare it.
@@ -93,15 +95,19 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
     session.visual.rest()
     embeddings = kwargs.get("inputs_embeds")
     if not session.in_prompt or embeddings is None:
-        return kwargs
+        return _caught_up(session, kwargs, past)
     rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
     session.visual.begin(rows, past)
     gone = tombstones(embeddings)
+    kwargs = _caught_up(session, kwargs, past)
     if bool(gone.any()):
-        index = rows.take(~gone)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + rows.length, device=embeddings.device)[None]
+        index, surplus = rows.take(~gone), surplus_of(embeddings, gone)
+        rows.surplus = surplus if bool(surplus.any()) else None
+        positions = _positions(kwargs, past, embeddings)
+        if session.plan.tokens is not None and session.plan.tokens.positions == "compact":
+            skipped = gone.sum(-1)
+            positions = positions - gone.cumsum(-1).to(positions.device)
+            session.visual.skipped = skipped if session.visual.skipped is None else session.visual.skipped + skipped
         kwargs = kwargs | {
             "inputs_embeds": gathered(embeddings, index, 0.0),
             "position_ids": columns(positions, index, -1),
@@ -109,6 +115,23 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
         }
     session.visual.settle(session, first_layer=0)
     return kwargs
+
+
+def _positions(kwargs: dict[str, Any], past: int, tokens: Tensor) -> Tensor:
+    """Position ids of the call for ``tokens``, [B, T, ...], or those that the decoder would count, int64 [1, T]."""
+    given: Tensor | None = kwargs.get("position_ids")
+    return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] if given is None else given
+
+
+def _caught_up(session: Session, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+    """The arguments with positions that follow those of the cache, where these were counted anew."""
+    skipped, tokens = session.visual.skipped, kwargs.get("inputs_embeds")
+    if past == 0 or skipped is None:
+        return kwargs
+    tokens = kwargs["input_ids"] if tokens is None else tokens
+    positions = _positions(kwargs, past, tokens).to(tokens.device)
+    rows = skipped.to(tokens.device).repeat_interleave(len(tokens) // len(skipped))  # hypotheses of one prompt
+    return kwargs | {"position_ids": positions - rows[:, None]}
 
 
 def _real_tokens(embeddings: Tensor, mask: Tensor | None) -> Tensor:

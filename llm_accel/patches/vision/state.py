@@ -31,33 +31,40 @@ class VisualState:
         past: tokens seen before that call.
         cut: int64 [B, m], which of the rows that entered the decoder are under way behind a cut, ascending, -1 first;
             None before it.
-        attention: what the last query paid to each entry in the layer before a cut, fp32 [B, S], or None.
+        scores: what the method of a cut made of each entry in the layer before it, fp32 [B, S], or None.
         exit_layer: the layer after which visual tokens left last, or None.
+        newest: embedding of the newest token of each row, [B, C], where a second path starts from it, else None.
+        skipped: how far positions run behind those of the prompt where they are counted anew, int64 [B], or None.
     """
 
     def __init__(self) -> None:
         self.rows: VisualRows | None = None
         self.past = 0
         self.cut: Tensor | None = None
-        self.attention: Tensor | None = None
+        self.scores: Tensor | None = None
         self.exit_layer: int | None = None
+        self.skipped: Tensor | None = None
+        self.newest: Tensor | None = None
+        self._pictured: Tensor | None = None
         self._padding: Tensor | None = None
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
 
     def rest(self) -> None:
         """No row is under way, or only decoded tokens."""
-        self.rows, self.cut, self.attention = None, None, None
+        self.rows, self.cut, self.scores = None, None, None
 
     def begin(self, rows: VisualRows, past: int) -> None:
         """Starts a call that brings tokens of a prompt; an empty cache starts over."""
         if past == 0:
-            self._padding, self.exit_layer = None, None
+            self._padding, self._pictured, self.exit_layer, self.skipped = None, None, None, None
             self._before, self._after = [], []
         self.rows, self.past = rows, past
         padding = rows.padding
         self._padding = padding if self._padding is None else self._padding + padding
         if rows.visual is not None:
+            pictured = rows.visual.any(-1)
+            self._pictured = pictured if self._pictured is None else self._pictured | pictured
             self._before.append(rows.visual.sum())
             self._after.append(self._before[-1])
 
@@ -81,12 +88,17 @@ class VisualState:
                 )
             if rows.visual is not None:
                 self._after[-1] = rows.visual.sum()
-        arriving = self._positions(rows) if session.plan.trace else None
+        arriving = self.positions(rows) if session.plan.trace else None
         for index, layer in session.ours.items():
             if index >= first_layer:
                 layer.missing, layer.arriving = rows.missing, arriving
 
-    def _positions(self, rows: VisualRows) -> Tensor:
+    def pictured(self) -> Tensor:
+        """Which rows have had visual tokens so far, bool [B]."""
+        assert self._pictured is not None
+        return self._pictured
+
+    def positions(self, rows: VisualRows) -> Tensor:
         """Positions of the rows under way, counted from the first real token of each batch row, -1 for padding."""
         assert self._padding is not None
         index = rows.index

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.methods import TowerTokens, TowerView
+from llm_accel.methods import TowerCut, TowerMerge, TowerTokens, TowerView
 from llm_accel.methods.selection import select_top
 from llm_accel.patches.attention import PREFIX, accel_name
 from llm_accel.patches.base_attention import base_function, softmax_of
@@ -28,12 +28,12 @@ class TowerPass:
     Nothing stays on modules, and calls in other threads have passes of their own.
 
     Args:
-        method: what scores and cuts.
+        method: what scores, and cuts or merges.
         class_token: whether row 0 is a class token.
         last: the layer whose output is used.
-        inside: whether patches are cut inside the tower; otherwise they are scored only.
+        inside: whether patches are chosen inside the tower; otherwise they are scored only.
         parts: for each tile, the tiles of its image, which share a target; None: each tile is an image.
-        layers: the layers that count; None: all up to ``last``.
+        layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
     """
 
@@ -53,15 +53,23 @@ class TowerPass:
         self.last = last
         self.inside = inside
         self.parts = parts
-        self.layers = layers
+        self.last_cut = max(last - 1, 0)
+        self.layers = self._looked_at(range(last + 1) if layers is None else layers)
         self.keeps_class = keeps_class
-        self.targets: Tensor | None = None
         self.scores: list[Tensor] = []
+        self._traits: list[Tensor] = []
+        self._targets: Tensor | None = None
+        self._stayed: Tensor | None = None
         self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
         self._valid: Tensor | None = None
         self._kept: Tensor | None = None
         self._sizes: Tensor | None = None
         self._patches = 0
+
+    def _looked_at(self, layers: Sequence[int]) -> Sequence[int]:
+        cuts = self.inside and isinstance(self.method, TowerCut)
+        layers = [layer for layer in layers if layer <= (self.last_cut if cuts else self.last)]
+        return layers[-1:] if self.method.last_layer_only else layers
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -90,34 +98,53 @@ class TowerPass:
         """The output of a layer, [B, S, C], without the patches that leave here. What the model reads has all rows
         again: zeros stand where patches left."""
         calls, self._calls = self._calls, []
-        if layer > self.last or (self.layers is not None and layer not in self.layers):
-            return hidden
-        last_cut = max(self.last - 1, 0)
-        if not calls:
-            raise UnsupportedCallError(
-                f"the attention of layer {layer} of the vision tower never reached llm_accel; call "
-                "llm_accel.remove(model), set its attention implementation, then apply again."
-            )
-        if not self.inside or layer <= last_cut:
+        if layer in self.layers:
+            if not calls:
+                raise UnsupportedCallError(
+                    f"the attention of layer {layer} of the vision tower never reached llm_accel; call "
+                    "llm_accel.remove(model), set its attention implementation, then apply again."
+                )
             views = [
-                TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=last_cut)
+                TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=self.last_cut)
                 for tensors in calls
             ]
             before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
+            if isinstance(self.method, TowerMerge):
+                self._traits = [self.method.traits(view) for view in views]
             if self.inside:
-                hidden = self._cut(views[0], hidden)
+                hidden = self._chosen(views[0], hidden)
         return self._restored(hidden) if layer == self.last else hidden
 
-    def _cut(self, view: TowerView, hidden: Tensor) -> Tensor:
-        if self._sizes is None or self.targets is None:
+    def _chosen(self, view: TowerView, hidden: Tensor) -> Tensor:
+        """The layer's output once the method has chosen among the patches of ``view``, which holds all tiles."""
+        if self._sizes is None or self._targets is None:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
-            targets = [max(1, self.method.tokens(self._patches + own, part) - own) for part in parts]
-            self.targets = torch.tensor(targets)
-            self._sizes = torch.full_like(self.targets, self._patches)
-        sizes = self.method.survivors(view, self._sizes, self.targets)
+            targets = [max(1, self.method.entering(self._patches + own, part) - own) for part in parts]
+            self._targets = torch.tensor(targets)
+            self._sizes = torch.full_like(self._targets, self._patches)
+        if isinstance(self.method, TowerMerge):
+            return self._merge(self.method, self._targets.tolist(), hidden)
+        assert isinstance(self.method, TowerCut)
+        return self._cut(view, hidden, self.method.survivors(view, self._sizes, self._targets))
+
+    def _merge(self, method: TowerMerge, targets: list[int], hidden: Tensor) -> Tensor:
+        offset, rows = int(self.class_token), []
+        self._stayed = torch.ones_like(self.scores[0])
+        for tile, kept in enumerate(targets):
+            merged = hidden[tile, offset:]
+            if kept < self._patches:
+                parts = method.split(self.scores[0][tile], kept)
+                merged = method.merge(merged, parts, self._traits[0][tile])
+                self._stayed[tile] = 0
+                self._stayed[tile, torch.cat(parts)] = 1
+            rows.append(torch.cat([hidden[tile, :offset], merged]))
+        return torch.stack(rows)
+
+    def _cut(self, view: TowerView, hidden: Tensor, sizes: Tensor) -> Tensor:
+        assert self._sizes is not None
         if torch.equal(sizes, self._sizes):
             return hidden
         width, offset = int(sizes.max()), int(self.class_token)
@@ -141,15 +168,19 @@ class TowerPass:
         return torch.cat([hidden[:, :offset], full], dim=1)
 
     def values(self) -> list[Tensor]:
-        """Per tile, fp32 [patches]: 1 where a patch stayed and 0 where it left; scores where nothing was cut inside."""
+        """Per tile, fp32 [patches, c]: where they were chosen inside, 1 if a patch stayed and 0 if it left; else its
+        score and what tells its likeness to others, for methods that merge."""
         if not self.inside:
-            return [row for scores in self.scores for row in scores]
-        stayed = torch.ones_like(self.scores[0])
+            if not self._traits:
+                return [row[:, None] for scores in self.scores for row in scores]
+            known = [torch.cat([one[..., None], more], -1) for one, more in zip(self.scores, self._traits, strict=True)]
+            return [row for tiles in known for row in tiles]
+        stayed = torch.ones_like(self.scores[0]) if self._stayed is None else self._stayed
         if self._kept is not None:
             stayed = torch.zeros(self._kept.shape[0], self._patches + 1, device=self._kept.device)
             stayed.scatter_(1, torch.where(self._kept < 0, self._patches, self._kept), 1.0)
             stayed = stayed[:, : self._patches]
-        return list(F.pad(stayed, (int(self.keeps_class), 0), value=1.0))
+        return list(F.pad(stayed, (int(self.keeps_class), 0), value=1.0)[..., None])
 
 
 class TowerHook:

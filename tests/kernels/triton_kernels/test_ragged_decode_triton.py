@@ -17,6 +17,7 @@ from tests.kernels.triton_device import DEVICE, assert_close
 WIDE = {
     "splits_of_long_heads": Case([[300, 17], [5, 130]], group=4, dim=64, width=64, page=16),
     "group_of_seven": Case([[70, 9]], group=7, dim=64, width=64, page=64),
+    "pages_of_a_chosen_block": Case([[100, 33], [57, 8]], group=4, dim=64, width=64, page=8),
     "group_of_sixteen": Case([[70]], group=16, count=2, dim=64, width=64),
     "eight_tokens": Case([[70, 41]], group=3, count=8, dim=64, width=64, softcap=5.0, with_sinks=True),
     "dim_80": Case([[40, 33]], dim=80, width=80),

@@ -83,6 +83,7 @@ def test_an_image_at_the_end_stays() -> None:
     dense = decode(model, batch)[1]
     with llm_accel.apply(model, "dyvte", exit=0):
         assert torch.equal(decode(model, batch)[1], dense)
+        assert model(**batch, use_cache=False).past_key_values is None
 
 
 def test_two_turns() -> None:

@@ -10,9 +10,23 @@ import torch
 from transformers import PreTrainedModel
 
 import llm_accel
-from llm_accel import StrideTokens
+from llm_accel import Downsample, FlowCut, StrideTokens, VisionZip
+from llm_accel.registry import methods
 from tests.patches.calls import Outside
-from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
+from tests.tiny_vlm import (
+    FAMILIES,
+    IMAGE,
+    ONE,
+    UNEQUAL,
+    VIDEO,
+    VIDEOS,
+    Scene,
+    decode,
+    features,
+    inputs,
+    require_mode,
+    tiny_vlm,
+)
 from tests.vision_oracle import hidden, removed
 
 EXACT = 2e-4
@@ -26,27 +40,27 @@ def model_of(family: str) -> PreTrainedModel:
 
 def dropped_by(model: PreTrainedModel, batch: dict[str, torch.Tensor], method: object) -> torch.Tensor:
     """Which tokens of a single row the method drops, bool [T], read from the features alone."""
-    names = ("pixel_values", "image_sizes", "image_grid_thw")
+    given = {name: batch[name] for name in batch if name.startswith(("pixel_", "image_", "video_"))}
     with llm_accel.apply(model, method):
-        features = model.base_model.get_image_features(
-            **{name: batch[name] for name in names if name in batch}, return_dict=True
-        ).pooler_output
+        rows = features(model, given)
     dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
-    dropped[batch["input_ids"][0] == IMAGE] = torch.cat(list(features))[:, -1].isnan()
+    dropped[torch.isin(batch["input_ids"][0], torch.tensor([IMAGE, VIDEO]))] = rows[:, -1].isnan()
     return dropped
 
 
-@every_family
-def test_rows_equal_the_reference(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "video"), [(family, False) for family in FAMILIES] + [(family, True) for family in VIDEOS]
+)
+def test_rows_equal_the_reference(family: str, video: bool) -> None:
     model, method = model_of(family), StrideTokens(target=3)
     with llm_accel.apply(model, method) as handle:
-        _, logits = decode(model, inputs(model, UNEQUAL))
+        _, logits = decode(model, inputs(model, UNEQUAL, video))
         report = handle.report()
     before = after = 0
     for row, scene in enumerate(UNEQUAL):
-        alone = inputs(model, [scene])
+        alone = inputs(model, [scene], video)
         dropped = dropped_by(model, alone, method)
-        visual = alone["input_ids"][0] == IMAGE
+        visual = alone["input_ids"][0] == (VIDEO if video else IMAGE)
         before, after = before + int(visual.sum()), after + int((visual & ~dropped).sum())
         assert 0 < int(dropped.sum()) < int(visual.sum())
         reference = removed(model, copy.deepcopy(alone), dropped)
@@ -91,9 +105,10 @@ def test_modes(family: str, mode: str) -> None:
             assert torch.equal(got, wanted)
             return
         changes = {"uncached": {"use_cache": False}, "chunks": {"prefill_chunk_size": 11}, "eager": {}}[mode]
-        got = decode(model, batch, **changes)
+        longer = {"max_new_tokens": 12} if mode == "uncached" else {}
+        got = decode(model, batch, **changes, **longer)
     with llm_accel.apply(model_of(family), "stride_tokens", keep_ratio=0.5):
-        wanted = decode(model_of(family), batch)
+        wanted = decode(model_of(family), batch, **longer)
     assert torch.equal(got[0], wanted[0])
     assert torch.allclose(got[1], wanted[1], atol=EXACT)
 
@@ -109,3 +124,29 @@ def test_text_alone_passes_through_and_nothing_is_remembered(family: str) -> Non
         first = decode(model, one)
         decode(model, two)
         assert torch.equal(decode(model, one)[1], first[1])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.info.kinds == ("vision",)])
+def test_text_alone_passes_through_every_method(name: str) -> None:
+    model = model_of("llava")
+    text = inputs(model, [Scene((12,)), Scene((5,))])
+    dense = decode(model, text)[1]
+    with llm_accel.apply(model, name):
+        assert torch.equal(decode(model, text)[1], dense)
+
+
+@pytest.mark.parametrize("method", [FlowCut(target=4, llm_stage="on"), VisionZip(target=4), Downsample(target=4)])
+def test_the_decoder_sees_no_tombstone(method: object) -> None:
+    """Every layer's input is finite, and hidden states of a call are those of the rows that are left."""
+    model = tiny_vlm()
+    inputs_of: list[torch.Tensor] = []
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs_of.append(args[0]))
+    with llm_accel.apply(model, method):
+        batch = inputs(model, UNEQUAL)
+        output = model.generate(
+            **batch, max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+        )
+    assert len(inputs_of) == 9 and all(one.isfinite().all() for one in inputs_of)
+    assert torch.equal(output.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+    assert [one.shape[1] for one in output.hidden_states[1]] == [1] * 4

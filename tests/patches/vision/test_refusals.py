@@ -30,6 +30,16 @@ from tests.tiny_vlm import CLIP, IMAGE, ONE, TEXT, decode, inputs, tiny_vlm
 VISION = {name: CLIP[name] for name in CLIP if name != "projection_dim"}
 
 
+def test_llava_with_a_tower_without_class_token_is_refused():
+    vision = hf.SiglipVisionConfig(**VISION)
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=vision, image_token_index=IMAGE)
+    )
+    with pytest.raises(UnsupportedModelError, match="a siglip_vision_model, which has none"):
+        llm_accel.apply(model, "flowcut", target=2)
+    llm_accel.apply(model, SnapKV(budget=40)).remove()
+
+
 def gemma3() -> Any:
     text = hf.Gemma3TextConfig(**TEXT, layer_types=["full_attention"] * 3)
     vision = hf.SiglipVisionConfig(**VISION)
@@ -124,14 +134,12 @@ def test_features_that_come_later_than_the_cut() -> None:
         llm_accel.apply(model, "dyvte", exit=0)
 
 
-def test_labels_videos_masks_and_wrong_numbers_of_images() -> None:
+def test_labels_and_wrong_numbers_of_images() -> None:
     model = tiny_vlm("llava_onevision")
     batch = inputs(model, ONE)
     with llm_accel.apply(model, "stride_tokens", target=3) as handle:
         with pytest.raises(UnsupportedCallError, match="labels have one entry per token"):
             model(**batch, labels=batch["input_ids"])
-        with pytest.raises(UnsupportedCallError, match="acts on images only"):
-            model.base_model.get_video_features(torch.zeros(1, 1, 3, 28, 28))
         fewer = batch | {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"][:, 5:]}
         with pytest.raises(ValueError, match="do not match"):
             model.generate(**fewer, max_new_tokens=2)

@@ -110,8 +110,8 @@ def test_shuffled_tokens_stand_for_their_patches() -> None:
     model = tiny_vlm("internvl")
     numbers = torch.arange(64.0)
     shuffled = model.model.pixel_shuffle(numbers.view(1, 8, 8, 1), scale_factor=0.5)
-    packed = family_of(model, "flowcut").packed(model.model, {}, [numbers])
-    assert torch.equal(packed[0], shuffled.mean(-1).flatten())
+    packed = family_of(model, "flowcut").packed(model.model, {}, [numbers[:, None]])
+    assert torch.equal(packed[0], shuffled.mean(-1).flatten()[:, None])
 
 
 @pytest.mark.parametrize("newline", ["drop", "keep"])
@@ -199,3 +199,30 @@ def test_several_images_share_nothing() -> None:
         decode(model, inputs(model, [scene]))
         report = handle.report()
     assert (report.visual_tokens_before, report.visual_tokens_after) == (48, 12)
+
+
+def test_copies_of_an_image_keep_the_same_patches() -> None:
+    model = tiny_vlm()
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(4))
+    with llm_accel.apply(model, "flowcut", target=3):
+        first, _, copy = features_of(model, pixel_values=images[[0, 1, 0]])
+    assert torch.equal(dropped_rows(first), dropped_rows(copy)) and torch.allclose(
+        first[~dropped_rows(first)], copy[~dropped_rows(copy)], atol=1e-6
+    )
+
+
+def test_tiles_lose_the_patches_that_the_tower_dropped() -> None:
+    """LLaVA-NeXT: patches numbered by tile and place go through the model's packing; the tokens that stay are those of
+    the patches that each tile keeps when it is given alone to a LLaVA of the same tower."""
+    model, alone = tiny_vlm("llava_next"), tiny_vlm()
+    alone.model.vision_tower = model.model.vision_tower
+    image = pixels("llava_next", 1)
+    numbers = torch.arange(5 * 16.0).view(5, 16, 1)
+    call = image | {"vision_feature_select_strategy": "default"}
+    packed = family_of(model, "flowcut").packed(model.model, call, list(numbers))[0][:, 0]
+    with llm_accel.apply(alone, "flowcut", target=4, llm_stage="off"):
+        tiles = features_of(alone, pixel_values=image["pixel_values"][0])
+    kept = torch.cat([torch.arange(16.0)[~dropped_rows(one)] + 16 * tile for tile, one in enumerate(tiles)])
+    with llm_accel.apply(model, "flowcut", target=20):
+        stays = ~dropped_rows(features_of(model, **image)[0])
+    assert torch.equal(stays, torch.isin(packed, kept))

@@ -1,0 +1,1 @@
+"""Decoding as one compiled graph over buffers of fixed size; the prompt stays eager."""

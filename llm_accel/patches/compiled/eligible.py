@@ -1,0 +1,47 @@
+"""Which plans decode as a compiled graph, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from llm_accel.kernels import ragged_decode
+from llm_accel.kernels.dispatch import Problem
+from llm_accel.methods import Attend, StepEviction
+from llm_accel.patches.plan import Plan
+
+COMPILED = "one graph for all prompts, on buffers of fixed size"
+
+
+def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
+    """Why decode steps of this model under these methods cannot be one graph, or None."""
+    keeper = plan.keeper
+    if plan.attender is not None and type(plan.attender).fixed_step is Attend.fixed_step:
+        return f"{plan.attender.name} reads as many entries as it selects"
+    if plan.reply is not None:
+        return f"{plan.reply.name} looks at each token of the reply"
+    if plan.mask is not None:
+        return "heads are silenced"
+    if plan.hides:
+        return "entries are hidden, not evicted"
+    if keeper is not None and keeper.cuts_every is not None:
+        return f"recompress_every={keeper.cuts_every} evicts between steps"
+    if isinstance(keeper, StepEviction) and keeper.ratio is not None:
+        return "ratio gives each prompt a cache of its own size; give budget"
+    if isinstance(keeper, StepEviction) and keeper.relative_positions:
+        return "positions are ranks in the cache"
+    others = {type(layer).__name__ for layer in DynamicCache(config=decoder.config).layers} - {DynamicLayer.__name__}
+    if others:
+        return f"some layers hold a {', '.join(sorted(others))}"
+    if plan.base.startswith("flash") and ragged_decode.OP.choose(problem).name != "triton":
+        return f"{plan.base} takes no mask, and the kernel that takes lengths does not run here"
+    if isinstance(keeper, StepEviction) and plan.base.startswith("flash"):
+        return f"{plan.base} takes no mask"
+    if not getattr(decoder, "_can_compile_fullgraph", False):
+        return f"{type(decoder).__name__} cannot be compiled as one graph, says transformers"
+    if plan.heads.query_heads:
+        return "processes share the weights, and their exchange within a graph has not been tested"
+    if len(set(getattr(decoder, "hf_device_map", {}).values())) > 1:
+        return "the model lies on several devices"
+    return None

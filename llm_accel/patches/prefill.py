@@ -1,0 +1,154 @@
+"""Prompts read a few at a time into one compressed cache, so that reading them does not bound how many are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from llm_accel.errors import ConfigError, UnsupportedCallError
+from llm_accel.methods import StepEviction
+from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, SlotLayer
+from llm_accel.patches.layers.append import joined
+from llm_accel.patches.plan import Plan
+from llm_accel.patches.replay import ReadCache
+
+Prompts = Tensor | Sequence[Tensor]
+Rows = int | Sequence[int]
+
+
+def prefill(
+    model: Any, hook: DecoderHook, prompts: Prompts, mask: Tensor | None, rows: Rows, protect: Tensor | None
+) -> ReadCache:
+    """See :meth:`llm_accel.Handle.prefill`."""
+    _refuse(model, hook)
+    ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
+    if protect is not None and tuple(protect.shape) != tuple(ids.shape):
+        raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
+    outcomes: list[Tensor | None] = []
+    parts: list[list[Any]] = []
+    for part in _parts(rows, ids.shape[0]):
+        real = slice(int(mask[part].long().argmax(-1).min()), None)  # columns that are padding in these rows stay out
+        cache = DynamicCache()
+        session = adopt(cache, hook.plan, model.get_decoder().config)
+        session.reading = True
+        model.generate(
+            ids[part, real],
+            attention_mask=mask[part, real],
+            protect_mask=None if protect is None else protect[part, real],
+            max_new_tokens=1,
+            **{CACHE: cache, "do_sample": False, "num_beams": 1, "num_return_sequences": 1},
+        )
+        outcomes.append(session.outcome)
+        parts.append(list(cache.layers))
+    whole = ReadCache(ids, mask)
+    session = adopt(whole, hook.plan, model.get_decoder().config)
+    for index, layer in enumerate(whole.layers):
+        _join(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
+        for layers in parts:
+            layers[index] = None  # its memory is free before the next layer is joined
+    whole.outcome = joined(outcomes, -1, 0)
+    hook.settle(session)
+    return whole
+
+
+def _parts(rows: Rows, batch: int) -> list[slice]:
+    """The rows that are read in each call."""
+    if isinstance(rows, int):
+        if rows < 1:
+            raise ConfigError(f"rows={rows!r} is not allowed; give an integer of at least 1.")
+        return [slice(first, first + rows) for first in range(0, batch, rows)]
+    sizes = list(rows)
+    if sum(sizes) != batch or min(sizes) < 1:
+        raise ConfigError(f"rows={sizes} is not allowed; give integers of at least 1 that sum to {batch}, the prompts.")
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def padded(prompts: Prompts, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, n], padded on the left.
+
+    Raises:
+        ConfigError: these are no prompts, or the mask is not one of theirs.
+    """
+    if not isinstance(prompts, Tensor):
+        rows = list(prompts)
+        if not rows or not all(isinstance(row, Tensor) and row.ndim == 1 and row.numel() for row in rows):
+            raise ConfigError("prefill: give token ids [batch, tokens], or a list of 1-D tensors that are not empty.")
+        if mask is not None:
+            raise ConfigError("prefill: a list of prompts needs no attention_mask; leave it out.")
+        longest = max(len(row) for row in rows)
+        ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows]).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return ids, (torch.arange(longest, device=device) >= (longest - lengths)[:, None]).long()
+    if prompts.ndim != 2 or not prompts.numel():
+        raise ConfigError(f"prefill: input_ids are {tuple(prompts.shape)}; give token ids [batch, tokens].")
+    ids = prompts.to(device)
+    mask = torch.ones_like(ids) if mask is None else mask.to(device).long()
+    if mask.shape != ids.shape or not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ConfigError(
+            f"prefill: attention_mask must be {tuple(ids.shape)} with zeros on the left of each row only "
+            "(tokenizer.padding_side = 'left')."
+        )
+    return ids, mask
+
+
+def why_whole(plan: Plan, config: Any) -> str | None:
+    """Why prompts of a batch must be read in one call on a model of this configuration, or None."""
+    if plan.visual or plan.reply is not None:
+        return "it acts on visual tokens, and images cannot be divided among calls here"
+    if plan.attender is not None:
+        return "it keeps the whole cache and looks at the length of the whole batch"
+    if plan.keeper is None and plan.split is None and plan.whole is None:
+        return "it evicts nothing"
+    if plan.hides:
+        return "it hides entries and evicts none"
+    if plan.keeper is not None and plan.keeper.deferred:
+        return "compress='deferred' evicts at the first decode step, and prompts must be compressed at once"
+    others = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if others:
+        names = ", ".join(sorted(kind.__name__ for kind in others))
+        return f"what a {names} holds of one prompt cannot be joined with that of another"
+    return None
+
+
+def _refuse(model: Any, hook: DecoderHook) -> None:
+    plan = hook.plan
+    if not hook.enabled:
+        raise UnsupportedCallError("prefill inside disabled(): nothing would be compressed; call it outside.")
+    if not hasattr(model, "generate"):
+        raise UnsupportedCallError(f"{type(model).__name__} cannot generate; apply to the model with a language head.")
+    reason = why_whole(plan, model.get_decoder().config)
+    if reason is not None:
+        raise UnsupportedCallError(
+            f"{plan.title} cannot read prompts a few at a time: {reason}. Call model.generate with the whole batch."
+        )
+
+
+def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.lazy_initialization(parts[0].keys, parts[0].values)
+        layer.keys = joined([part.keys for part in parts], -2, 0)
+        layer.values = joined([part.values for part in parts], -2, 0)
+        layer.cumulative_length = length
+        return
+    assert isinstance(layer, AccelLayer)
+    layer.join(parts, length)
+    if isinstance(layer, GroupedLayer):
+        assert plan.split is not None
+        _open(plan.split.streaming, layer.stream.store)
+    elif isinstance(plan.keeper, StepEviction):
+        _open(plan.keeper, layer)
+
+
+def _open(keeper: StepEviction, layer: AccelLayer) -> None:
+    """Makes slots ready to be overwritten."""
+    if isinstance(layer, SlotLayer) and layer.physical_length():
+        layer.bound(keeper.capacity(layer.cumulative_length))
+        if layer.full:
+            layer.choose_spare(keeper.victims(layer.view()))
