@@ -1,0 +1,1 @@
+"""Adapters for evaluation harnesses. The harnesses are imported inside their own module only."""

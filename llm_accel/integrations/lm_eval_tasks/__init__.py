@@ -1,0 +1,1 @@
+"""Task files of lm-evaluation-harness; it finds them through ``--include_path``."""

@@ -1,0 +1,1 @@
+"""``llm-accel serve``: an OpenAI-compatible server on one accelerated model."""

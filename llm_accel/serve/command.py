@@ -1,0 +1,74 @@
+"""``llm-accel serve``: arguments, loading, serving until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import signal
+import sys
+import typing
+
+from llm_accel.errors import ConfigError
+from llm_accel.serve.settings import ServeSettings, flag
+
+_GROUPS = {
+    "model": ("model", "method", "name", "device", "dtype", "attn", "decode", "trust_remote_code"),
+    "address": ("host", "port", "api_key_file"),
+    "queue": ("max_batch", "max_batch_tokens", "window_ms", "max_queue", "deadline_s", "drain_s"),
+    "limits": ("max_body_mib", "max_prompt_tokens", "max_new_tokens", "max_images", "max_image_pixels"),
+    "conversations": ("max_sessions", "max_session_mib"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of :class:`ServeSettings`."""
+    fields = {field.name: field for field in dataclasses.fields(ServeSettings)}
+    hints = typing.get_type_hints(ServeSettings)
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            field = fields[name]
+            if hints[name] is bool:
+                group.add_argument(flag(name), action="store_true", help=field.metadata["help"])
+                continue
+            kind = next(kind for kind in (int, float, str) if kind in (hints[name], *typing.get_args(hints[name])))
+            shown = "" if field.default is None or "default" in field.metadata["help"] else " (default: %(default)s)"
+            group.add_argument(
+                flag(name),
+                type=kind,
+                default=field.default,
+                metavar=field.metadata["metavar"],
+                help=field.metadata["help"].replace("%", "%%") + shown,
+            )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT. The first line of stdout is a JSON object with the address.
+
+    Raises:
+        LlmAccelError: anything wrong with the arguments, the model or the method, before the server listens.
+    """
+    settings = ServeSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ServeSettings)})
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve needs {', '.join(missing)}; install them with: pip install 'llm_accel[serve]'")
+    settings.keys()  # what is wrong with them is known before the model is loaded
+    from llm_accel.serve.loading import load
+    from llm_accel.serve.server import Server
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    served = load(settings)
+    server = Server(served, settings)
+    listener = server.config.bind_socket()
+    host, port = listener.getsockname()[:2]
+    for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens to them; at its end it raises them again
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    print(json.dumps({"url": f"http://{_bracketed(host)}:{port}/v1", "model": served.name}), flush=True)
+    server.run(sockets=[listener])
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,60 @@
+"""Caches of conversations, kept between requests: bounded in number and bytes, the one unused longest goes first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from llm_accel.methods import MethodConfig
+
+Key = tuple[str, str]  # API key, name that the client gave
+
+
+@dataclass
+class Conversation:
+    """A filled cache of one row.
+
+    Attributes:
+        ids: the tokens that it has seen.
+        cache: their keys and values, compressed by ``methods``.
+        methods: none for dense.
+        nbytes: bytes that it holds.
+    """
+
+    ids: tuple[int, ...]
+    cache: Any
+    methods: tuple[MethodConfig, ...]
+    nbytes: int
+
+    def continues(self, prompt: tuple[int, ...], methods: tuple[MethodConfig, ...]) -> bool:
+        """Whether ``prompt`` begins with all that the cache has seen. A compressed cache cannot go back, so anything
+        else needs a new one."""
+        return methods == self.methods and len(prompt) > len(self.ids) and prompt[: len(self.ids)] == self.ids
+
+
+class Conversations:
+    """Least recently used first; used by the inference thread alone."""
+
+    def __init__(self, limit: int, byte_limit: float) -> None:
+        self._limit, self._byte_limit = limit, byte_limit
+        self._kept: OrderedDict[Key, Conversation] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept caches."""
+        return sum(conversation.nbytes for conversation in list(self._kept.values()))
+
+    def take(self, key: Key, prompt: tuple[int, ...], methods: tuple[MethodConfig, ...]) -> Conversation | None:
+        """Takes the conversation out while it is used; None if there is none that this prompt continues."""
+        found = self._kept.pop(key, None)
+        return found if found is not None and found.continues(prompt, methods) else None
+
+    def keep(self, key: Key, conversation: Conversation) -> None:
+        """Puts it back, and drops others until the bounds hold; one that passes them alone is not kept."""
+        self._kept[key] = conversation
+        while self._kept and (len(self._kept) > self._limit or self.nbytes > self._byte_limit):
+            self._kept.popitem(last=False)

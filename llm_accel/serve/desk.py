@@ -1,0 +1,120 @@
+"""Turns requests into jobs. Everything is checked here that can be checked without running the model."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from llm_accel.errors import LlmAccelError
+from llm_accel.methods import MethodConfig
+from llm_accel.registry import parse_all
+from llm_accel.serve.answers import ChatAnswer, CompletionAnswer
+from llm_accel.serve.errors import ApiError
+from llm_accel.serve.jobs import Job
+from llm_accel.serve.loading import Served
+from llm_accel.serve.prompts import Prompt, Reader
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest
+from llm_accel.serve.sampling import Sampling
+from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.text import TextStream
+
+
+class Desk:
+    """What is known about the model and the limits.
+
+    Attributes:
+        context: tokens of prompt and answer together that the model takes, if it says so.
+    """
+
+    def __init__(self, served: Served, settings: ServeSettings) -> None:
+        self._name, self._tokenizer, self._settings = served.name, served.tokenizer, settings
+        self._reader = Reader(served, settings)
+        text_config = served.model.config.get_text_config()
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._vocabulary = int(text_config.vocab_size)
+        own = served.model.generation_config
+        self._sampling = (
+            Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or None) if own.do_sample else Sampling()
+        )
+
+    def check_model(self, name: str) -> None:
+        """Refuses the name of another model."""
+        if name != self._name:
+            raise ApiError("not_found", f"there is no model {name!r} here; this server runs {self._name!r}.")
+
+    async def chat(self, body: ChatRequest, key: str) -> ChatAnswer:
+        """The answer to a chat, not begun yet."""
+        prompts = [await self._reader.chat(body.messages)]
+        return ChatAnswer(self._job(body, prompts, key), self._name, self._reader.tokenizer, [prompts[0].ids])
+
+    async def completion(self, body: CompletionRequest, key: str) -> CompletionAnswer:
+        """The answer to prompts, not begun yet."""
+        prompts = await self._reader.texts(body.prompts)
+        distinct = [prompt.ids for prompt in prompts]
+        return CompletionAnswer(self._job(body, prompts, key), self._name, self._reader.tokenizer, distinct)
+
+    def _job(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], key: str) -> Job:
+        rows = [prompt.ids for prompt in prompts for _ in range(body.n)]
+        features, session = prompts[0].features, body.llm_accel.session
+        if len(rows) > self._settings.max_batch:
+            raise ApiError("bad_request", f"{len(rows)} answers at once; {self._settings.max_batch} are allowed.")
+        if len(rows) > 1 and (session is not None or features):
+            raise ApiError("bad_request", "a request with a session or images has one prompt and n=1.")
+        if session is not None and features:
+            raise ApiError("bad_request", "a session keeps text only; leave the session or the images out.")
+        return Job(
+            prompts=rows,
+            methods=self._methods(body.llm_accel.method),
+            sampling=self._choice(body),
+            max_new_tokens=self._room([prompt.ids for prompt in prompts], body.limit),
+            deadline_s=min(body.llm_accel.deadline_s or self._settings.deadline_s, self._settings.deadline_s),
+            make_text=lambda: TextStream(self._tokenizer, body.stops),
+            session=None if session is None else (key, session),
+            features=features,
+        )
+
+    def _choice(self, body: ChatRequest | CompletionRequest) -> Sampling:
+        own = self._sampling
+        return Sampling(
+            temperature=own.temperature if body.temperature is None else body.temperature,
+            top_p=body.top_p or own.top_p,
+            top_k=body.top_k or own.top_k,
+            seed=body.seed,
+            logprobs=body.alternatives,
+        )
+
+    def _methods(self, spec: str | None) -> tuple[MethodConfig, ...]:
+        try:
+            configs = parse_all(self._settings.method if spec is None else spec)
+        except LlmAccelError as error:
+            raise ApiError("bad_request", f"llm_accel.method: {error}") from error
+        if spec is not None:
+            texts = [key for config in configs for key in config.changed() if str in _kinds(type(config), key)]
+            if texts:  # they name files, which are none of a client's business
+                raise ApiError("bad_request", f"llm_accel.method: {', '.join(texts)} can be set by the operator only.")
+        return configs
+
+    def _room(self, prompts: Sequence[tuple[int, ...]], wanted: int | None) -> int:
+        """How many tokens to generate at most."""
+        longest, settings = max(map(len, prompts)), self._settings
+        if min(map(len, prompts)) == 0:
+            raise ApiError("bad_request", "the prompt is empty.")
+        if any(token >= self._vocabulary for prompt in prompts for token in prompt):
+            raise ApiError("bad_request", f"token ids are below {self._vocabulary}.")
+        if settings.max_prompt_tokens is not None and longest > settings.max_prompt_tokens:
+            raise ApiError("bad_request", f"the prompt has {longest} tokens; {settings.max_prompt_tokens} are allowed.")
+        if wanted is not None and wanted > settings.max_new_tokens:
+            raise ApiError("bad_request", f"max_tokens={wanted}: at most {settings.max_new_tokens} are allowed.")
+        left = settings.max_new_tokens if self.context is None else self.context - longest
+        if left < (wanted or 1):
+            raise ApiError(
+                "bad_request",
+                f"the prompt has {longest} tokens and the answer {wanted or 1}; the model's context is {self.context}.",
+            )
+        return wanted or min(left, settings.max_new_tokens)
+
+
+def _kinds(config: type[MethodConfig], option: str) -> tuple[Any, ...]:
+    hint = typing.get_type_hints(config)[option]
+    return (hint, *typing.get_args(hint))

@@ -1,0 +1,170 @@
+"""The outermost layer: key, size, outcome. Every request is counted here, whatever becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import re
+import time
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from llm_accel.serve.errors import STATUS, ApiError
+from llm_accel.serve.metrics import Metrics
+from llm_accel.serve.settings import is_loopback
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_OPEN = ("/health",)  # needs no key
+_UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+_BODY_SECONDS = 30.0
+_DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
+_PORT = re.compile(r":\d+$")
+
+
+class Gate:
+    """ASGI application around another one.
+
+    Args:
+        app: what is behind.
+        keys: bearer keys; with none, requests must name a loopback address as their host, so that no page in a browser
+            reaches the server under a name of its own.
+        max_body: bytes of a request at most.
+        max_inside: requests inside at a time at most, so that bodies together are bounded too.
+        metrics: where requests are counted.
+    """
+
+    def __init__(self, app: Any, keys: Sequence[str], max_body: int, max_inside: int, metrics: Metrics) -> None:
+        self._app, self._max_body, self._max_inside, self._metrics = app, max_body, max_inside, metrics
+        self._inside = 0
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Passes the request on with its body read, its key under ``scope["state"]["key"]``."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served here")  # uvicorn answers with a refusal
+        path = scope["path"]
+        endpoint = next((known for known in _ENDPOINTS if path == known or path.startswith(known + "/")), "other")
+        state = scope.setdefault("state", {})
+        state["outcome"] = "error"
+        begin = time.monotonic()
+        if path not in _UNCOUNTED:
+            self._metrics.received.labels(endpoint).inc()
+        try:
+            await self._pass(scope, receive, send, state)
+        finally:
+            if path not in _UNCOUNTED:
+                self._metrics.requests.labels(endpoint, state["outcome"]).inc()
+                log.info("%s %s %.3f s", endpoint, state["outcome"], time.monotonic() - begin)
+
+    async def _pass(self, scope: Message, receive: Receive, send: Send, state: dict[str, Any]) -> None:
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state["outcome"] = _outcome(message["status"])
+            await send(message)
+
+        self._inside += 1
+        try:
+            headers = dict(scope["headers"])
+            if scope["path"] not in _OPEN:
+                state["key"] = self._key(headers)
+            if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
+                raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
+            body = await self._body(headers, receive)
+            await self._app(scope, _replay(body, receive), watched)
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, watched)
+        except Exception as error:  # answered inside; its text may quote the request, so only its place is logged
+            state["outcome"] = "error"
+            frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
+            log.error("a request failed with %s\n%s", type(error).__name__, frames)
+        finally:
+            self._inside -= 1
+
+    def _key(self, headers: dict[bytes, bytes]) -> str:
+        """Which key the request carries; the same work for every key, right or wrong."""
+        if not self._digests:
+            host = _PORT.sub("", headers.get(b"host", b"").decode("latin-1"))
+            if not is_loopback(host):
+                raise ApiError("unauthorized", "a server without a key answers only to localhost, 127.0.0.1 or [::1].")
+            return ""
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        digest = _digest(given.strip())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer" or not any(found):
+            raise ApiError(
+                "unauthorized",
+                "send a valid key as 'Authorization: Bearer KEY'.",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        return str(found.index(True))
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        too_large = ApiError("too_large", f"a request may have {self._max_body} bytes.", {"Connection": "close"})
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
+            await self._discard(receive)
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError("client_left", "the connection was closed before the request was complete.")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._max_body:
+                        body.clear()
+                        await self._discard(receive)
+                        raise too_large
+        except TimeoutError:
+            raise ApiError("body_timeout", f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.") from None
+        return bytes(body)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on for a while without keeping anything: a client that still sends would not see the answer."""
+        left, more = _DISCARD * self._max_body, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                while more and left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    more = message.get("more_body", False)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _outcome(status: int) -> str:
+    return next((name for name, known in STATUS.items() if known == status), "ok" if status < 400 else "bad_request")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once, and then what happens to the connection."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

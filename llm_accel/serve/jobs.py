@@ -1,0 +1,167 @@
+"""One request on its way through the server: rows that generate, and the events they send back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llm_accel.methods import MethodConfig
+from llm_accel.registry import spec_of
+from llm_accel.serve.errors import ApiError
+from llm_accel.serve.sampling import Sampling
+from llm_accel.serve.text import TextStream
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Log-probabilities at one step, of the model itself: before temperature and cuts.
+
+    Attributes:
+        token: the chosen token.
+        logprob: its log-probability.
+        top: the likeliest tokens with theirs, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one answer.
+
+    Attributes:
+        index: number of the answer within the request.
+        text: new text, maybe none.
+        chances: log-probabilities of the tokens since the last piece, where they were asked for.
+        finish: "stop" or "length" with the last piece, else None.
+    """
+
+    index: int
+    text: str
+    chances: tuple[Chance, ...]
+    finish: str | None
+
+
+class Row:
+    """One answer in the making; lives in the inference thread."""
+
+    def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: TextStream) -> None:
+        self.job, self.index, self.prompt = job, index, prompt
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.first_at = self.last_at = 0.0
+        self._text, self._random = text, job.sampling.source(index)
+        self._chances: list[Chance] = []
+
+    def draw(self) -> float:
+        """The next random number of this row."""
+        return self._random.random()
+
+    @property
+    def over(self) -> bool:
+        """Whether it needs no further token."""
+        return self.finish is not None or self.job.cancelled
+
+    def accept(self, token: int, ends: set[int], chance: Chance | None) -> None:
+        """Takes the next token and tells the client what is new."""
+        if self.over:
+            return
+        self.last_at = time.monotonic()
+        self.first_at = self.first_at or self.last_at
+        self.tokens.append(token)
+        if chance is not None:
+            self._chances.append(chance)
+        text = "" if token in ends else self._text.push(token)
+        if token in ends or self._text.stopped:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.job.max_new_tokens:
+            self.finish = "length"
+        if self.finish:
+            text += self._text.flush()
+            self.finish = "stop" if self._text.stopped else self.finish
+        if text or self.finish:
+            self.job.send(Piece(self.index, text, tuple(self._chances), self.finish))
+            self._chances.clear()
+
+
+@dataclass(eq=False)
+class Job:
+    """One request.
+
+    Attributes:
+        prompts: token ids, one prompt for each answer.
+        methods: the methods to run together, none for dense.
+        sampling: how tokens are chosen.
+        max_new_tokens: at most, for each answer.
+        features: what a vision-language model needs beside the ids, as its processor made it.
+        session: API key and name of the conversation whose cache to keep, or None.
+        deadline_s: seconds from acceptance to the end.
+        make_text: a new decoder of text for each answer.
+        reused_tokens: tokens of the prompt that the conversation's cache held already.
+        cancelled: nobody waits for the answer any more.
+    """
+
+    prompts: Sequence[tuple[int, ...]]
+    methods: tuple[MethodConfig, ...]
+    sampling: Sampling
+    max_new_tokens: int
+    deadline_s: float
+    make_text: Callable[[], TextStream]
+    session: tuple[str, str] | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    reused_tokens: int = 0
+    cancelled: bool = False
+    accepted_at: float = field(default_factory=time.monotonic)
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [Row(self, index, prompt, self.make_text()) for index, prompt in enumerate(self.prompts)]
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+
+    @property
+    def method_name(self) -> str:
+        """The methods in the form of the command line."""
+        return spec_of(self.methods)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it shares no batch: a kept cache has one row, and images are laid out differently by each family."""
+        return self.session is not None or bool(self.features)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row at its end."""
+        return max(map(len, self.prompts)) + self.max_new_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated so far, end tokens included."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    def send(self, event: Piece | ApiError) -> None:
+        """Hands an event to the waiting client; from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def fail(self, error: ApiError) -> None:
+        """Ends the request without an answer; from any thread."""
+        self.cancelled = True
+        self.send(error)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What the client gets, in order, until every answer is finished; raises the error that ended the request."""
+        open_rows = len(self.rows)
+        while open_rows:
+            event: Any = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            open_rows -= event.finish is not None
+            yield event

@@ -1,0 +1,48 @@
+"""What the server counts, in the text format of Prometheus. Every request ends in exactly one outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own so that two servers in a process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.received = self._counter("requests_received", "Requests whose headers have arrived.", ["endpoint"])
+        self.requests = self._counter("requests", "Requests that are over, by outcome.", ["endpoint", "outcome"])
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of batches that ran.")
+        self.reused_tokens = self._counter("reused_tokens", "Prompt tokens that a kept cache held already.")
+        self.generated_tokens = self._counter("generated_tokens", "Tokens generated, end tokens included.")
+        label = ["method"]
+        self.logical = self._counter("logical_tokens", "Cache entries of a dense model, per layer and KV head.", label)
+        self.physical = self._counter("physical_tokens", "Cache entries stored, per layer and KV head.", label)
+        self.dense_bytes = self._counter("kv_bytes_dense", "KV bytes of a dense model, at the end of a batch.", label)
+        self.held_bytes = self._counter("kv_bytes_held", "KV bytes held at the end of a batch.", label)
+        self.saved_bytes = self._counter("kv_bytes_saved", "The difference of the two.", label)
+        self.failed_batches = self._counter("failed_batches", "Batches that ended with an exception.")
+        self.waiting = self._histogram("queue_seconds", "Time in the queue.")
+        self.first_token = self._histogram("time_to_first_token_seconds", "From acceptance to the first token.")
+        self.per_token = self._histogram("seconds_per_token", "Mean time of a token after the first, per answer.")
+        self.rows = Histogram(
+            "llm_accel_batch_rows", "Rows of a batch.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+        )
+
+    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """A value that is read when somebody asks."""
+        Gauge(f"llm_accel_{name}", help, registry=self.registry).set_function(value)
+
+    def text(self) -> bytes:
+        """The page of ``/metrics``."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help: str, labels: list[str] | None = None) -> Counter:
+        return Counter(f"llm_accel_{name}", help, labels or [], registry=self.registry)
+
+    def _histogram(self, name: str, help: str) -> Histogram:
+        return Histogram(f"llm_accel_{name}", help, registry=self.registry, buckets=_SECONDS)

@@ -1,0 +1,94 @@
+"""From texts, chats and images to token ids, in a thread of its own: the event loop goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError
+from torch import Tensor
+
+from llm_accel.serve.errors import ApiError
+from llm_accel.serve.images import decode
+from llm_accel.serve.loading import Served
+from llm_accel.serve.protocol import Message
+from llm_accel.serve.settings import ServeSettings
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and for images what the model needs beside them."""
+
+    ids: tuple[int, ...]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Reader:
+    """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads."""
+
+    def __init__(self, served: Served, settings: ServeSettings) -> None:
+        self._processor = copy.deepcopy(served.processor)
+        self.tokenizer: Any = copy.deepcopy(served.tokenizer) if self._processor is None else self._processor.tokenizer
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, "llm-accel-read")
+
+    async def texts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
+        """Prompts as they are, with the special tokens that the tokenizer puts around texts."""
+        return await self._apart(lambda: [Prompt(self._ids(one)) for one in prompts])
+
+    async def chat(self, messages: Sequence[Message]) -> Prompt:
+        """A chat in the model's template, ready for the answer.
+
+        Raises:
+            ApiError: no template, a chat that it does not take, or images that cannot be used.
+        """
+        template = getattr(self._processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            raise ApiError("bad_request", "this model has no chat template; use /v1/completions.")
+        return await self._apart(lambda: self._chat(messages))
+
+    def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+        return tuple(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+
+    async def _apart(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _chat(self, messages: Sequence[Message]) -> Prompt:
+        urls = [url for message in messages for url in message.images]
+        if self._processor is None:
+            if urls:
+                raise ApiError("bad_request", "this model reads text only; leave the images out.")
+            text = self._render(self.tokenizer, [message.plain() for message in messages])
+        else:
+            self._check_placeholders(messages)
+            text = self._render(self._processor, [message.mixed() for message in messages])
+        if not urls:
+            return Prompt(tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        if len(urls) > self._settings.max_images:
+            raise ApiError("bad_request", f"{len(urls)} images; {self._settings.max_images} are allowed in a request.")
+        images = [decode(url, self._settings.max_image_pixels) for url in urls]
+        try:
+            made = dict(self._processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False))
+        except ValueError as error:
+            raise ApiError("bad_request", f"the model's processor does not take these images: {error}") from error
+        made.pop("attention_mask", None)
+        return Prompt(tuple(made.pop("input_ids")[0].tolist()), made)
+
+    def _check_placeholders(self, messages: Sequence[Message]) -> None:
+        """A placeholder in a text would be taken for an image that is not there."""
+        mark = getattr(self._processor, "image_token", None)
+        if mark and any(mark in part.text for message in messages for part in message.parts if part.type == "text"):
+            raise ApiError("bad_request", f"a text holds {mark!r}, which stands for an image; send images as parts.")
+
+    def _render(self, reader: Any, messages: list[dict[str, Any]]) -> str:
+        try:
+            text: str = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ApiError("bad_request", f"the model's chat template does not take these messages: {error}") from error
+        return text
