@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers import AccelLayer
 from llm_accel.registry import parse
 
@@ -53,7 +54,7 @@ def make_prompt(length: int) -> torch.Tensor:
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | None) -> None:
     """One pass over the prompt; only the last row of logits is computed."""
-    model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    model(ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=1)
 
 
 def storage_bytes(cache: DynamicCache) -> int:

@@ -3,7 +3,11 @@
     python benchmarks/decode_cost.py --out benchmarks/results/decode_cost_cpu.json
 
 All caches live in one process. Steps after the short and after the long prompt take turns, methods take turns from
-round to round, and medians are reported; ``cost_of_length`` is the long prompt's median over the short one's.
+round to round, and medians are reported; ``cost_of_length`` is the long prompt's median over the short one's, and
+``of_dense`` the median over the rounds of a method's time over the dense model's. With budgets that nothing exceeds
+that is the overhead of the plug-in:
+
+    python benchmarks/decode_cost.py --idle --lengths 512 2048 --rounds 24 --out benchmarks/results/idle_cost_cpu.json
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse
 
 METHODS = (
@@ -34,6 +39,10 @@ METHODS = (
     "retrieval_heads:head_list=0.0+1.0+2.0+3.0,full_budget=512",
     "random:budget=512",
 )
+
+
+# with budgets that no prompt here exceeds
+IDLE = tuple(f"{name}:budget=65536" for name in ("snapkv", "pyramidkv", "adakv", "h2o", "streaming_llm", "random"))
 
 
 def applied(model: PreTrainedModel, method: str) -> Any:
@@ -62,7 +71,7 @@ def take_turns(
         for step in range(steps + 1):
             for length, cache in caches.items():
                 begin = time.perf_counter()
-                tokens[length] = model(tokens[length], past_key_values=cache).logits[:, -1:].argmax(-1)
+                tokens[length] = model(tokens[length], **{CACHE: cache}).logits[:, -1:].argmax(-1)
                 if step:
                     times[length].append((time.perf_counter() - begin) * 1e3)
     return times
@@ -72,13 +81,14 @@ def main() -> None:
     """Runs everything and prints or writes one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", action="append", help="instead of all of them; repeatable")
+    parser.add_argument("--idle", action="store_true", help="with budgets that evict nothing")
     parser.add_argument("--lengths", type=int, nargs=2, default=(2048, 16384), metavar=("SHORT", "LONG"))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help="decode steps per round and prompt")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, methods = build_model(args.layers), ("dense", *(args.method or METHODS))
+    model, methods = build_model(args.layers), ("dense", *(args.method or (IDLE if args.idle else METHODS)))
     caches = {method: fill(model, method, args.lengths) for method in methods}
     times: dict[str, dict[int, list[float]]] = {m: {length: [] for length in args.lengths} for m in methods}
     for _ in range(args.rounds):
@@ -98,10 +108,21 @@ def main() -> None:
         result["methods"][method] = {
             "ms_per_token": medians,
             "p10_p90": {length: _spread(measured) for length, measured in times[method].items()},
+            "of_dense": {
+                length: _of_dense(times[method][length], times["dense"][length], args.steps) for length in medians
+            },
             "cost_of_length": medians[long] / medians[short],
             "kv_bytes": {length: storage_bytes(cache) for length, cache in caches[method].items()},
         }
     publish(result, args.out)
+
+
+def _of_dense(times: list[float], dense: list[float], steps: int) -> float:
+    """Median over the rounds of one round's median over that of the dense model."""
+    starts = range(0, len(times), steps)
+    return statistics.median(
+        statistics.median(times[i : i + steps]) / statistics.median(dense[i : i + steps]) for i in starts
+    )
 
 
 def _spread(values: list[float]) -> list[float]:

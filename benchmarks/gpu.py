@@ -1,9 +1,12 @@
-"""Kernel tests and benchmarks of every operation on one GPU, cheapest first, within ten minutes.
+"""Tests of kernels and of compiled decoding, benchmarks of every operation, then whole models, on one GPU, each part
+cheapest first, within ten minutes.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.json
 
-The result is written after every step, so that a run that is cut short still says what it measured. Times are medians
-with the 20 % and 80 % quantiles, the L2 cache flushed before every run; the roofline is measured on the same GPU.
+The result is written after every step, so that a run that is cut short still says what it measured; what there was no
+time for is named. ``--only end_to_end --minutes 40`` measures the whole models that ten minutes leave out. Times of
+operations are medians with the 20 % and 80 % quantiles, the L2 cache flushed before every run; the roofline is measured
+on the same GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.end_to_end import end_to_end, steps
 from benchmarks.ops.registry import Case, all_cases
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]  # median, 20 % and 80 % quantile in seconds
-TESTS = ("tests/kernels", "-q", "-p", "no:cacheprovider")
+WHOLE = "end_to_end"
+TESTS = ("tests/kernels", "tests/patches/test_compiled_gpu.py", "-q", "-p", "no:cacheprovider")
 
 
 def gpu_timer(run: Callable[[], object]) -> tuple[float, float, float]:
@@ -47,6 +52,7 @@ def measure(case: Case, timer: Timer, device: str, limits: dict[str, float]) -> 
     median, low, high = timer(work.run)
     baseline = timer(work.baseline)[0]
     bound = max(case.moved / limits["bytes_per_second"], case.flop / limits["flop_per_second"])
+    same = case.baseline_flop and (case.flop / median) / (case.baseline_flop / baseline)
     return {
         "op": case.op,
         "case": case.name,
@@ -59,11 +65,12 @@ def measure(case: Case, timer: Timer, device: str, limits: dict[str, float]) -> 
         "baseline": case.baseline,
         "baseline_us": baseline * 1e6,
         "speedup": baseline / median,
+        "throughput_of_baseline": same or None,  # per visible pair, where the baseline is the same kernel
     }
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """The kernel tests in a process of their own: exit code, duration, last line."""
+    """The GPU tests in a process of their own: exit code, duration, last line."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", *TESTS]
     try:
@@ -108,10 +115,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="result as JSON")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything")
-    parser.add_argument("--only", nargs="*", help="operations to measure; all when not given")
+    parser.add_argument("--only", nargs="*", help=f"operations to measure, or {WHOLE}; all when not given")
     parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
     args = parser.parse_args(arguments)
-    known = sorted({case.op for case in all_cases()})
+    known = [*sorted({case.op for case in all_cases()}), WHOLE]
     for name in args.only or ():
         if name not in known:
             parser.error(f"--only: unknown operation {name!r}; allowed: {', '.join(known)}")
@@ -119,7 +126,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None, timer: Timer = gpu_timer) -> int:
-    """1 when the kernel tests fail, 2 without a GPU."""
+    """1 when the GPU tests fail, 2 without a GPU."""
     args = parse(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device; torch finds none", file=sys.stderr)
@@ -138,8 +145,13 @@ def main(arguments: Sequence[str] | None = None, timer: Timer = gpu_timer) -> in
     result["roofline"] = roofline(timer, "cuda", size=8192)
     save()
     cases = [case for case in all_cases() if args.only is None or case.op in args.only]
-    benchmark(cases, timer, "cuda", deadline, result, save)
+    whole = args.only is None or WHOLE in args.only
+    now = time.monotonic()
+    benchmark(cases, timer, "cuda", (now + deadline) / 2 if whole else deadline, result, save)
     save()
+    torch.cuda.empty_cache()
+    if whole:
+        end_to_end(steps(), args.out.with_suffix(""), deadline, result, save)
     return 0 if args.skip_tests or result["tests"]["passed"] else 1
 
 

@@ -11,6 +11,7 @@ which goes on where it stopped. The two coarse stages hand on a half and a quart
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ SINK, WINDOW = 16, 64
 SHARES = (1 / 16, 1 / 8, 1 / 4)
 ROWS: dict[str, dict[str, Any]] = {
     "exact": {"selector": "exact"},
+    "exact, chosen at every step": {"selector": "exact", "refresh": (1, 1, 1)},
     "stages": {},
+    "stages, chosen at every step": {"refresh": (1, 1, 1)},
     "stages, all keys enter": {"enter": (1, 1)},
+    "stages, all keys enter, chosen at every step": {"enter": (1, 1), "refresh": (1, 1, 1)},
     "stages, first layer dense": {"dense_layers": (0,)},
     "stages, first and last layer dense": {"dense_layers": (0, -1)},
     "tree": {"selector": "tree"},
@@ -46,9 +50,15 @@ def config(length: int, share: float, enter: tuple[int, int] = (2, 4), **options
     )
 
 
-def measure(length: int, out: Path, depths: str, samples: int) -> tuple[float, dict[str, list[float]]]:
+def measure(
+    length: int, out: Path, depths: str, samples: int, rows: Sequence[str], shares: Sequence[float]
+) -> tuple[float, dict[str, list[float]]]:
     """Exact answers of the dense model, and of each row by share."""
-    specs = {row: [config(length, share, **options).spec() for share in SHARES] for row, options in ROWS.items()}
+    specs = {
+        row: [config(length, share, **options).spec() for share in shares]
+        for row, options in ROWS.items()
+        if row in rows
+    }
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     words = ["--lengths", str(length), "--depths", depths, "--samples", str(samples), "--no-plot"]
@@ -65,14 +75,20 @@ def main() -> None:
     parser.add_argument("--lengths", default="4k,8k", help="prompt lengths, separated by commas")
     parser.add_argument("--depths", default="11", help="as for llm-accel needle")
     parser.add_argument("--samples", type=int, default=4, help="prompts per depth")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which rows of the table")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=SHARES, help="parts of the context, 0.125 for 12.5 %%"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/hip_needle"), help="where the runs go")
     args = parser.parse_args()
     for length in parse_lengths(args.lengths):
-        dense, rows = measure(length, args.out, args.depths, args.samples)
+        dense, rows = measure(length, args.out, args.depths, args.samples, args.rows, args.shares)
         print(
-            f"\n| {length_label(length)}, dense {dense:.2f} | " + " | ".join(f"{share:.2%}" for share in SHARES) + " |"
+            f"\n| {length_label(length)}, dense {dense:.2f} | "
+            + " | ".join(f"{share:.2%}" for share in args.shares)
+            + " |"
         )
-        print("|---|" + "---|" * len(SHARES))
+        print("|---|" + "---|" * len(args.shares))
         for row, exact in rows.items():
             print(f"| {row} | " + " | ".join(f"{value:.2f}" for value in exact) + " |")
 

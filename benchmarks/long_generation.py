@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import llm_accel
 from llm_accel import RetrievalHeads
 from llm_accel.methods import Depth, ScoreAndKeep, StepEviction
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse
 
 METHODS = (
@@ -58,10 +59,10 @@ def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sampl
     over, stored, held, resident, traced = 0, [0] * len(limits), [], [], []
     with llm_accel.apply(model, parse(method)) as handle:
         cache = handle.new_cache()
-        token = model(make_prompt(prompt), past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        token = model(make_prompt(prompt), **{CACHE: cache}, logits_to_keep=1).logits.argmax(-1)
         tracemalloc.start()
         for step in range(1, steps + 1):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
             layers = handle.report().layers
             lengths = [layer.logical_length - layer.evicted for layer in layers]
             over += any(length > limit for length, limit in zip(lengths, limits, strict=True))

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse
 
 
@@ -39,7 +40,7 @@ def decode_times(model: PreTrainedModel, cache: DynamicCache, steps: int) -> lis
     token, times = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(steps):
         begin = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
         times.append((time.perf_counter() - begin) * 1e3)
     return times
 

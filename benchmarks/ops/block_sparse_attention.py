@@ -1,4 +1,5 @@
-"""Block-sparse attention: HiP's decode step, sink, window and as many chosen blocks as the budget holds."""
+"""Block-sparse attention: HiP's decode step, sink, window and as many chosen blocks as the budget holds; and prompts
+whose query blocks have chosen blocks at random, against the same kernel on all pairs."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ops.registry import Case, Work
-from llm_accel.kernels.block_list import BlockList
+from llm_accel.kernels.block_list import BlockList, aligned_window
 from llm_accel.kernels.block_sparse import block_sparse_attention
+from llm_accel.kernels.hip_select import ABSENT
 
 QUERY_HEADS, HEADS, DIM, BLOCK_Q, BLOCK_K = 32, 8, 128, 16, 8
-SINK, WINDOW = 64, 1024
+SINK, WINDOW, PREFILL_Q = 64, 1024, 64
 
 
 def build(batch: int, slots: int, budget: int, count: int, device: str) -> Work:
@@ -43,4 +45,44 @@ def case(slots: int, budget: int = 2048, batch: int = 1, count: int = 1) -> Case
     )
 
 
+def build_prefill(slots: int, budget: int, block_k: int, device: str) -> Work:
+    with torch.device(device):
+        query = torch.randn(1, QUERY_HEADS, slots, DIM, dtype=torch.bfloat16)
+        key, value = torch.randn(2, 1, HEADS, slots, DIM, dtype=torch.bfloat16).unbind(0)
+        positions = torch.arange(0, slots, PREFILL_Q)[None]
+        begin = aligned_window(positions, window=WINDOW, sink=SINK, block_k=block_k)[:, None].expand(1, HEADS, -1)
+        places = torch.arange(SINK, slots, block_k)
+        draw = torch.rand(1, HEADS, positions.shape[1], len(places)).masked_fill_(places >= begin[..., None], -1.0)
+        counts = ((begin - SINK) // block_k).clamp(max=budget // block_k)
+        found = draw.topk(min(budget // block_k, len(places))).indices
+        order = torch.arange(found.shape[-1]) < counts[..., None]
+        starts = places[found].masked_fill(~order, ABSENT).sort(-1).values
+        everything = BlockList.sink_window(positions, block_q=PREFILL_Q, block_k=block_k, sink=0, window=slots)
+    chosen = BlockList.from_selected(starts, counts, block_q=PREFILL_Q, block_k=block_k, sink=SINK, window_start=begin)
+
+    def attend(blocks: BlockList) -> object:
+        return block_sparse_attention(query, key, value, blocks, scaling=DIM**-0.5)
+
+    return Work(run=lambda: attend(chosen), baseline=lambda: attend(everything))
+
+
+def prefill(slots: int, block_k: int, budget: int = 2048) -> Case:
+    """Visible pairs of a query block: sink, chosen blocks, and the window up to each query."""
+    pairs = 0
+    for first in range(0, slots, PREFILL_Q):
+        begin = max(SINK, (first - WINDOW + 1) // block_k * block_k)
+        ahead = min(budget, begin - SINK) + min(SINK, begin)
+        pairs += sum(min(ahead, row + 1) + max(0, row + 1 - begin) for row in range(first, first + PREFILL_Q))
+    return Case(
+        op="block_sparse_attention",
+        name=f"{QUERY_HEADS}/{HEADS}/{DIM} prefill S={slots} block={block_k} budget={budget}",
+        build=partial(build_prefill, slots, budget, block_k),
+        baseline="the same kernel on all pairs",
+        moved=2 * DIM * slots * (2 * QUERY_HEADS + 2 * HEADS),
+        flop=4 * DIM * QUERY_HEADS * pairs,
+        baseline_flop=4 * DIM * QUERY_HEADS * slots * (slots + 1) // 2,
+    )
+
+
 CASES = [*(case(slots) for slots in (8192, 32768, 131072)), case(32768, batch=8), case(32768, count=8)]
+CASES += [prefill(32768, 64), prefill(32768, 8)]

@@ -7,6 +7,8 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 import benchmarks.ops
 
 # Speeds that order the cases; results are compared with measured ones.
@@ -38,6 +40,7 @@ class Case:
         baseline: what the baseline is.
         moved: bytes that must be read and written at least.
         flop: floating-point operations on visible pairs.
+        baseline_flop: those of the baseline, where it is the same kernel on more pairs; else 0.
     """
 
     op: str
@@ -46,11 +49,27 @@ class Case:
     baseline: str
     moved: int
     flop: int = 0
+    baseline_flop: int = 0
 
     @property
     def bound(self) -> float:
         """Seconds that a large GPU needs at least, roughly."""
         return max(self.moved / BYTES_PER_SECOND, self.flop / FLOP_PER_SECOND)
+
+
+def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """The same as one CUDA graph, so that no launch is waited for; unchanged elsewhere."""
+    if not device.startswith("cuda"):
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled before anything is captured
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def all_cases() -> list[Case]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.ops import block_sparse_attention, column_votes, gather_entries, ragged_attention, slot_decode
+from benchmarks.end_to_end import Step, bench_settings, end_to_end, run_process, steps
+from benchmarks.ops import block_sparse_attention, column_votes, gather_entries, hip, ragged_attention, slot_decode
 from benchmarks.ops.registry import Case, Work, all_cases
+from benchmarks.trace import trace, waits
+from llm_accel import HiP
 from llm_accel.kernels.dispatch import all_ops
+from tests.tiny import tiny_model
 
+SMALL = HiP(sink=16, window=64, budget=64, stages=((64, None, 4), (8, 256, 1)), refresh=(4, 2), edge_layers=())
 LIMITS = {"bytes_per_second": 1e12, "flop_per_second": 1e14}
 
 
@@ -46,6 +53,9 @@ def test_every_case_is_of_a_known_operation_and_they_are_sorted() -> None:
         ragged_attention.case(128, skew=8, batch=2),
         slot_decode.case((4, 2, 16), 40, batch=2),
         block_sparse_attention.case(1200, budget=64, count=3),
+        block_sparse_attention.prefill(1280, 64, budget=128),
+        hip.case("prefill", 640, SMALL),
+        hip.case("decode", 640, SMALL),
     ],
     ids=lambda small: small.op,
 )
@@ -101,13 +111,70 @@ def test_a_whole_run_with_another_timer(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "all_cases", lambda: [case("one"), case("two")])
     monkeypatch.setattr(gpu, "roofline", lambda timer, device, size: LIMITS)
+    monkeypatch.setattr(gpu, "steps", lambda: [])
     monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"passed": False, "seconds": 1.0, "summary": "1 failed"})
     out = tmp_path / "folder" / "gpu.json"
     assert gpu.main(["--out", str(out)], timer) == 1
     result = json.loads(out.read_text())
     assert [record["case"] for record in result["records"]] == ["one", "two"]
     assert result["left_over"] == [] and result["tests"]["summary"] == "1 failed"
+    assert result["end_to_end"] == [] and result["no_time_for"] == {}
     assert gpu.main(["--out", str(out), "--skip-tests", "--only", "sample"], timer) == 0
+
+
+def test_whole_models_run_cheapest_first_and_what_there_is_no_time_for_is_named() -> None:
+    planned = steps()
+    assert [step.seconds for step in planned] == sorted(step.seconds for step in planned)
+    assert {"trace", "16k", "128k", "batch 8 at 64k"} <= {step.name for step in planned}
+    for step in planned:
+        if step.module == "llm_accel":
+            settings = bench_settings(step.arguments[1:])
+            assert settings.shape == "llama-3.1-8b" and settings.contestants[0].name == "dense"
+    assert sum(step.seconds for step in planned[:3]) < 600
+
+
+def test_a_step_that_fails_or_is_too_long_does_not_stop_the_others(tmp_path: Path) -> None:
+    planned = [
+        Step("small, one", "llm_accel", ("bench",), 1),
+        Step("broken", "llm_accel", (), 2),
+        Step("huge", "x", (), 99),
+    ]
+    commands: list[list[str]] = []
+
+    def run(command: Sequence[str], seconds: float) -> str | None:
+        commands.append(list(command))
+        folder = Path(command[-1])
+        if folder.name == "broken":
+            return "torch.OutOfMemoryError: too large"
+        folder.mkdir(parents=True)
+        (folder / "bench.json").write_text('{"cells": []}')
+        return None
+
+    result: dict[str, Any] = {}
+    saved: list[str] = []
+    end_to_end(planned, tmp_path, time.monotonic() + 50, result, lambda: saved.append(json.dumps(result)), run)
+    assert [command[1:4] for command in commands] == [["-m", "llm_accel", "bench"], ["-m", "llm_accel", "--out"]]
+    assert result["end_to_end"][0]["result"] == {"cells": []}
+    assert result["end_to_end"][1]["error"] == "torch.OutOfMemoryError: too large"
+    assert result["no_time_for"] == {"huge": "about 99 s"}
+    assert "broken" not in saved[0] and "broken" in saved[1] and "huge" in saved[-1]
+
+
+def test_a_process_says_what_went_wrong() -> None:
+    assert run_process([sys.executable, "-c", "pass"], 60) is None
+    assert run_process([sys.executable, "-c", "raise SystemExit('no memory')"], 60) == "no memory"
+    assert run_process([sys.executable, "-c", "import time; time.sleep(9)"], 0.1) == "not finished after 0 s"
+
+
+@torch.no_grad()
+def test_a_trace_counts_what_makes_the_host_wait(tmp_path: Path) -> None:
+    assert waits(["cudaStreamSynchronize", "aten::mm", "Memcpy DtoH (Device -> Pinned)", "cudaStreamSynchronize"]) == {
+        "cudaStreamSynchronize": 2,
+        "Memcpy DtoH": 1,
+    }
+    found = trace(tiny_model("llama"), "snapkv:budget=24,window=8", "eager", 40, 2, tmp_path)
+    assert found["waits"] == {}
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,132 @@
+"""End-to-end runs of ``llm-accel bench`` on one GPU: what is run, how long it will take, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ops.registry import FLOP_PER_SECOND
+from llm_accel.eval.bench.bounds import Work
+from llm_accel.eval.bench.command import add_arguments, settings_from
+from llm_accel.eval.bench.settings import Settings
+from llm_accel.eval.bench.shapes import build, shape_config
+
+SHAPE = ("--shape", "llama-3.1-8b", "--new-tokens", "64", "--no-plot")
+METHODS = ("snapkv", "h2o", "streaming_llm", "adakv")
+STARTUP, COMPILING, EAGER_STEP = 40.0, 45.0, 0.03  # seconds: a process with its weights, one graph, one step
+Run = Callable[[Sequence[str], float], str | None]  # command and seconds -> what went wrong, or None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: what the result calls it.
+        module: what runs, as in ``python -m``.
+        arguments: its command line, the output folder left out.
+        seconds: how long it takes on a large GPU, roughly.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+def steps() -> list[Step]:
+    """Everything that is measured end to end, cheapest first."""
+    methods = [part for name in METHODS for part in ("--method", f"{name}:budget=2048")]
+    snapkv, compiled = methods[:2], ("--decode", "compiled")
+    benches = {
+        "largest batch at 32k in 80 GB": ("--lengths", "32k", "--memory-limit", "80GB", "--rounds", "1", *snapkv),
+        "16k": ("--lengths", "16k", "--rounds", "3", *compiled, *snapkv),
+        "16k, all methods": ("--lengths", "16k", "--rounds", "3", *compiled, *methods),
+        "128k": ("--lengths", "128k", "--rounds", "1", *compiled, *snapkv),
+        "128k, HiP": ("--lengths", "128k", "--rounds", "1", *compiled, "--method", "hip"),
+        "batch 8 at 64k, half of the layers": (
+            *("--lengths", "64k", "--batch", "8", "--rounds", "1", *compiled, *snapkv),
+            *("--set", "num_hidden_layers=16"),
+        ),
+        "batch 8 at 64k": ("--lengths", "64k", "--batch", "8", "--rounds", "1", *compiled, *snapkv),
+    }
+    found = [
+        Step(name, "llm_accel", ("bench", *SHAPE, *arguments), estimate(bench_settings((*SHAPE, *arguments))))
+        for name, arguments in benches.items()
+    ]
+    found.append(Step("trace", "benchmarks.trace", (), STARTUP + COMPILING))
+    return sorted(found, key=lambda step: step.seconds)
+
+
+def bench_settings(arguments: Sequence[str]) -> Settings:
+    """What ``llm-accel bench`` makes of a command line."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return settings_from(parser.parse_args(list(arguments)))
+
+
+def estimate(settings: Settings) -> float:
+    """Seconds that a benchmark takes on a large GPU, roughly: prompts at three quarters of its best rate."""
+    assert settings.shape is not None
+    work = _work(settings.shape, settings.changes)
+    compiled = sum(contestant.decode == "compiled" for contestant in settings.contestants)
+    calls = len(settings.contestants) * (1 + settings.rounds) + compiled
+    flop = sum(work.prompt_flop(length, batch) for length in settings.lengths for batch in settings.batches)
+    cells = len(settings.lengths) * len(settings.batches)
+    decoding = cells * len(settings.contestants) * settings.rounds * settings.new_tokens * EAGER_STEP
+    return STARTUP + compiled * COMPILING + calls * flop / (0.75 * FLOP_PER_SECOND) + decoding
+
+
+@cache
+def _work(shape: str, changes: tuple[str, ...]) -> Work:
+    return Work.of(build(shape_config(shape, changes), torch.bfloat16, torch.device("meta"), None, 0))
+
+
+def run_process(command: Sequence[str], seconds: float) -> str | None:
+    """Runs a command; its last line of stderr where it failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished after {seconds:.0f} s"
+    lines = done.stderr.strip().splitlines()
+    return None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+
+
+def end_to_end(
+    planned: Sequence[Step],
+    folder: Path,
+    deadline: float,
+    result: dict[str, Any],
+    save: Callable[[], None],
+    run: Run = run_process,
+) -> None:
+    """Runs steps while there is time for them; those that there is none for are named with what they need."""
+    result["end_to_end"], result["no_time_for"] = [], {}
+    for step in planned:
+        left = deadline - time.monotonic()
+        if step.seconds > left:
+            result["no_time_for"][step.name] = f"about {step.seconds:.0f} s"
+            continue
+        out = folder / step.name.replace(" ", "-").replace(",", "")
+        started = time.monotonic()
+        command = [sys.executable, "-m", step.module, *step.arguments, "--out", str(out)]
+        error = run(command, left)
+        record: dict[str, Any] = {"name": step.name, "command": " ".join(command[2:]), "error": error}
+        record["seconds"] = time.monotonic() - started
+        written = next((path for path in (out / "bench.json", out / "syncs.json") if path.exists()), None)
+        if error is None and written is not None:
+            record["result"] = json.loads(written.read_text(encoding="utf-8"))
+        result["end_to_end"].append(record)
+        save()
+        print(f"{step.name:<36} {record['seconds']:6.0f} s  {error or 'done'}", flush=True)
+    save()
