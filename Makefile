@@ -9,24 +9,28 @@ PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 VENV        ?= .venv
 VENV_OLD    ?= .venv-5.17
 OLD         ?= 5.17.0
+VENV_NEWEST ?= .venv-newest
 CONSTRAINTS ?= constraints.txt
 TORCH       ?=
 WORKERS     ?= 2
 OUT         ?=
 ARGS        ?=
 
+PINS    := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/',-e '')
 BIN     := $(VENV)/bin
 BIN_OLD := $(VENV_OLD)/bin
 PIP     := -m pip install -qq --no-compile --disable-pip-version-check
 
-# What the first environment checks again on the oldest transformers: all that touches a transformers model.
-OLD_TESTS = $(wildcard tests/contracts tests/patches)
+# What the first environment checks again on other transformers: all that touches a transformers model, a fifth of the cases
+# of each test (SHARE=1: all of them).
+SHARE      ?= 5
+MODEL_TESTS = $(wildcard tests/contracts tests/patches)
 
 # The workers of pytest share the cores; threads inside them would only wait for each other.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
-.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old kernels \
-        kernel-table kernel-table-check clean FORCE
+.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary kernels \
+        kernel-table kernel-table-check docs clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -35,7 +39,7 @@ help:
 needle: $(VENV)/.ready
 	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
 
-test: lint types layers readme-check lengths tests tests-old kernels kernel-table-check
+test: lint types layers readme-check lengths docs tests tests-old kernels kernel-table-check
 
 check: lint types layers readme-check lengths
 
@@ -55,9 +59,11 @@ layers: $(VENV)/.ready
 
 readme: $(VENV)/.ready
 	$(BIN)/python scripts/readme_table.py
+	$(BIN)/python scripts/result_tables.py
 
 readme-check: $(VENV)/.ready
 	$(BIN)/python scripts/readme_table.py --check
+	$(BIN)/python scripts/result_tables.py --check
 
 lengths: $(VENV)/.ready
 	$(BIN)/python scripts/file_length.py
@@ -66,7 +72,12 @@ tests: $(VENV)/.ready
 	$(call PYTEST,$(BIN)) $(ARGS)
 
 tests-old: $(VENV_OLD)/.ready
-	$(if $(OLD_TESTS),$(call PYTEST,$(BIN_OLD)) $(OLD_TESTS) $(ARGS))
+	$(if $(MODEL_TESTS),$(call PYTEST,$(BIN_OLD)) $(MODEL_TESTS) --share $(SHARE) $(ARGS))
+
+# On the newest transformers that there is, whatever the pin says; no part of `make test`, which must not change by itself.
+tests-canary: $(VENV_NEWEST)/.ready
+	$(VENV_NEWEST)/bin/python $(PIP) -c $(VENV_NEWEST)/constraints.txt --upgrade "transformers<6"
+	$(call PYTEST,$(VENV_NEWEST)/bin) $(MODEL_TESTS) --share $(SHARE) $(ARGS)
 
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready
@@ -79,8 +90,12 @@ kernel-table: $(VENV)/.ready
 kernel-table-check: $(VENV)/.ready
 	$(BIN)/python scripts/kernel_table.py --check
 
+# The documentation site in build/site; a broken link or an unlisted page fails. Look at it with `mkdocs serve`.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) $(VENV_OLD) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLD) $(VENV_NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # torch goes in first and under the pins, so that no other package can pull in a second build of it.
 $(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
@@ -89,17 +104,19 @@ $(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
 	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@
 
-$(VENV_OLD)/.ready: pyproject.toml $(VENV_OLD)/constraints.txt
-	@echo "installing torch and the package on transformers $(OLD) into $(VENV_OLD): a few minutes, once"
-	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt torch
-	$(BIN_OLD)/python $(PIP) -c $(VENV_OLD)/constraints.txt "transformers==$(OLD)" -e ".[test]"
+$(VENV_OLD)/.ready $(VENV_NEWEST)/.ready: %/.ready: pyproject.toml %/constraints.txt
+	@echo "installing torch and the package into $*: a few minutes, once"
+	$*/bin/python $(PIP) -c $*/constraints.txt torch
+	$*/bin/python $(PIP) -c $*/constraints.txt -e ".[test]"
 	@touch $@
 
 # The pins as this call wants them; written only when they change, so that another TORCH or CONSTRAINTS reinstalls.
-$(VENV)/constraints.txt $(VENV_OLD)/constraints.txt: FORCE
+$(VENV_OLD)/constraints.txt: PINS += -e 's/^transformers==.*/transformers==$(OLD)/'
+$(VENV_NEWEST)/constraints.txt: PINS += -e '/^transformers==/d'
+$(VENV)/constraints.txt $(VENV_OLD)/constraints.txt $(VENV_NEWEST)/constraints.txt: FORCE
 	@test -x $(@D)/bin/python || { \
 	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "llm_accel needs Python 3.11 or newer; give one with PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	  echo "creating $(@D) with $(PYTHON)"; "$(PYTHON)" -m venv $(@D); }
-	@sed $(if $(TORCH),'s/^torch==.*/torch==$(TORCH)/',-n p) $(CONSTRAINTS) > $@.new
+	@sed $(PINS) $(CONSTRAINTS) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi

@@ -188,4 +188,4 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]):
     assert bool(data["gpus"]["devices"]) == torch.cuda.is_available() != bool(data["gpus"]["why_none"])
     for entry in (*data["backends"].values(), *data["kernels"].values()):
         assert entry["reason"]
-    assert data["bundled_models"]["needle"]["present"]
+    assert all(entry["present"] for entry in data["bundled_models"].values()) and "vision" in data["bundled_models"]

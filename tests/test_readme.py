@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load("readme_table")
 
 
 def test_the_method_table_is_up_to_date(script: ModuleType):
@@ -39,6 +44,18 @@ def test_markers_must_be_one_pair_in_order(script: ModuleType, text: str):
 def test_old_rows_are_replaced(script: ModuleType):
     text = f"before {script.BEGIN}\nold\n{script.END} after"
     assert script.with_table(text, "new") == f"before {script.BEGIN}\nnew\n{script.END} after"
+
+
+def test_result_tables_come_from_the_results():
+    tables = load("result_tables")
+    old = "<!-- results: needle needle -->\nold\n<!-- results end -->"
+    new = tables.written(f"before {old} after")
+    exact = json.loads((tables.RESULTS / "needle" / "summary.json").read_text())["methods"]["dense"]["lengths"]["8192"]
+    assert new.startswith("before <!-- results: needle needle -->\n| exact match |") and new.endswith("end --> after")
+    assert f"{exact['exact']:.2f}" in next(line for line in new.splitlines() if line.startswith("| `dense`"))
+    assert tables.written(new) == new and "old" not in new
+    with pytest.raises(ValueError, match="kind must be one of needle, hip_needle, vision"):
+        tables.written(old.replace("needle", "table", 1))
 
 
 def test_the_quick_start_has_at_most_ten_lines_and_compiles():

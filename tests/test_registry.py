@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_accel
-from llm_accel import ConfigError, RandomKV, SnapKV, StreamingLLM, UnknownMethodError
+from llm_accel import ConfigError, Dense, DyVTE, FlowCut, RandomKV, SnapKV, StreamingLLM, UnknownMethodError
 from llm_accel.methods import PromptCompression
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
-from llm_accel.registry import config_class, configure, methods, parse
-from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL
+from llm_accel.registry import config_class, configure, methods, parse, parse_all, spec_of
+from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL, WHOLE
 
 every_method = pytest.mark.parametrize("name", methods())
 every_budgeted = pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_registry_cannot_be_changed():
 
 
 def test_every_method_is_in_the_contract_matrix():
-    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL} == set(methods())
+    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL, *WHOLE} == set(methods())
 
 
 @every_method
@@ -62,8 +62,9 @@ def test_the_registry_function_survives_the_subpackage_of_the_same_name():
 
 @every_method
 def test_a_bare_name_is_the_default_configuration(name: str):
-    assert parse(name) == parse(f"{name}:") == parse(f" {name} ") == config_class(name)()
-    assert config_class(name)().spec() == name
+    config = config_class(name)()
+    assert parse(name) == parse(f"{name}:") == parse(f" {name} ") == (None if name == "dense" else config)
+    assert config.spec() == name
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,22 @@ def test_text_form_round_trip_for_all_values(budget, ratio, window, kernel, skip
 
 def test_spaces_none_and_dense():
     assert parse(" snapkv : budget = 64 , ratio = none ") == SnapKV(budget=64)
-    assert parse("dense") is None
+    assert parse("dense") is None and parse("dense:capacity=none") is None
+    assert parse("dense:capacity=512") == Dense(capacity=512) and Dense(capacity=512).spec() == "dense:capacity=512"
+
+
+def test_methods_joined_by_plus():
+    spec = "flowcut:keep_ratio=0.33 + dyvte+snapkv:skip_layers=0+1,budget=64"
+    configs = parse_all(spec)
+    assert configs == (FlowCut(keep_ratio=0.33), DyVTE(), SnapKV(skip_layers=(0, 1), budget=64))
+    assert spec_of(configs) == "flowcut:keep_ratio=0.33+dyvte+snapkv:budget=64,skip_layers=0+1"
+    assert parse_all(spec_of(configs)) == configs and spec_of(()) == "dense" and parse_all("dense") == ()
+    with pytest.raises(ConfigError, match="joins 3 methods; give one"):
+        parse(spec)
+    with pytest.raises(UnknownMethodError, match=r"'snapvk'.*Did you mean 'snapkv'"):
+        parse_all("flowcut:target=8+snapvk:budget=64")
+    with pytest.raises(UnknownMethodError, match="dense"):
+        parse_all("dense+snapkv:budget=64")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +145,7 @@ def test_unknown_method_in_text(spec: str, parts: list[str]):
         ("snapkv:pool=median", ["pool='median'", "'max' or 'avg'"]),
         ("snapkv:skip_layers=0+x", ["skip_layers='x'", "an integer"]),
         ("random:seed=first", ["seed='first'", "an integer"]),
-        ("dense:budget=3", ["dense takes no options"]),
+        ("dense:budget=3", ["dense: unknown option 'budget'", "capacity"]),
     ],
 )
 def test_bad_option_in_text(spec: str, parts: list[str]):
