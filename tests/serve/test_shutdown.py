@@ -41,21 +41,21 @@ def test_stopping_finishes_or_fails_what_was_accepted(drain_s: float, monkeypatc
     running.stop()
 
 
-def test_a_stopped_server_gives_its_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["dense", "snapkv:budget=64"])
+def test_a_stopped_server_gives_its_model_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     model = tiny_model()
-    for method in ("dense", "snapkv:budget=64"):
-        running = start(model, tokenizer(), method=method, window_ms=0, max_new_tokens=4)
-        with running.held(), ThreadPoolExecutor(3) as pool:
-            futures = [pool.submit(running.complete)]
-            wait_for(running.busy)
-            futures += [pool.submit(running.complete, prompt=prompt) for prompt in ("The dog", "The dog watched")]
-            wait_for(lambda: len(running.server.engine.queue) == 2)
-            running.brake.set(None)  # the two run together: the dense model reads them through a method as well
-            assert [future.result().status_code for future in futures] == [200] * 3
-        assert hook_of(model) is not None
-        running.stop()
-        assert hook_of(model) is None
+    running = start(model, tokenizer(), method=method, window_ms=0, max_new_tokens=4)
+    with running.held(), ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(running.complete)]
+        wait_for(running.busy)
+        futures += [pool.submit(running.complete, prompt=prompt) for prompt in ("The dog", "The dog watched")]
+        wait_for(lambda: len(running.server.engine.queue) == 2)
+        running.brake.set(None)  # the two run together: the dense model reads them through a method as well
+        assert [future.result().status_code for future in futures] == [200] * 3
+    assert hook_of(model) is not None
+    running.stop()
+    assert hook_of(model) is None
 
 
 def accepted(page: str) -> float:
