@@ -37,7 +37,7 @@ from llm_accel.eval.models.vision_check import (
     saliency,
     visual_features,
 )
-from llm_accel.eval.models.vision_data import Batch, Subject, ask, pack
+from llm_accel.eval.models.vision_data import Batch, Subject, ask, pack, patch_classes
 from llm_accel.eval.models.vision_init import (
     BOS,
     EOS,
@@ -74,6 +74,8 @@ class Stage:
     tower_only: float = 0.0  # share of the steps without questions
     hide: float = 0.0  # share of images that lose a random share of their background
     inside: float = 0.0  # share of these that lose it inside the tower, not behind it
+    broken: float = 0.0  # share of the things in these that lose patches of their own
+    edges: float = 0.0  # share of these that keep background patches with an edge of a thing on them
 
 
 _FEW: dict[Subject, int] = {"caption": 1, "colour": 1, "shape": 1, "count": 1, "existence": 3, "half": 2, "spatial": 1}
@@ -89,12 +91,23 @@ _WHERE: dict[Subject, int] = {
     "spatial": 5,
 }
 
+_SHORT: dict[Subject, int] = {
+    "caption": 1,
+    "colour": 1,
+    "shape": 1,
+    "count": 1,
+    "existence": 2,
+    "half": 1,
+    "spatial": 2,
+}
+
 CURRICULUM: tuple[Stage, ...] = (
     Stage("A tower", 700, 32, 2e-3, dense=0.5, tower_only=1.0),
     Stage("B questions", 500, 16, 1.5e-3, _FEW, dense=0.0, grow=300, tower=0.5),
     Stage("C together", 900, 16, 1.2e-3, _MANY, dense=0.35, tower=0.5, tower_only=0.1),
     Stage("D places", 600, 16, 1.5e-3, _WHERE, dense=0.25, tower=0.0),
-    Stage("E gaps", 400, 16, 6e-4, _MANY, dense=0.35, tower=0.0, hide=0.7, inside=0.5),
+    Stage("E gaps", 1000, 16, 6e-4, _SHORT, dense=0.25, tower=0.0, hide=0.8, inside=0.5),
+    Stage("F pieces", 700, 16, 4e-4, _SHORT, dense=0.25, tower=0.0, hide=0.8, inside=0.5, broken=0.12, edges=0.6),
 )
 PLAIN = "D places"  # the model after this stage is kept as well
 
@@ -114,20 +127,45 @@ def tower_loss(heads: Heads, batch: Batch, scene: Tensor, patches: Tensor) -> Te
     return 2 * of_scene + of_patches + of_places
 
 
-def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, hide: float, inside: float) -> Tensor:
-    """The tower layer behind which each patch leaves, int64 [B, 100], or STAYS; things stay.
+def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -> Tensor:
+    """The tower layer behind which each patch leaves, int64 [B, 100], or STAYS.
 
-    A share ``hide`` of the images loses a random share of its background: ``inside`` of them from one random layer of
-    the tower to another, a random part behind each, and the others all at once behind the last layer that is used.
+    A share ``stage.hide`` of the images loses a random share of its background, the square root of a uniform number, two
+    thirds in the mean; ``stage.broken`` of the things in these lose a random share of their patches, all but one at most.
+    ``stage.inside`` of these images lose them from one random layer of the tower to another, a random part behind each,
+    and the others all at once behind the last layer that is used.
     """
     number = len(scenes)
     bare = ~np.stack([scene.patches.ravel() for scene in scenes])
-    share = np.where(rng.random(number) < hide, rng.random(number), 0.0)
+    share = np.where(rng.random(number) < stage.hide, rng.random(number) ** 0.5, 0.0)
     gone = bare & (rng.random(bare.shape) < share[:, None])
     span = np.sort(rng.integers(0, USED_LAYERS - 1, (number, 2)), axis=1)
-    span[rng.random(number) >= inside] = USED_LAYERS - 1
+    span[rng.random(number) >= stage.inside] = USED_LAYERS - 1
     layer = rng.integers(span[:, :1], span[:, 1:] + 1, bare.shape)
+    if stage.broken:
+        for row in np.flatnonzero(share):
+            gone[row] |= _pieces(scenes[row], rng, stage.broken)
+    if stage.edges:
+        gone &= ~(_edges(scenes) & (rng.random(number) < stage.edges)[:, None])
     return torch.from_numpy(np.where(gone, layer, STAYS))
+
+
+def _edges(scenes: Sequence[Scene]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """Which patches show too little of a thing to count as its own, bool [B, 100]."""
+    n = SIZE // PATCH
+    touched = np.stack([(scene.owner > 0).reshape(n, PATCH, n, PATCH).any((1, 3)).ravel() for scene in scenes])
+    return touched & ~np.stack([scene.patches.ravel() for scene in scenes])
+
+
+def _pieces(scene: Scene, rng: np.random.Generator, broken: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which patches the things of a scene lose, bool [100]; a share ``broken`` of them loses any."""
+    classes = patch_classes(scene)
+    lost = np.zeros(classes.shape, bool)
+    for thing in np.unique(classes[classes > 0]):
+        patches = rng.permutation(np.flatnonzero(classes == thing))[1:]
+        share = rng.random() if rng.random() < broken else 0.0
+        lost[patches] = rng.random(len(patches)) < share
+    return lost
 
 
 class Loop:
@@ -146,7 +184,7 @@ class Loop:
         alone = bool(rng.random() < stage.tower_only)
         scenes = [draw_scene(rng, int(rng.integers(low, high + 1))) for _ in range(stage.batch)]
         asked = [[] if alone else ask(scene, rng, stage.mix) for scene in scenes]
-        leaves = draw_gaps(scenes, rng, stage.hide, stage.inside) if stage.hide else None
+        leaves = draw_gaps(scenes, rng, stage) if stage.hide else None
         return pack(scenes, asked, None if leaves is None else leaves < STAYS), alone, leaves
 
     def run(self, stage: Stage) -> None:
