@@ -6,9 +6,10 @@ stage left to exactly the weights that a run in one go gives.
 
 The tower learns first, from what its class token and its patches should say of the image (see
 :class:`~llm_accel.eval.models.vision_init.Heads`): without that it takes far longer, and its class token, which pruning
-methods rely on, says nothing. The last stage hides a random share of the background from the language model. Without it
-every choice of tokens, be it the best, breaks counting and captions, since the model never saw an image with gaps; with
-it, robustness to removal is trained in. The weights before that stage are kept beside the last ones for that reason.
+methods rely on, says nothing. The last two stages hide a random share of the background from the language model, the
+last one also parts of things. Without them every choice of tokens, be it the best, breaks counting and captions, since
+the model never saw an image with gaps; with them, robustness to removal is trained in. The weights before these stages
+are kept beside the last ones for that reason.
 """
 
 from __future__ import annotations
@@ -130,10 +131,11 @@ def tower_loss(heads: Heads, batch: Batch, scene: Tensor, patches: Tensor) -> Te
 def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -> Tensor:
     """The tower layer behind which each patch leaves, int64 [B, 100], or STAYS.
 
-    A share ``stage.hide`` of the images loses a random share of its background, the square root of a uniform number, two
-    thirds in the mean; ``stage.broken`` of the things in these lose a random share of their patches, all but one at most.
-    ``stage.inside`` of these images lose them from one random layer of the tower to another, a random part behind each,
-    and the others all at once behind the last layer that is used.
+    A share ``stage.hide`` of the images loses a random share of its background, the square root of a uniform number,
+    two thirds in the mean. ``stage.broken`` of the things in these lose a random share of their patches, all but one at
+    most; in ``stage.edges`` of these images background patches with an edge of a thing on them stay. ``stage.inside``
+    of these images lose patches from one random layer of the tower to another, a random part behind each, and the
+    others all at once behind the last layer that is used.
     """
     number = len(scenes)
     bare = ~np.stack([scene.patches.ravel() for scene in scenes])
@@ -143,7 +145,7 @@ def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -
     span[rng.random(number) >= stage.inside] = USED_LAYERS - 1
     layer = rng.integers(span[:, :1], span[:, 1:] + 1, bare.shape)
     if stage.broken:
-        for row in np.flatnonzero(share):
+        for row in np.flatnonzero(share).tolist():
             gone[row] |= _pieces(scenes[row], rng, stage.broken)
     if stage.edges:
         gone &= ~(_edges(scenes) & (rng.random(number) < stage.edges)[:, None])
