@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from llm_accel.errors import ConfigError
+from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import parse_all, spec_of
 
@@ -83,6 +83,21 @@ def add_shown(parser: Arguments, draws: str) -> None:
 def flag(name: str) -> str:
     """``batch_size`` -> ``--batch-size``."""
     return "--" + name.replace("_", "-")
+
+
+def at_least(lowest: int, **given: int | None) -> None:
+    """Raises :class:`ConfigError` for an option below ``lowest``; None is an option that is not given."""
+    for name, value in given.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"{flag(name)} {value}: give an integer of at least {lowest}.")
+
+
+def one_of(allowed: Iterable[str], **given: str) -> None:
+    """Raises :class:`ConfigError` for an option that is none of the ``allowed`` ones."""
+    names = tuple(allowed)
+    for name, value in given.items():
+        if value not in names:
+            raise ConfigError(f"{flag(name)}: " + unknown_name("value", value, names))
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES
+from llm_accel.errors import ConfigError
+from llm_accel.eval.arguments import DTYPES, one_of
 from llm_accel.patches.plan import DECODES
 
 KEY_VARIABLE = "LLM_ACCEL_API_KEY"
@@ -67,10 +67,8 @@ class ServeSettings:
                 raise ConfigError(f"{flag(field.name)} {value}: give a finite number of at least {least}.")
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: give a number from 0 to 65535.")
-        if self.decode not in DECODES:
-            raise ConfigError("--decode: " + unknown_name("value", self.decode, DECODES))
-        if self.dtype not in DTYPES:
-            raise ConfigError("--dtype: " + unknown_name("value", self.dtype, DTYPES))
+        one_of(DECODES, decode=self.decode)
+        one_of(DTYPES, dtype=self.dtype)
 
     def keys(self) -> tuple[str, ...]:
         """The bearer keys; none for a server on loopback that asks for none.

@@ -14,8 +14,8 @@ from llm_accel.calibrate.heads.plot import write as write_plot
 from llm_accel.calibrate.heads.profile import HeadProfile, make_profile
 from llm_accel.calibrate.heads.runs import Grid, progress
 from llm_accel.calibrate.heads.table import render
-from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import add_model, add_place, add_shown
+from llm_accel.errors import ConfigError
+from llm_accel.eval.arguments import add_model, add_place, add_shown, at_least, one_of
 from llm_accel.eval.environment import versions
 from llm_accel.eval.needle import settings as s
 from llm_accel.eval.needle.command import make_prompts, prompts_digest
@@ -109,10 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.detector not in DETECTORS:
-        raise ConfigError("--detector: " + unknown_name("value", args.detector, DETECTORS))
-    if args.samples < 1:
-        raise ConfigError(f"--samples {args.samples}: give an integer of at least 1.")
+    one_of(DETECTORS, detector=args.detector)
+    at_least(1, samples=args.samples)
     owner = {"tokens": "induction"} | dict.fromkeys(
         ("lengths", "depths", "needles", "haystack", "compat", "circuit", "overwrite"), "copy_paste"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES
+from llm_accel.errors import ConfigError
+from llm_accel.eval.arguments import DTYPES, at_least, one_of
+from llm_accel.eval.plain import PlainSettings
 from llm_accel.patches.plan import DECODES, Decode
 
 DEFAULT_METHODS = ("dense", "snapkv:budget=512", "streaming_llm:budget=512")
@@ -38,7 +39,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PlainSettings):
     """Everything that decides what is measured.
 
     Attributes:
@@ -78,15 +79,12 @@ class Settings:
             raise ConfigError("--set changes a --shape; a --model comes as it is.")
         if self.new_tokens < 4:
             raise ConfigError(f"--new-tokens {self.new_tokens}: give at least 4, the first two warm up.")
-        if self.rounds < 1:
-            raise ConfigError(f"--rounds {self.rounds}: give an integer of at least 1.")
+        at_least(1, rounds=self.rounds)
         if self.probe and self.memory_limit is None:
             raise ConfigError("--probe tries out the largest batch within --memory-limit; give one.")
         for decode in self.decodes:
-            if decode not in DECODES:
-                raise ConfigError("--decode: " + unknown_name("value", decode, DECODES))
-        if self.dtype not in DTYPES:
-            raise ConfigError("--dtype: " + unknown_name("value", self.dtype, DTYPES))
+            one_of(DECODES, decode=decode)
+        one_of(DTYPES, dtype=self.dtype)
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
@@ -95,10 +93,6 @@ class Settings:
         static = [Contestant(DENSE, "static")] if "compiled" in self.decodes else []
         ours = [Contestant(method, decode) for decode in self.decodes for method in self.methods]
         return (*(one for one in ours if (one.method, one.decode) != (DENSE, "auto")), *static)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON reads it back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Settings:

@@ -148,15 +148,9 @@ def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -
         for row in np.flatnonzero(share).tolist():
             gone[row] |= _pieces(scenes[row], rng, stage.broken)
     if stage.edges:
-        gone &= ~(_edges(scenes) & (rng.random(number) < stage.edges)[:, None])
+        edge = bare & np.stack([scene.cover.ravel() > 0 for scene in scenes])
+        gone &= ~(edge & (rng.random(number) < stage.edges)[:, None])
     return torch.from_numpy(np.where(gone, layer, STAYS))
-
-
-def _edges(scenes: Sequence[Scene]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """Which patches show too little of a thing to count as its own, bool [B, 100]."""
-    n = SIZE // PATCH
-    touched = np.stack([(scene.owner > 0).reshape(n, PATCH, n, PATCH).any((1, 3)).ravel() for scene in scenes])
-    return touched & ~np.stack([scene.patches.ravel() for scene in scenes])
 
 
 def _pieces(scene: Scene, rng: np.random.Generator, broken: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

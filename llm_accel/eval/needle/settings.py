@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES, flag
+from llm_accel.errors import ConfigError
+from llm_accel.eval.arguments import DTYPES, at_least, one_of
 from llm_accel.eval.needle.grammar import KEY_KINDS, Kind
+from llm_accel.eval.plain import PlainSettings
 
 Task = Literal["single", "multikey", "multivalue", "multiquery"]
 TASKS: tuple[Task, ...] = ("single", "multikey", "multivalue", "multiquery")
@@ -24,7 +24,7 @@ _UNIT = {"": 1, "k": 1024, "m": 1024**2}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PlainSettings):
     """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
 
     Attributes:
@@ -62,21 +62,17 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "needles", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} {value}: give an integer of at least 1.")
-        if self.distractors < 0:
-            raise ConfigError(f"--distractors {self.distractors}: give an integer of at least 0.")
-        choices: tuple[tuple[str, Sequence[str]], ...] = (
-            ("task", TASKS),
-            ("key_kind", KEY_KINDS),
-            ("value_kind", KEY_KINDS),
-            ("dtype", DTYPES),
+        at_least(
+            1,
+            samples=self.samples,
+            needles=self.needles,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
         )
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{flag(name)}: " + unknown_name("value", str(getattr(self, name)), allowed))
+        at_least(0, distractors=self.distractors)
+        one_of(TASKS, task=self.task)
+        one_of(KEY_KINDS, key_kind=self.key_kind, value_kind=self.value_kind)
+        one_of(DTYPES, dtype=self.dtype)
         if self.task == "single" and self.needles != 1:
             raise ConfigError(
                 f"--task single --needles {self.needles}: single has one needle; "
@@ -84,10 +80,6 @@ class Settings:
             )
         if self.task != "single" and self.needles < 2:
             raise ConfigError(f"--task {self.task} --needles {self.needles}: give at least 2, or --task single.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON reads it back (lists, not tuples)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def parse_length(text: str) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES, flag
+from llm_accel.eval.arguments import DTYPES, at_least, flag, one_of
+from llm_accel.eval.plain import PlainSettings
 from llm_accel.eval.ruler.needles import Wording
 from llm_accel.eval.ruler.tasks import BUNDLED, QA, TASKS, WITHOUT_DATA
 
@@ -16,7 +17,7 @@ DEFAULT_SAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PlainSettings):
     """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
 
     Attributes:
@@ -51,22 +52,14 @@ class Settings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{flag(name)} {getattr(self, name)}: give an integer of at least 1.")
-        choices = (("wording", self.wording, get_args(Wording)), ("dtype", self.dtype, DTYPES))
-        for name, given, allowed in choices:
-            if given not in allowed:
-                raise ConfigError(f"{flag(name)}: " + unknown_name("value", given, allowed))
+        at_least(1, samples=self.samples, batch_size=self.batch_size)
+        one_of(get_args(Wording), wording=self.wording)
+        one_of(DTYPES, dtype=self.dtype)
         for task in self.tasks:
             if task in QA and getattr(self, task) is None:
                 raise ConfigError(
                     f"--tasks {task}: its data are not part of the package; give a file or a dataset as {flag(task)}."
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON reads it back (lists, not tuples)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def parse_tasks(text: str | None, bundled: bool, data: tuple[str, ...]) -> tuple[str, ...]:

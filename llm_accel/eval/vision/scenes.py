@@ -76,11 +76,16 @@ class Scene:
     owner: Bytes
 
     @cached_property
-    def patches(self) -> Bools:
-        """Which patches a thing covers, bool [10, 10]."""
+    def cover(self) -> Floats:
+        """The share of each patch that things cover, [10, 10]."""
         n = SIZE // PATCH
         covered: Floats = (self.owner > 0).reshape(n, PATCH, n, PATCH).mean((1, 3))
-        return covered > COVER
+        return covered
+
+    @cached_property
+    def patches(self) -> Bools:
+        """Which patches a thing covers, bool [10, 10]."""
+        return self.cover > COVER
 
 
 @dataclass(frozen=True, eq=False)

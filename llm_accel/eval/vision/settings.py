@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES, flag
+from llm_accel.errors import ConfigError
+from llm_accel.eval.arguments import DTYPES, at_least, one_of
+from llm_accel.eval.plain import PlainSettings
 from llm_accel.eval.vision.controls import CONTROLS
 from llm_accel.eval.vision.questions import TASKS
 from llm_accel.eval.vision.scenes import SPLITS
@@ -23,7 +23,7 @@ PLACEHOLDER, QUESTION = "<image>", "{question}"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PlainSettings):
     """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
 
     Attributes:
@@ -56,20 +56,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} {value}: give an integer of at least 1.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: give an integer of at least 0.")
-        choices: tuple[tuple[str, str, Sequence[str]], ...] = (
-            ("split", self.split, tuple(SPLITS)),
-            ("dtype", self.dtype, DTYPES),
-            *(("tasks", task, TASKS) for task in self.tasks),
-        )
-        for name, given, allowed in choices:
-            if given not in allowed:
-                raise ConfigError(f"{flag(name)}: " + unknown_name("value", given, allowed))
+        at_least(1, samples=self.samples, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        at_least(0, seed=self.seed)
+        one_of(SPLITS, split=self.split)
+        one_of(DTYPES, dtype=self.dtype)
+        for task in self.tasks:
+            one_of(TASKS, tasks=task)
         if not self.tasks:
             raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}.")
         if self.model is not None and not self.gaps:
@@ -79,10 +71,6 @@ class Settings:
             raise ConfigError(f"--data {self.data!r} is not allowed; give scenes, pope:SOURCE or chair:SOURCE.")
         if self.prompt is not None and not (self.prompt.count(PLACEHOLDER) == self.prompt.count(QUESTION) == 1):
             raise ConfigError(f"--prompt {self.prompt!r}: it must have {PLACEHOLDER} and {QUESTION}, each once.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON reads it back (lists, not tuples)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def parse_keep(text: str) -> tuple[float, ...]:
