@@ -63,7 +63,7 @@ class AccelAttention:
         if llm_accel is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         check_heads(llm_accel.plan.heads, query)
-        index, layer = llm_accel.entries_for(module, key, attention_mask)
+        index, layer = llm_accel.entries_for(module, key, value, attention_mask)
 
         def attention(query: Tensor) -> Tensor:
             if index is None or layer is None:

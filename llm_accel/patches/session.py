@@ -76,7 +76,9 @@ class Session:
         begun = first.cumulative_length > 0 and first.attended
         return begun and not self._awaiting_decode and not self._prompt_open(first.get_seq_length())
 
-    def entries_for(self, module: nn.Module, key: Tensor, mask: Tensor | None) -> tuple[int | None, AccelLayer | None]:
+    def entries_for(
+        self, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[int | None, AccelLayer | None]:
         """Which layer of the model an attention call belongs to, and which layer of ours holds the entries it reads:
         None where that is not ours. A layer that keeps none of its own reads those of an earlier one.
 
@@ -85,13 +87,13 @@ class Session:
         """
         index: int | None = getattr(module, "layer_idx", None)
         own = None if index is None else self.ours.get(index)
-        found = None if index is None or own is None or not self._gave(index, own, key) else (index, own)
+        found = None if index is None or own is None or not self._gave(index, own, key, value) else (index, own)
         if found is None:
-            found = next(((i, layer) for i, layer in self.ours.items() if self._gave(i, layer, key)), None)
+            found = next(((i, layer) for i, layer in self.ours.items() if self._gave(i, layer, key, value)), None)
         if found is None and own is None:
             return index, None
         if found is None or mask is not None:
-            why = "is not given the keys that its cache holds" if found is None else "adds a mask of its own"
+            why = "is not given the keys and values that its cache holds" if found is None else "adds a mask of its own"
             raise UnsupportedModelError(
                 f"the attention of layer {index} ({type(module).__name__}) {why}, so nothing may be evicted there. "
                 "Remove the plug-in and report the model class."
@@ -99,9 +101,11 @@ class Session:
         source, layer = found
         return (index if layer.attended else source), layer
 
-    def _gave(self, index: int, layer: AccelLayer, key: Tensor) -> bool:
-        """Whether ``key`` comes from this layer in the running call."""
-        return layer.given is not None and (layer.given[0] is key or index in self.plan.derived)
+    def _gave(self, index: int, layer: AccelLayer, key: Tensor, value: Tensor) -> bool:
+        """Whether ``key`` and ``value`` come from this layer in the running call."""
+        if layer.given is None:
+            return False
+        return index in self.plan.derived or (layer.given[0] is key and layer.given[1] is value)
 
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
         """Tells the session how long the prompt will be, so that chunks of it can be recognised."""

@@ -32,7 +32,7 @@ class Wiring:
 
     Attributes:
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
-        derived: layers whose attention is given what is computed from the cached entries, one by one.
+        derived: layers whose attention is given what is computed from the cached entries, one by one, not these.
         problem: why no entry of this decoder may be evicted, or None.
     """
 
@@ -204,11 +204,10 @@ class _Trial:
     def _compare(self, layer: _WatchedLayer, key: Tensor, value: Tensor) -> None:
         assert layer.given is not None
         pairs = list(zip((key, value), layer.given, strict=True))
-        if self.marking:
-            if not all(_keeps_marks(given, cached) for given, cached in pairs):
-                raise _Unwired(f"layer {layer.index} rearranges keys or values after they went through its cache")
-        elif not all(_is_expansion(given, cached) for given, cached in pairs):
+        if not self.marking and any(given is not cached for given, cached in pairs):
             self.derived.add(layer.index)
+        if self.marking and not all(_keeps_marks(given, cached) for given, cached in pairs):
+            raise _Unwired(f"layer {layer.index} rearranges keys or values after they went through its cache")
 
     def _count(self, index: int, module: nn.Module, own: int | None) -> None:
         earlier = self._seen[index]
@@ -227,15 +226,6 @@ class _Trial:
                 raise _Unwired(f"its layer {index} puts no keys and values into the cache")
             if not self._seen[index]:
                 raise _Unwired(f"the attention of layer {index} does not go through transformers' AttentionInterface")
-
-
-def _is_expansion(given: Tensor, cached: Tensor) -> bool:
-    """Whether ``given`` is ``cached``, or that with each KV head repeated for its query heads."""
-    if given is cached:
-        return True
-    if given.ndim != 4 or given.shape[1] % cached.shape[1] or given.shape[2:] != cached.shape[2:]:
-        return False
-    return torch.equal(given, cached.repeat_interleave(given.shape[1] // cached.shape[1], dim=1))
 
 
 def _keeps_marks(given: Tensor, cached: Tensor) -> bool:
