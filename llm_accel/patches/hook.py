@@ -16,7 +16,7 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
-from llm_accel.patches.layers.hybrid import beside_state
+from llm_accel.patches.layers.hybrid import beside_state, own_state
 from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.plan import Plan
@@ -179,6 +179,7 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         if not is_full(layer):
+            layers[index] = own_state(layer)
             continue
         if layer.get_seq_length() > 0:
             raise UnsupportedCallError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.layers.lending import Lendable
 from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
-
-if TYPE_CHECKING:
-    from llm_accel.patches.compiled.cache import Lease
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Reading:
     then: Callable[[], None] | None
 
 
-class AccelLayer(DynamicLayer):
+class AccelLayer(DynamicLayer, Lendable):
     """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
 
@@ -59,7 +57,6 @@ class AccelLayer(DynamicLayer):
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
         positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
         kept: ``positions`` right after the last eviction.
-        lease: what holds the entries while decoding runs on buffers of fixed size, else None.
     """
 
     is_sliding = False
@@ -94,20 +91,7 @@ class AccelLayer(DynamicLayer):
         self.window: Tensor | None = None
         self.positions: Tensor | None = None
         self.kept: Tensor | None = None
-        self.lease: Lease | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """Reached for what is lent to a compiled decode: it comes back before anybody looks at it."""
-        lease: Lease | None = self.__dict__.get("lease")
-        if lease is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        lease.end()
-        return getattr(self, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.lease is not None:
-            self.lease.end()
-        return self.__dict__
+        self.lease = None
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen by the model, the only length that transformers may read."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.lending import Lendable
 from llm_accel.patches.layers.stock import has_linear_state
 
 _KINDS = ("conv", "recurrent")
@@ -19,10 +20,18 @@ _PREFIX = "linear."
 
 def beside_state(layer: AccelLayer, stock: Any) -> AccelLayer:
     """``layer``, with the linear-attention state that ``stock`` has beside its entries, if it has one."""
-    if has_linear_state(stock):
-        layer.__class__ = _hybrid(type(layer))
-        LinearAttentionLayer.__init__(layer, number_of_states=stock.number_of_states)  # type: ignore[arg-type]
-    return layer
+    if not has_linear_state(stock):
+        return layer
+    kind = _hybrid(type(layer))
+    both = kind.__new__(kind)
+    LinearAttentionLayer.__init__(both, number_of_states=stock.number_of_states)  # type: ignore[arg-type]
+    both.__dict__.update(layer.__dict__)
+    return both
+
+
+def own_state(stock: Any) -> Any:
+    """An empty layer that holds nothing but a linear-attention state as one of ours; any other layer itself."""
+    return LinearLayer(stock.number_of_states) if type(stock) is LinearAttentionLayer else stock
 
 
 def state_bytes(layer: Any) -> int:
@@ -59,7 +68,23 @@ def join_states(layer: Any, parts: Sequence[Any]) -> None:
     restore_states(layer, {name: torch.cat([one[name] for one in states]) for name in states[0]})
 
 
-class _BesideState(LinearAttentionLayer):
+class LinearLayer(LinearAttentionLayer, Lendable):
+    """A linear-attention state whose rows can be repeated and selected, and which can be lent to a compiled decode."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders rows, for beam search."""
+        _map_states(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row ``repeats`` times."""
+        _map_states(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only the given rows."""
+        _map_states(self, lambda rows: rows[indices.to(rows.device)])
+
+
+class _BesideState(LinearLayer):
     """In front of a cache layer of ours: calls that concern rows reach both, all others the one they are for."""
 
     is_compileable = False
@@ -73,27 +98,27 @@ class _BesideState(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""
-        LinearAttentionLayer.reset(self)
+        LinearLayer.reset(self)
         _entries(self).reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows, for beam search."""
-        _map_states(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        LinearLayer.reorder_cache(self, beam_idx)
         _entries(self).reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row ``repeats`` times."""
-        _map_states(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
+        LinearLayer.batch_repeat_interleave(self, repeats)
         _entries(self).batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only the given rows."""
-        _map_states(self, lambda rows: rows[indices.to(rows.device)])
+        LinearLayer.batch_select_indices(self, indices)
         _entries(self).batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens, where the state allows it."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
+        LinearLayer.crop(self, tokens_to_remove)
         _entries(self).crop(tokens_to_remove)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
