@@ -103,6 +103,7 @@ class Session:
                 raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
             layer.expected = True
             layer.missing, layer.arriving = 0, None
+            layer.thaw()
         keeper = self.plan.keeper
         if past == 0:
             self._forget()

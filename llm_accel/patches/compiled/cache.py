@@ -91,7 +91,11 @@ class Recipe:
         self.key: Hashable = tuple(self._plans)
 
     def build(self) -> FixedCache:
-        """An empty cache of this kind."""
+        """An empty cache of this kind, for calls in every mode of autograd: it goes from one to the next."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._built()
+
+    def _built(self) -> FixedCache:
         layers: list[FixedLayer] = []
         for plans, layer in zip(self._plans, self._session.ours.values(), strict=True):
             made = [kind(*arguments) for kind, arguments in plans]

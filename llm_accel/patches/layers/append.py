@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
 
@@ -135,6 +136,12 @@ class AccelLayer(DynamicLayer):
         if not self.physical_length():
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
+
+    def thaw(self) -> None:
+        """Makes tensors of a call in inference mode usable in a call outside of it."""
+        for name, content in vars(self).items():
+            if isinstance(content, Tensor):
+                setattr(self, name, thawed(content))
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
