@@ -70,12 +70,11 @@ class Eviction:
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
-            with torch.no_grad():  # as a decorator it would break every compiled graph
-                if isinstance(self.layer, HidingLayer):
-                    self._hide(self.keeper, self.layer, query, key)
-                else:
-                    assert isinstance(self.layer, SlotLayer)
-                    self._step(self.keeper, self.layer, query, key)
+            if isinstance(self.layer, HidingLayer):
+                self._hide(self.keeper, self.layer, query, key)
+            else:
+                assert isinstance(self.layer, SlotLayer)
+                self._step(self.keeper, self.layer, query, key)
         elif self.session.closing:
             self._close(query, key)
         elif self.session.observing:
@@ -135,7 +134,8 @@ class Eviction:
     def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
         """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
         softmax = softmax_of(self.kwargs, key.shape[-1])
-        return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
+        with torch.no_grad():  # as a decorator it would break every compiled graph
+            return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
 
     def _decay(self, keeper: StepEviction, query: Tensor) -> float:
         return keeper.score_decay if query.shape[2] == 1 else 1.0

@@ -1,4 +1,4 @@
-"""Modes of autograd: a cache goes on in any of them, whichever it was filled in, and gradients are right or refused."""
+"""A cache goes on in every mode of autograd, whichever it was filled in, as those of transformers do."""
 
 from __future__ import annotations
 
@@ -14,36 +14,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
-from llm_accel import Handle
 from llm_accel.patches.layers import room
-from llm_accel.registry import parse_all
+from llm_accel.registry import configure, parse_all
 from tests.contracts.laws import EXACT
-from tests.patches.conftest import Counting
+from tests.contracts.variants import every_variant
 from tests.tiny import left_padded, prompt, tiny_model
 
-SPLIT = "retrieval_heads:head_list=0.1+1.0+2.0+2.1,sinks=3,recent=12"
-HIP = "hip:sink=8,window=17,budget=16,edge_layers=,stages=16:None:2+8:64:1,block_q=16,refresh=4+2,min_prefill_len=0"
-METHODS = (
-    "snapkv:budget=24,window=8",
-    "snapkv:budget=24,window=8,compress=deferred",
-    "snapkv:budget=24,window=8,recompress_every=2",
-    "pyramidkv:budget=24,window=8,beta=2,kernel=5",
-    "adakv:budget=24,window=8,page=8",
-    "h2o:budget=24",
-    "h2o:budget=24,semantics=sim",
-    "streaming_llm:budget=24",
-    "streaming_llm:budget=24,positions=cache",
-    "random:budget=24,window=8",
-    SPLIT,
-    SPLIT + ",prefill=chunk",
-    SPLIT + ",prefill=lambda",
-    SPLIT + ",full_budget=40",
-    "retrieval_heads:mode=mask,head_list=0.1+1.3+2.0,sinks=3,recent=12,mask_mode=window",
-    "retrieval_heads:mode=mask,head_list=0.1+1.3+2.0,mask_mode=uniform,phase=all",
-    HIP,
-    "dense:capacity=128",
-)
-COMPILED = tuple(METHODS[place] for place in (0, 3, 4, 5, 7, 13, 16, 17))
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
@@ -58,8 +34,14 @@ ORDERS = (
     ("inference", "grad", "inference", "no_grad"),
     ("grad", "inference", "grad", "inference"),
 )
+PLAIN = ("no_grad",) * 4
 every_order = pytest.mark.parametrize("order", ORDERS, ids="-".join)
 every_padding = pytest.mark.parametrize("lengths", [(60,), (60, 41)], ids=["single", "padded"])
+inside_and_outside = pytest.mark.parametrize(("first", "then"), [("inference", "grad"), ("grad", "inference")])
+
+
+def applied(model: PreTrainedModel, method: str) -> llm_accel.Handle:
+    return llm_accel.apply(model, parse_all(method) or configure("dense", {}))
 
 
 def talk(model: PreTrainedModel, cache: DynamicCache, lengths: tuple[int, ...], order: tuple[str, ...]) -> list[Tensor]:
@@ -72,20 +54,78 @@ def talk(model: PreTrainedModel, cache: DynamicCache, lengths: tuple[int, ...], 
             for tokens in part:
                 seen = cache.get_seq_length() + tokens.shape[1]
                 whole = torch.nn.functional.pad(mask, (0, seen - mask.shape[1]), value=1)
-                output = model(tokens.clone(), attention_mask=whole.clone(), past_key_values=cache)
-                logits.append(output.logits[:, -1].detach().clone())
+                output = model(tokens, attention_mask=whole, past_key_values=cache)
+                logits.append(output.logits[:, -1].detach())
     return logits
 
 
-def same(ours: list[Tensor], plain: list[Tensor]) -> bool:
-    return all((one - other).abs().max() <= EXACT for one, other in zip(ours, plain, strict=True))
+def check_same(ours: list[Tensor], plain: list[Tensor]) -> None:
+    for one, other in zip(ours, plain, strict=True):
+        assert (one - other).abs().max() <= EXACT
 
 
 @every_padding
 @every_order
-@pytest.mark.parametrize("method", METHODS)
-def test_a_cache_goes_on_in_every_mode(method: str, order: tuple[str, ...], lengths: tuple[int, ...]) -> None:
+@every_variant
+def test_a_conversation_in_changing_modes(method: str, order: tuple[str, ...], lengths: tuple[int, ...]) -> None:
     model = tiny_model("llama")
-    with llm_accel.apply(model, parse_all(method) or "dense") as handle:
-        plain = talk(model, handle.new_cache(), lengths, ("no_grad",) * 4)
-        assert same(talk(model, handle.new_cache(), lengths, order), plain)
+    with applied(model, method) as handle:
+        plain = talk(model, handle.new_cache(), lengths, PLAIN)
+        check_same(talk(model, handle.new_cache(), lengths, order), plain)
+
+
+@pytest.mark.parametrize("order", ORDERS[::2], ids="-".join)
+@pytest.mark.parametrize("method", ["snapkv:budget=48,window=8", "dense:capacity=64"])
+def test_caches_with_room_for_more(method: str, order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    with applied(model, method) as handle:
+        plain = talk(model, handle.new_cache(), (60, 41), PLAIN)
+        monkeypatch.setattr(room, "LONG", 32)
+        check_same(talk(model, handle.new_cache(), (60, 41), order), plain)
+
+
+@inside_and_outside
+@every_variant
+def test_generate_goes_on_from_a_cache_that_was_read_saved_or_copied(
+    method: str, first: str, then: str, tmp_path: Path
+) -> None:
+    model, (ids, mask) = tiny_model("llama"), left_padded([60, 41])
+    whole, answers = torch.nn.functional.pad(mask, (0, 2), value=1), []
+
+    def generate(ids: Tensor, mask: Tensor, cache: DynamicCache, new: int) -> Tensor:
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False)
+
+    with applied(model, method) as handle:
+        plain_cache = handle.new_cache()
+        begun = generate(ids, mask, plain_cache, 2)
+        plain = generate(begun, whole, plain_cache, 4)
+        with MODES[first]():
+            cache = handle.new_cache()
+            generate(ids, mask, cache, 2)
+            handle.save_cache(cache, tmp_path / "inside")
+            caches = [copy.deepcopy(cache), handle.load_cache(tmp_path / "inside")]
+            read = handle.prefill(ids, attention_mask=mask, rows=1) if handle.can_prefill else None
+        with MODES[then]():
+            handle.save_cache(cache, tmp_path / "outside")
+            caches.append(handle.load_cache(tmp_path / "outside"))
+            for one in (*caches, copy.deepcopy(cache), cache):
+                answers.append(generate(begun, whole, one, 4))
+            if read is not None:
+                once = model.generate(**read.inputs, max_new_tokens=2, do_sample=False)
+                answers.append(generate(once, whole, read, 4))
+    assert len(answers) >= 5
+    assert all(torch.equal(answer, plain) for answer in answers)
+
+
+@inside_and_outside
+@pytest.mark.parametrize("method", ["adakv:budget=24,window=8,page=8", "h2o:budget=24", "snapkv:budget=24,window=8"])
+def test_a_prompt_that_was_read_goes_on_by_hand(method: str, first: str, then: str) -> None:
+    """What the decoder said after its last token meets weights that want a gradient."""
+    model, (ids, _) = tiny_model("llama"), left_padded([60])
+    with applied(model, method) as handle:
+        plain = talk(model, handle.new_cache(), (60,), PLAIN)[:4]
+        with MODES[first]():
+            read = handle.prefill(ids)
+        with MODES[then]():
+            steps = (read.inputs["input_ids"][:, -1:], *prompt(3, 5).split(1, 1))
+            check_same([model(token, past_key_values=read).logits[:, -1].detach() for token in steps], plain)
