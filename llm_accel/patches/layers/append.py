@@ -139,9 +139,10 @@ class AccelLayer(DynamicLayer):
 
     def thaw(self) -> None:
         """Makes tensors of a call in inference mode usable in a call outside of it."""
-        for name, content in vars(self).items():
-            if isinstance(content, Tensor):
-                setattr(self, name, thawed(content))
+        held = self.__dict__
+        for name, content in held.items():
+            if isinstance(content, Tensor) and content.is_inference():
+                held[name] = thawed(content)
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
