@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from llm_accel import ConfigError
-from llm_accel.methods import MethodInfo, PromptCompression, PromptView
+from llm_accel import AdaKV, ConfigError, PyramidKV, SnapKV
+from llm_accel.methods import Depth, MethodInfo, PromptCompression, PromptView
+from llm_accel.methods.snapkv import pooled_votes
 from tests.methods.views import Problem, check_laws, kept_sets, problems, row_of, view_of
 from tests.pages import tutorial_method
 
@@ -111,3 +112,35 @@ def test_a_method_without_a_score_says_what_is_missing() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Bare has no score\(view\)"):
         Bare(budget=2).select(plain())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SnapKV(budget=12, window=4),
+        PyramidKV(budget=12, window=4, beta=4),
+        AdaKV(budget=12, window=4),
+        AdaKV(budget=12, window=4, rule="blend", base="pyramidkv"),
+    ],
+    ids=lambda config: config.spec(),
+)
+def test_how_a_budget_is_divided_does_not_depend_on_the_sign_of_scores(config: SnapKV) -> None:
+    """Scores that all lie eight lower keep the same entries."""
+    view = replace(view_of(Problem((40, 23), 3, 2, 4, 12, True, 5)), depth=Depth(1, 3))
+
+    class Lower(type(config)):  # type: ignore[misc]
+        shift: ClassVar[float] = 0.0
+
+        def votes(self, view: PromptView) -> tuple[Tensor, Tensor]:
+            pooled, raw = ((one * 256).round() / 256 for one in super().votes(view))  # so that no sum is rounded
+            return pooled - self.shift, raw - self.shift
+
+    options = config.changed()
+    lower = type("Lowest", (Lower,), {"shift": 8.0})(**options)
+    assert torch.equal(lower.select(view), Lower(**options).select(view))
+
+
+def test_pooling_takes_scores_of_any_sign_and_no_padding() -> None:
+    votes, inside = torch.tensor([[[0.0, -3.0, -1.0, -2.0]]]), torch.tensor([[[False, True, True, True]]])
+    assert pooled_votes(votes, inside, 3, "max")[0, 0, 1:].tolist() == [-1.0, -1.0, -1.0]
+    assert pooled_votes(votes, inside, 3, "avg")[0, 0, 1:].tolist() == [-2.0, -2.0, -1.5]
