@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import Depth, PromptView
+from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.snapkv import SnapKV
 
 

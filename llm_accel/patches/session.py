@@ -11,7 +11,7 @@ from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, U
 from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
-from llm_accel.patches.layers.hybrid import state_bytes
+from llm_accel.patches.layers.hybrid import LinearLayer, state_bytes
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
@@ -136,6 +136,9 @@ class Session:
             layer.expected = True
             layer.missing, layer.arriving = 0, None
             layer.given = layer.reading = None
+        for held in self.layers:
+            if isinstance(held, AccelLayer | LinearLayer):
+                held.thaw()
         keeper = self.plan.keeper
         if past == 0:
             self._forget()

@@ -93,8 +93,9 @@ class Recipe:
         self.key: Hashable = (tuple(self._plans.values()), tuple(FixedLinear.key(layer) for layer in states))
 
     def build(self) -> FixedCache:
-        """An empty cache of this kind."""
-        return FixedCache([self._fixed(index, layer) for index, layer in enumerate(self._session.layers)])
+        """An empty cache of this kind, for calls in every mode of autograd: it goes from one to the next."""
+        with torch.inference_mode(False), torch.no_grad():
+            return FixedCache([self._fixed(index, layer) for index, layer in enumerate(self._session.layers)])
 
     def _fixed(self, index: int, layer: Any) -> Any:
         """The counterpart of one layer; one that holds nothing stands for itself."""

@@ -15,6 +15,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
 from llm_accel.patches.layers.lending import Lendable
+from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
 
@@ -140,6 +141,13 @@ class AccelLayer(DynamicLayer, Lendable):
         if not self.physical_length():
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
+
+    def thaw(self) -> None:
+        """Makes tensors of a call in inference mode usable in a call outside of it."""
+        held = self.__dict__
+        for name, content in held.items():
+            if isinstance(content, Tensor) and content.is_inference():
+                held[name] = thawed(content)
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""

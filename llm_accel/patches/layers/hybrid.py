@@ -12,6 +12,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAtten
 
 from llm_accel.patches.layers.append import AccelLayer
 from llm_accel.patches.layers.lending import Lendable
+from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.layers.stock import has_linear_state
 
 _KINDS = ("conv", "recurrent")
@@ -71,6 +72,11 @@ def join_states(layer: Any, parts: Sequence[Any]) -> None:
 class LinearLayer(LinearAttentionLayer, Lendable):
     """A linear-attention state whose rows can be repeated and selected, and which can be lent to a compiled decode."""
 
+    def thaw(self) -> None:
+        """Makes states of a call in inference mode usable in a call outside of it; those that are lent are."""
+        if self.lease is None:
+            _map_states(self, thawed)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows, for beam search."""
         _map_states(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -95,6 +101,11 @@ class _BesideState(LinearLayer):
             _entries(self).lazy_initialization(*args)
         else:
             super().lazy_initialization(**kwargs)
+
+    def thaw(self) -> None:
+        """Makes tensors of a call in inference mode usable in a call outside of it."""
+        LinearLayer.thaw(self)
+        _entries(self).thaw()
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

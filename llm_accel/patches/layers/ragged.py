@@ -13,6 +13,7 @@ from llm_accel.kernels.ragged_decode import ragged_attention
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.modes import writable
 
 
 class RaggedLayer(AccelLayer):
@@ -95,6 +96,7 @@ class RaggedLayer(AccelLayer):
         if count > 1:
             entries = entries + torch.arange(count, device=self.keys.device)
         slots = self._slots(self.table, entries)
+        self.keys, self.values = writable(self.keys, key_states), writable(self.values, value_states)
         self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
         self.longest += count

@@ -12,6 +12,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.methods.roles import StepView
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.modes import writable
 
 
 class SlotLayer(AccelLayer):
@@ -62,6 +63,7 @@ class SlotLayer(AccelLayer):
         self.positions = self.positions.scatter(2, slot, newest)
         if self.scores is not None:
             self.scores = self.scores.scatter(2, slot, 0.0)
+        self.keys, self.values = writable(self.keys, key_states), writable(self.values, value_states)
         self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, self.keys.shape[-1]), key_states)
         self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, self.values.shape[-1]), value_states)
         if self.start is not None:
