@@ -1,0 +1,105 @@
+"""The stock model whose attention hides by hand what a report says was evicted; its own attention otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_accel.report import Report
+from tests.contracts.oracle import visible_columns
+from tests.contracts.plain_attention import attention_output, attention_weights, running
+
+# (layer, rows, KV heads, queries, columns) -> bool [B, H, T or 1, P]: what is shown, causality aside; None: everything
+Shown = Callable[[int, int, int, int, int], Tensor | None]
+Kept = dict[int, Tensor]
+
+
+class HidingAttention:
+    """The eager attention of the model's own file, softcaps, sinks and biases included, under a mask per head. ``shown``
+    is set anew before each call of the model."""
+
+    def __init__(self) -> None:
+        self.shown: Shown | None = None
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        columns = key.shape[2]
+        layer = getattr(module, "layer_idx", None)
+        shown = None
+        if self.shown is not None and layer is not None:
+            shown = self.shown(layer, query.shape[0], key.shape[1], query.shape[2], columns)
+        if shown is not None:
+            shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
+            hidden = torch.zeros(shown.shape, dtype=query.dtype).masked_fill(~shown, torch.finfo(query.dtype).min)
+            mask = hidden if attention_mask is None else hidden + attention_mask[..., :columns]
+            attention_mask = mask.clamp(min=torch.finfo(query.dtype).min)
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if own is not None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        weights = attention_weights(query, key, attention_mask, None, kwargs | {"scaling": scaling})
+        return attention_output(weights, value), None
+
+
+def hiding(model: PreTrainedModel, attention: HidingAttention) -> AbstractContextManager[None]:
+    """Runs a stock model with this attention."""
+    return running(model, attention)
+
+
+def kept_now(report: Report) -> Kept:
+    """Layer -> positions kept, [B, Hk, n], of the layers that a report names."""
+    return {layer.layer: layer.kept for layer in report.layers if layer.kept is not None}
+
+
+@dataclass(frozen=True)
+class PromptKept:
+    """What stays visible once the prompt is compressed: the kept columns of the prompt and all that came after."""
+
+    kept: Kept
+    prompt: int
+    lengths: tuple[int, ...]
+
+    def __call__(self, layer: int, rows: int, heads: int, queries: int, columns: int) -> Tensor | None:
+        if layer not in self.kept or columns <= self.prompt:
+            return None
+        shown = visible_columns(self.kept[layer], self.prompt, self.lengths)
+        return nn.functional.pad(shown, (0, columns - self.prompt), value=True)[:, :, None]
+
+
+@dataclass(frozen=True)
+class StepKept:
+    """What one call sees of a cache that evicts at every step: entries kept before it, and its own tokens.
+
+    Attributes:
+        before: kept after the call before.
+        after: kept after this call where the method evicts before it attends; an entry must be in both. None: it
+            attends first.
+        prompt: columns of the prompt.
+        lengths: real tokens of its rows.
+    """
+
+    before: Kept
+    after: Kept | None
+    prompt: int
+    lengths: tuple[int, ...]
+
+    def __call__(self, layer: int, rows: int, heads: int, queries: int, columns: int) -> Tensor | None:
+        if layer not in self.before or columns == queries:
+            return None
+        shown = self._columns(self.before[layer], columns)
+        if self.after is not None and layer in self.after:
+            shown &= self._columns(self.after[layer], columns)
+        shown[..., columns - queries :] = True
+        return shown[:, :, None]
+
+    def _columns(self, kept: Tensor, columns: int) -> Tensor:
+        seen: Sequence[int] = [length + columns - self.prompt for length in self.lengths]
+        return visible_columns(kept, columns, tuple(seen))
