@@ -1,4 +1,4 @@
-"""Calls of generate whose new tokens are given, so that two models are asked the same although they answer differently."""
+"""Calls of generate whose new tokens are given, so that two models are asked the same whatever they answer."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def forced(
 def two_turns(
     model: PreTrainedModel, batch: Prompt, after: Callable[[int], None] | None = None, turns: int = 2, **more: Any
 ) -> Tensor:
-    """Logits [B, NEW + ANSWER, vocabulary] of an answer, and of an answer to a question on the same cache. ``after`` gets
-    the number of the call, which goes on counting in the second turn."""
+    """Logits [B, NEW + ANSWER, vocabulary] of an answer, and of an answer to a question on the same cache. ``after``
+    gets the number of the call, which goes on counting in the second turn."""
     logits, cache, ids = forced(model, batch.ids, batch.mask, NEW, after, **more)
     if turns == 1:
         return logits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from tests.families.build import TEXT, VISION, text_model, vision_model
-from tests.families.check import Stock, judge_all
+from tests.families.check import judge_all
+from tests.families.stock import Stock
 from tests.families.verdict import NOT_BUILT, Family
 
 TEXT_KIND, VISION_KIND = "text", "vision"

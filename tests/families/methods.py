@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from llm_accel import H2O, AdaKV, Dense, HiP, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
 from llm_accel.methods import MethodConfig, hip
@@ -44,10 +44,10 @@ WHOLE: dict[str, Callable[[], MethodConfig]] = {
 METHODS = (*BELOW, "retrieval_heads", "hip", "dense")
 
 
-def split_heads(layers: int, kv_heads: int) -> RetrievalHeads:
-    """Every second KV head of the model keeps everything."""
-    heads = [f"{layer}.{head}" for layer in range(layers) for head in range(kv_heads) if (layer + head) % 2]
-    return RetrievalHeads(head_list=tuple(heads), sinks=SINKS, recent=RECENT)
+def split_heads(kv_heads: Mapping[int, int], prefill: Literal["dense", "lambda"]) -> RetrievalHeads:
+    """Every second head of these caches, layer -> KV heads, keeps everything."""
+    heads = [f"{layer}.{head}" for layer, count in kv_heads.items() for head in range(count) if (layer + head) % 2]
+    return RetrievalHeads(head_list=tuple(heads), sinks=SINKS, recent=RECENT, prefill=prefill)
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from llm_accel.report import Report
+from tests.contracts.head_oracle import HeadOracle
 from tests.contracts.oracle import visible_columns
 from tests.contracts.plain_attention import attention_output, attention_weights, running
 
@@ -22,11 +24,12 @@ Kept = dict[int, Tensor]
 
 
 class HidingAttention:
-    """The eager attention of the model's own file, softcaps, sinks and biases included, under a mask per head. ``shown``
-    is set anew before each call of the model."""
+    """The eager attention of the model's own file, softcaps, sinks and biases included, under a mask per head.
+    ``shown`` is set anew before each call of the model."""
 
     def __init__(self) -> None:
         self.shown: Shown | None = None
+        self.cached: Tensor | None = None
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -35,9 +38,9 @@ class HidingAttention:
         layer = getattr(module, "layer_idx", None)
         shown = None
         if self.shown is not None and layer is not None:
-            shown = self.shown(layer, query.shape[0], key.shape[1], query.shape[2], columns)
+            shown = self.shown(layer, query.shape[0], self._cached_heads(key), query.shape[2], columns)
         if shown is not None:
-            shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
+            shown = self._of_queries(shown, key, query.shape[1])
             hidden = torch.zeros(shown.shape, dtype=query.dtype).masked_fill(~shown, torch.finfo(query.dtype).min)
             mask = hidden if attention_mask is None else hidden + attention_mask[..., :columns]
             attention_mask = mask.clamp(min=torch.finfo(query.dtype).min)
@@ -48,10 +51,35 @@ class HidingAttention:
         weights = attention_weights(query, key, attention_mask, None, kwargs | {"scaling": scaling})
         return attention_output(weights, value), None
 
+    def _cached_heads(self, key: Tensor) -> int:
+        return key.shape[1] if self.cached is None else self.cached.shape[1]
 
-def hiding(model: PreTrainedModel, attention: HidingAttention) -> AbstractContextManager[None]:
-    """Runs a stock model with this attention."""
-    return running(model, attention)
+    def _of_queries(self, shown: Tensor, key: Tensor, query_heads: int) -> Tensor:
+        """``shown`` of the heads of the cache as it is of query heads, in whatever order attention was given them."""
+        cached = self.cached
+        if shown.shape[1] > 1 and cached is not None and cached.shape[1] != key.shape[1]:
+            same = [[torch.equal(key[:, h], cached[:, c]) for c in range(cached.shape[1])] for h in range(key.shape[1])]
+            if all(map(any, same)):
+                shown = shown[:, [row.index(True) for row in same]]
+        return shown.repeat_interleave(query_heads // shown.shape[1], 1)
+
+
+@contextmanager
+def hiding(model: PreTrainedModel, attention: HidingAttention) -> Iterator[None]:
+    """Runs a stock model with this attention, which is told what each cache layer handed out last."""
+    update = DynamicLayer.update
+
+    def told(layer: DynamicLayer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = update(layer, *args, **kwargs)
+        attention.cached = keys
+        return keys, values
+
+    DynamicLayer.update = told
+    try:
+        with running(model, attention):
+            yield
+    finally:
+        DynamicLayer.update = update
 
 
 def kept_now(report: Report) -> Kept:
@@ -72,6 +100,16 @@ class PromptKept:
             return None
         shown = visible_columns(self.kept[layer], self.prompt, self.lengths)
         return nn.functional.pad(shown, (0, columns - self.prompt), value=True)[:, :, None]
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """What heads see that keep a stream of recent entries, by the rule of the method alone."""
+
+    oracle: HeadOracle
+
+    def __call__(self, layer: int, rows: int, heads: int, queries: int, columns: int) -> Tensor | None:
+        return self.oracle.shown(layer, rows, heads, queries, columns) if layer in self.oracle.layers else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every family of the installed transformers: each method right, or refused with our own error, and the model untouched."""
+"""Every family of the installed transformers: each method is right, or refused with our own error."""
 
 from __future__ import annotations
 
