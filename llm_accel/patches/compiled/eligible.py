@@ -34,6 +34,8 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
     others = {type(layer).__name__ for layer in DynamicCache(config=decoder.config).layers} - {DynamicLayer.__name__}
     if others:
         return f"some layers hold a {', '.join(sorted(others))}"
+    if plan.readers:
+        return "some layers read the entries of others"
     if plan.base.startswith("flash") and ragged_decode.OP.choose(problem).name != "triton":
         return f"{plan.base} takes no mask, and the kernel that takes lengths does not run here"
     if isinstance(keeper, StepEviction) and plan.base.startswith("flash"):

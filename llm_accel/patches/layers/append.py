@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from llm_accel.patches.compiled.cache import Lease
 
 
+@dataclass
+class Reading:
+    """Entries that later layers attend to in the running call, before any of them is evicted.
+
+    Attributes:
+        key, value: what attention is called with, [B, H, P, D].
+        left: how many layers have still to read.
+        then: what is due after the last of them.
+    """
+
+    key: Tensor
+    value: Tensor
+    left: int
+    then: Callable[[], None] | None
+
+
 class AccelLayer(DynamicLayer):
     """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
@@ -33,7 +50,9 @@ class AccelLayer(DynamicLayer):
         start: first real slot of each row, int64 [B]; None when every slot is real.
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         expected: whether a call with the plug-in has begun and its entries have not come yet.
+        given: keys and values as :meth:`update` returned them, until attention has seen them, else None.
         attended: whether our attention has seen the newest entries; False while they are on their way to it.
+        reading: what later layers of the running call read in these entries, else None.
         pictured: whether a prompt with visual tokens came here or was taken out on its way.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
@@ -66,7 +85,9 @@ class AccelLayer(DynamicLayer):
         self.start: Tensor | None = None
         self.padding: Tensor | None = None
         self.expected = False
+        self.given: tuple[Tensor, Tensor] | None = None
         self.attended = True
+        self.reading: Reading | None = None
         self.pictured = False
         self.compressed = False
         self.floor = 0
@@ -144,6 +165,11 @@ class AccelLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        """Stores new entries [B, Hk, T, D] and returns what attention is called with, as :meth:`add` does."""
+        self.given = self.add(key_states, value_states)
+        return self.given
+
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns all stored ones."""
         self._admit(key_states.shape[-2])
         if not self.is_initialized:
@@ -191,6 +217,34 @@ class AccelLayer(DynamicLayer):
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
         return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def after_readers(self, readers: int, key: Tensor, value: Tensor, then: Callable[[], None] | None) -> None:
+        """Does ``then`` once ``readers`` later layers have attended to these entries too, at once where there are none.
+
+        Args:
+            key, value: what attention was called with, [B, H, P, D].
+        """
+        self.reading = Reading(key, value, readers, then)
+        if not readers:
+            self._finish_reading(then)
+
+    def read_once(self) -> None:
+        """One of the later layers has read."""
+        assert self.reading is not None
+        self.reading.left -= 1
+        if not self.reading.left:
+            self._finish_reading(self.reading.then)
+
+    def _finish_reading(self, then: Callable[[], None] | None) -> None:
+        self.given = self.reading = None
+        if then is not None:
+            then()
+
+    def attend_again(
+        self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Attention of another layer's queries over the same entries, [B, T, Hq, Dv]."""
+        return self.attend(base, module, query, key, value, **kwargs)
 
     def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""

@@ -56,9 +56,7 @@ class GroupedLayer(AccelLayer):
         self.groups = [group for group in (self.full, self.stream) if group.heads]
         super().__init__()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new entries [B, Hk, T, D] and returns just these: :mod:`llm_accel.patches.head_groups` reads the
         stores."""
         if key_states.shape[1] != self.kv_heads:
@@ -70,7 +68,7 @@ class GroupedLayer(AccelLayer):
         for group in self.groups:
             index = group.index(key_states.device)
             group.store.expected = True
-            group.store.update(key_states.index_select(1, index), value_states.index_select(1, index))
+            group.store.add(key_states.index_select(1, index), value_states.index_select(1, index))
         self.is_initialized = True
         return key_states, value_states
 

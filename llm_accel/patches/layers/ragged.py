@@ -82,13 +82,11 @@ class RaggedLayer(AccelLayer):
         width = self.keys.shape[-1] + self.values.shape[-1]
         return self.table.shape[0] * self.table.shape[1] * width * self.keys.element_size()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D]. Returns all stored ones before the first eviction, afterwards the new ones
         alone: :meth:`attend` reads the pool."""
         if self.table is None:
-            return super().update(key_states, value_states)
+            return super().add(key_states, value_states)
         count = key_states.shape[-2]
         self._admit(count)
         if count > self.room:

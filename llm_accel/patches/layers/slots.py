@@ -41,9 +41,7 @@ class SlotLayer(AccelLayer):
         self.spare: Tensor | None = None
         self.vacant = 0
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Overwrites the spare slot with one new token, or appends where the layer still grows or a turn begins."""
         count = key_states.shape[-2]
         if count == 1 and self.spare is not None:
@@ -51,7 +49,7 @@ class SlotLayer(AccelLayer):
             return self.keys, self.values
         if self.spare is not None:
             self._restore_order()
-        super().update(key_states, value_states)
+        super().add(key_states, value_states)
         if self.scores is not None:
             self.scores = F.pad(self.scores, (0, count))
         return self.keys, self.values
