@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache
 
 from llm_accel.report import Report
 from tests.contracts.head_oracle import HeadOracle
@@ -24,25 +24,21 @@ Kept = dict[int, Tensor]
 
 
 class HidingAttention:
-    """The eager attention of the model's own file, softcaps, sinks and biases included, under a mask per head.
-    ``shown`` is set anew before each call of the model."""
+    """The eager attention of the model's own file, softcaps, sinks and biases included, under a mask per head. Which
+    layer and which heads of the cache a key belongs to is seen from the key itself, since models share, loop over and
+    reorder them. ``shown`` is set anew before each call of the model."""
 
     def __init__(self) -> None:
         self.shown: Shown | None = None
-        self.cached: Tensor | None = None
+        self.cached: dict[int, Tensor] = {}  # layer -> keys [B, Hk, P, D] that it handed out last, the last one last
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        columns = key.shape[2]
-        layer = getattr(module, "layer_idx", None)
-        shown = None
-        if self.shown is not None and layer is not None:
-            shown = self.shown(layer, query.shape[0], self._cached_heads(key), query.shape[2], columns)
+        shown = None if self.shown is None or not self.cached else self._shown(self.shown, query, key)
         if shown is not None:
-            shown = self._of_queries(shown, key, query.shape[1])
             hidden = torch.zeros(shown.shape, dtype=query.dtype).masked_fill(~shown, torch.finfo(query.dtype).min)
-            mask = hidden if attention_mask is None else hidden + attention_mask[..., :columns]
+            mask = hidden if attention_mask is None else hidden + attention_mask[..., : key.shape[2]]
             attention_mask = mask.clamp(min=torch.finfo(query.dtype).min)
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if own is not None:
@@ -51,35 +47,50 @@ class HidingAttention:
         weights = attention_weights(query, key, attention_mask, None, kwargs | {"scaling": scaling})
         return attention_output(weights, value), None
 
-    def _cached_heads(self, key: Tensor) -> int:
-        return key.shape[1] if self.cached is None else self.cached.shape[1]
+    def handed_out(self, layer: int, keys: Tensor) -> None:
+        """Notes what a cache layer returned."""
+        self.cached.pop(layer, None)
+        self.cached[layer] = keys
 
-    def _of_queries(self, shown: Tensor, key: Tensor, query_heads: int) -> Tensor:
-        """``shown`` of the heads of the cache as it is of query heads, in whatever order attention was given them."""
-        cached = self.cached
-        if shown.shape[1] > 1 and cached is not None and cached.shape[1] != key.shape[1]:
+    def _shown(self, rule: Shown, query: Tensor, key: Tensor) -> Tensor | None:
+        """bool [B, Hq, T or 1, P] for the query heads."""
+        layer, heads = self._source(key)
+        cached = key.shape[1] if heads is None else self.cached[layer].shape[1]
+        shown = rule(layer, query.shape[0], cached, query.shape[2], key.shape[2])
+        if shown is None:
+            return None
+        if heads is not None and shown.shape[1] > 1:
+            shown = shown[:, heads]
+        return shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
+
+    def _source(self, key: Tensor) -> tuple[int, list[int] | None]:
+        """The layer that holds these keys, and for each head the head there; None where keys are made from what the
+        layer holds, as from latents."""
+        for layer, cached in reversed(self.cached.items()):
+            if cached.shape[2:] != key.shape[2:] or cached.shape[0] != key.shape[0]:
+                continue
             same = [[torch.equal(key[:, h], cached[:, c]) for c in range(cached.shape[1])] for h in range(key.shape[1])]
             if all(map(any, same)):
-                shown = shown[:, [row.index(True) for row in same]]
-        return shown.repeat_interleave(query_heads // shown.shape[1], 1)
+                return layer, [row.index(True) for row in same]
+        return next(reversed(self.cached)), None
 
 
 @contextmanager
 def hiding(model: PreTrainedModel, attention: HidingAttention) -> Iterator[None]:
     """Runs a stock model with this attention, which is told what each cache layer handed out last."""
-    update = DynamicLayer.update
+    update = Cache.update
 
-    def told(layer: DynamicLayer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = update(layer, *args, **kwargs)
-        attention.cached = keys
-        return keys, values
+    def told(cache: Cache, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        handed = update(cache, key, value, layer_idx, *args, **kwargs)
+        attention.handed_out(layer_idx, handed[0])
+        return handed
 
-    DynamicLayer.update = told
+    Cache.update = told
     try:
         with running(model, attention):
             yield
     finally:
-        DynamicLayer.update = update
+        Cache.update = update
 
 
 def kept_now(report: Report) -> Kept:
