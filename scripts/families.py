@@ -50,6 +50,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names such as text/llama, separated by commas")
+    parser.add_argument("--kind", choices=("text", "vision"), help="text or vision families only")
     parser.add_argument("--share", type=int, default=1, metavar="N", help="one in N families")
     parser.add_argument("--turn", type=int, default=0, metavar="K", help="which of the N shares")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -66,7 +67,8 @@ def _cases(options: argparse.Namespace) -> list[str]:
         if unknown := [name for name in wanted if name not in FAMILIES]:
             raise SystemExit(f"unknown: {', '.join(unknown)}; names are text/NAME or vision/NAME of this transformers")
         return wanted
-    return [case for case in FAMILIES if zlib.crc32(case.encode()) % options.share == options.turn % options.share]
+    shared = [case for case in FAMILIES if zlib.crc32(case.encode()) % options.share == options.turn % options.share]
+    return [case for case in shared if options.kind is None or case.startswith(options.kind)]
 
 
 def _run(cases: list[str], options: argparse.Namespace) -> dict[str, Family]:

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from tests import tiny_vlm
 from tests.families.overrides import VARIANTS
 from tests.families.shrink import tiny_config
 
@@ -38,7 +39,9 @@ def _decoder_of(config: PretrainedConfig, wanted: type[PretrainedConfig]) -> Pre
 
 
 def vision_model(family: str) -> PreTrainedModel:
-    """A vision-language model of this family, likewise."""
+    """A vision-language model of this family, likewise; the one of :mod:`tests.tiny_vlm` where there is one."""
+    if family in tiny_vlm.CONFIGS:
+        return tiny_vlm.tiny_vlm(family)
     torch.manual_seed(0)
     return widened(AutoModelForImageTextToText.from_config(tiny_config(family), dtype=torch.float32))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,15 +21,28 @@ ANSWER = 3
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids [B, LENGTH], mask and real tokens of each row, padded on the left; ``mask`` is None for one row."""
+    """Rows to ask.
+
+    Attributes:
+        ids: token ids [B, n], padded on the left.
+        mask: int [B, n], None for rows without padding.
+        lengths: real tokens of each row.
+        extra: what else the first call gets, such as the images.
+        rows: the rows alone; empty where there is nothing else to them than their tokens.
+    """
 
     ids: Tensor
     mask: Tensor | None
     lengths: tuple[int, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Prompt, ...] = ()
 
     def row(self, index: int) -> Prompt:
         """One row alone, without its padding."""
-        return Prompt(self.ids[index : index + 1, LENGTH - self.lengths[index] :], None, (self.lengths[index],))
+        if self.rows:
+            return self.rows[index]
+        length = self.lengths[index]
+        return Prompt(self.ids[index : index + 1, self.width - length :], None, (length,))
 
     @property
     def width(self) -> int:
@@ -37,6 +50,7 @@ class Prompt:
 
 
 def padded() -> Prompt:
+    """Three rows, the first the longest."""
     return Prompt(*left_padded(list(LENGTHS), seed=3), LENGTHS)
 
 
@@ -79,7 +93,7 @@ def two_turns(
 ) -> Tensor:
     """Logits [B, NEW + ANSWER, vocabulary] of an answer, and of an answer to a question on the same cache. ``after``
     gets the number of the call, which goes on counting in the second turn."""
-    logits, cache, ids = forced(model, batch.ids, batch.mask, NEW, after, **more)
+    logits, cache, ids = forced(model, batch.ids, batch.mask, NEW, after, **batch.extra, **more)
     if turns == 1:
         return logits
     question = prompt(QUESTION, seed=7, batch=ids.shape[0])

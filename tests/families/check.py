@@ -26,6 +26,10 @@ class Difference(Exception):
     """Ours is not what it should be."""
 
 
+class Failure(Exception):
+    """A call ended in an error that is none of ours."""
+
+
 @dataclass
 class Trial:
     """The calls of one method on one family.
@@ -59,7 +63,7 @@ class Trial:
         except Difference:
             raise
         except Exception as error:
-            raise RuntimeError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+            raise Failure(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
     @property
     def notes(self) -> list[str]:
@@ -72,17 +76,24 @@ def judge_all(stock: Stock, methods: tuple[str, ...] = METHODS) -> dict[str, Ver
 
 
 def judge(stock: Stock, method: str) -> Verdict:
-    """Every call of one method; afterwards the model must be as before."""
+    """Every call of one method."""
+    return judged(stock, lambda trial: _judge_calls(trial, method))
+
+
+def judged(stock: Stock, calls: Callable[[Trial], Verdict]) -> Verdict:
+    """What ``calls`` say or raise; afterwards the model must be as before."""
     outside = Outside.of(stock.model)
     trial = Trial(stock)
     try:
-        verdict = _judge_calls(trial, method)
+        verdict = calls(trial)
     except LlmAccelError as error:
         verdict = Verdict(REFUSED, f"{type(error).__name__}: {error}")
     except Difference as error:
         verdict = Verdict(WRONG, str(error))
+    except Failure as error:
+        verdict = Verdict(FAILS, str(error))
     except Exception as error:
-        verdict = Verdict(FAILS, f"{type(error).__name__}: {first_line(error)}" if not trial.done else str(error))
+        verdict = Verdict(FAILS, f"apply: {type(error).__name__}: {first_line(error)}")
     verdict.error = trial.error if trial.done else None
     verdict.notes = trial.notes
     return _untouched(stock, outside, verdict)

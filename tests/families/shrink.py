@@ -71,6 +71,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"laurel_rank|adapter_rank|gated_norm_rank|loop_gate_rank", 4),
     (r"hidden_size_per_layer_input", 16),
     (r"query_pre_attn_scalar", 24),
+    (r"mm_tokens_per_image", 4),
     (r"image_size", 28),
     (r"patch_size", 7),
     (r"conv_kernel_sizes", 3),
