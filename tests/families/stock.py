@@ -112,7 +112,7 @@ class Stock:
                 self.notes.append(f"{shape}, {CHUNKS}: differs from the prompt in one call by {found:.1e}")
                 del self.answers[f"{shape}, {CHUNKS}"]
         if "padded" in self.answers:
-            shortest = two_turns(self.model, self.batch.row(-1), turns=1)
+            shortest = two_turns(self.model, self.batch.row(len(self.batch.lengths) - 1), turns=1)
             found = max(
                 difference(self.answers["padded"][:1], self.answers["single"]),
                 difference(self.answers["padded"][-1:], shortest),
