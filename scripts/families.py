@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # for the tests, which are not part of the packag
 
 from tests.families.judge import FAMILIES  # noqa: E402
 from tests.families.page import page  # noqa: E402
+from tests.families.stock import EXACT, NOISE  # noqa: E402
 from tests.families.sweep import TIMEOUT, sweep  # noqa: E402
 from tests.families.verdict import Family  # noqa: E402
 
@@ -102,10 +103,14 @@ def _store(stored: dict[str, Any], results: dict[str, Family], whole: bool) -> N
     families |= {case: family.to_dict() for case, family in results.items()}
     for family in families.values():
         family.pop("seconds", None)
+        for verdict in family["methods"].values():
+            verdict.pop("error", None)  # rounding differs between machines
     data = {
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
         "command": "python scripts/families.py",
+        "bar": EXACT,
+        "noise": NOISE,
         "families": dict(sorted(families.items())),
     }
     RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

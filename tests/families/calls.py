@@ -14,9 +14,9 @@ from tests.tiny import left_padded, prompt
 
 LENGTH = 60
 LENGTHS = (LENGTH, 41, 13)
-NEW = 5
+NEW = 4
 QUESTION = 7
-ANSWER = 3
+ANSWER = 2
 
 
 @dataclass(frozen=True)

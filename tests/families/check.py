@@ -39,12 +39,14 @@ class Trial:
         error: the largest difference so far.
         refusals: message of our own -> calls that it refused.
         done: calls that went through.
+        ours: shape -> logits of a budget below the prompt, and what was kept of the prompt.
     """
 
     stock: Stock
     error: float = 0.0
     refusals: dict[str, list[str]] = field(default_factory=dict)
     done: int = 0
+    ours: dict[str, tuple[Tensor, Kept]] = field(default_factory=dict)
 
     def compare(self, call: str, ours: Tensor, reference: Tensor) -> None:
         """Raises :class:`Difference` above the bar."""
@@ -77,7 +79,9 @@ def judge_all(stock: Stock, methods: tuple[str, ...] = METHODS) -> dict[str, Ver
 
 def judge(stock: Stock, method: str) -> Verdict:
     """Every call of one method."""
-    return judged(stock, lambda trial: _judge_calls(trial, method))
+    verdict = judged(stock, lambda trial: _judge_calls(trial, method))
+    verdict.why = verdict.why.replace(WHOLE[method]().spec(), method)
+    return verdict
 
 
 def judged(stock: Stock, calls: Callable[[Trial], Verdict]) -> Verdict:
@@ -87,7 +91,7 @@ def judged(stock: Stock, calls: Callable[[Trial], Verdict]) -> Verdict:
     try:
         verdict = calls(trial)
     except LlmAccelError as error:
-        verdict = Verdict(REFUSED, f"{type(error).__name__}: {error}")
+        verdict = Verdict(REFUSED, str(error))
     except Difference as error:
         verdict = Verdict(WRONG, str(error))
     except Failure as error:
@@ -132,9 +136,9 @@ def _judge_below(trial: Trial, make: Callable[[], MethodConfig]) -> None:
     stock = trial.stock
     for shape, turns in stock.shapes():
         trial.call(shape, _against_oracle, make(), shape, turns)
-        if f"{shape}, {CHUNKS}" in stock.answers:
-            trial.call(f"{shape}, {CHUNKS}", _against_oracle, make(), shape, 1, prefill_chunk_size=CHUNK)
-    if stock.independent:
+        if f"{shape}, {CHUNKS}" in stock.answers and shape in trial.ours:
+            trial.call(f"{shape}, {CHUNKS}", _chunks, make(), shape)
+    if stock.independent and "padded" in trial.ours:
         trial.call("padded rows against each alone", _rows_alone, make())
 
 
@@ -147,22 +151,41 @@ def _whole(trial: Trial, name: str, method: str, shape: str, turns: int) -> None
 
 
 def _rows_alone(trial: Trial, name: str, config: MethodConfig) -> None:
-    """Rows of a padded batch against the rows alone."""
+    """Rows of the padded batch against the rows alone, the first of which is the single row."""
+    together = trial.ours["padded"][0]
+    if "single" in trial.ours:
+        trial.compare(f"{name}, row 0", together[:1, :NEW], trial.ours["single"][0][:, :NEW])
+    with llm_accel.apply(trial.stock.model, config):
+        alone = two_turns(trial.stock.model, trial.stock.batch.row(1), turns=1)
+    trial.compare(f"{name}, row 1", together[1:2, :NEW], alone)
+
+
+def _chunks(trial: Trial, name: str, config: MethodConfig, shape: str) -> None:
+    """The prompt in chunks against the prompt in one call: the same entries are kept, the logits are the same."""
     stock = trial.stock
-    with llm_accel.apply(stock.model, config):
-        together = two_turns(stock.model, stock.batch, turns=1)
-        for row in (0, 1):
-            alone = two_turns(stock.model, stock.batch.row(row), turns=1)
-            trial.compare(f"{name}, row {row}", together[row : row + 1], alone)
+    kept: list[Kept] = []
+    with llm_accel.apply(stock.model, config, trace=True) as handle:
+        ours = two_turns(
+            stock.model,
+            stock.prompt_of(shape),
+            lambda step: kept.append(kept_now(handle.report())),
+            turns=1,
+            prefill_chunk_size=CHUNK,
+        )
+    whole, kept_whole = trial.ours[shape]
+    trial.compare(name, ours, whole[:, :NEW])
+    if any(not torch.equal(entries, kept_whole[layer]) for layer, entries in kept[0].items()):
+        raise Difference(f"{name}: other entries are kept than of the prompt in one call")
 
 
-def _against_oracle(trial: Trial, name: str, config: MethodConfig, shape: str, turns: int, **more: Any) -> None:
+def _against_oracle(trial: Trial, name: str, config: MethodConfig, shape: str, turns: int) -> None:
     """Logits against the stock model that hides what the reports say was evicted, call by call."""
     stock, batch = trial.stock, trial.stock.prompt_of(shape)
     kept: list[Kept] = []
     with llm_accel.apply(stock.model, config, trace=True) as handle:
-        ours = two_turns(stock.model, batch, lambda step: kept.append(kept_now(handle.report())), turns, **more)
+        ours = two_turns(stock.model, batch, lambda step: kept.append(kept_now(handle.report())), turns)
         _require_eviction(name, config, handle.report(), kept[0])
+    trial.ours[shape] = (ours, kept[0])
     if stock.oracle:
         _compare_with(trial, name, ours, batch, turns, lambda call: _shown(config, kept, call, batch))
 

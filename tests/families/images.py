@@ -24,8 +24,8 @@ class NoImage(Exception):
 
 
 def with_image(model: PreTrainedModel) -> Prompt:
-    """Two rows with an image each, padded on the left; :class:`NoImage` with what was tried."""
-    tried = []
+    """Two rows with an image each, padded on the left; :class:`NoImage` where no form is taken."""
+    tried: list[str] = []
     for name, make in _forms(model.config):
         try:
             rows = tuple(_row(model, make, index) for index in range(len(TEXT_AROUND)))
@@ -33,10 +33,12 @@ def with_image(model: PreTrainedModel) -> Prompt:
             if difference(two_turns(model, rows[0], turns=1), two_turns(model, other, turns=1)) < 1e-4:
                 raise ValueError("the answer does not depend on the image")
         except Exception as error:  # another form may fit
-            tried.append(f"{name}: {type(error).__name__}: {str(error).strip()[:80]}")
+            tried.append(f"{name}: {error}")
             continue
         return _batch(rows)
-    raise NoImage("; ".join(tried) or "its configuration names no token that stands for an image")
+    if not tried:
+        raise NoImage("the configuration names no token that stands for an image")
+    raise NoImage(f"none of {len(tried)} forms of an image that the tests know is taken")
 
 
 def image_token(config: PretrainedConfig) -> int | None:

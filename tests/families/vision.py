@@ -43,8 +43,7 @@ def judge_vision(family: str, model: PreTrainedModel) -> tuple[dict[str, Verdict
         batch = _by_hand(model) if family in tiny_vlm.CONFIGS else with_image(model)
     except NoImage as error:
         stock = Stock.of(model)
-        why = f"no image that the tests can make is taken ({error})"
-        return {method: _refusal(stock, method, why) for method in METHODS}, stock.notes
+        return {method: _refusal(stock, method, str(error)) for method in METHODS}, stock.notes
     stock = Stock.of(model, batch)
     return {method: judge(stock, method) if method in KV else _tokens(stock, method) for method in METHODS}, stock.notes
 
