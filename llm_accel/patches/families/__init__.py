@@ -7,15 +7,17 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION
+from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from llm_accel.patches.families.base import VisionFamily, attribute
 from llm_accel.patches.families.generic import UNTESTED, generic_family
 from llm_accel.patches.families.internvl import INTERNVL
 from llm_accel.patches.families.llava import LLAVA, VIDEO_LLAVA, VIPLLAVA
-from llm_accel.patches.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from llm_accel.patches.families.qwen import QWEN_LIKE
 from llm_accel.patches.families.resizing import Places
+from llm_accel.patches.families.siglip import SIGLIP
 
-_ALL = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, VIDEO_LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
+_LLAVA = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA)
+_ALL = (*_LLAVA, *QWEN_LIKE, INTERNVL, *SIGLIP)
 FAMILIES: Mapping[str, VisionFamily] = MappingProxyType({family.model_type: family for family in _ALL})
 
 _BLOCKS = "its image tokens attend to each other in both directions, and the masks for that are built for whole images"
