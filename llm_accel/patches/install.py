@@ -129,9 +129,19 @@ def _problem(decoder: Any) -> Problem:
 
 
 def install(model: Any, plan: Plan) -> DecoderHook:
-    """Hooks the decoder, names our attention in its configuration, shadows ``generate``."""
-    decoder = model.get_decoder()
+    """Hooks the decoder, names our attention in its configuration, shadows ``generate``. What has been done by then is
+    undone where anything fails."""
     hook = DecoderHook(plan)
+    try:
+        _put_on(model, hook)
+    except BaseException:
+        _take_off(model, hook)
+        raise
+    return hook
+
+
+def _put_on(model: Any, hook: DecoderHook) -> None:
+    decoder, plan = model.get_decoder(), hook.plan
     name = register(plan.base)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(DecoderExit(), with_kwargs=True)
@@ -145,15 +155,25 @@ def install(model: Any, plan: Plan) -> DecoderHook:
                 setattr(model, entry, RefusingProxy(entry))
     if plan.family is not None:
         install_vision(model, hook)
-    return hook
 
 
 def uninstall(model: Any) -> None:
     """Exact undo; a no-op on a model without a plug-in."""
     hook = hook_of(model)
     if hook is not None:
-        _unhook(model.get_decoder(), hook)
-        uninstall_vision(model, hook.plan)
+        _take_off(model, hook)
+    else:
+        _drop_proxies(model)
+
+
+def _take_off(model: Any, hook: DecoderHook) -> None:
+    """Undoes all that :func:`install` does, or as much of it as has been done."""
+    _unhook(model.get_decoder(), hook)
+    uninstall_vision(model, hook.plan)
+    _drop_proxies(model)
+
+
+def _drop_proxies(model: Any) -> None:
     for entry in ("generate", *SHADOWED):
         if isinstance(getattr(model, "__dict__", {}).get(entry), GenerateProxy | RefusingProxy):
             delattr(model, entry)
