@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.roles import PromptCompression, PromptView
 from llm_accel.methods.selection import select_top, uniform
 
@@ -17,7 +17,7 @@ from llm_accel.methods.selection import select_top, uniform
 class RandomKV(PromptCompression):
     """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
 
-    window: int = option("last entries of the prompt, always kept", 32)
+    window: int = option("last entries of the prompt, always kept", 32, most=ENTRIES)
     seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
 
     name: ClassVar[str] = "random"
@@ -44,7 +44,8 @@ class RandomKV(PromptCompression):
         if view.protected is not None:
             forced = forced | view.protected
         head = view.heads.numbers(view.kv_heads, rank.device)[None, :, None]
-        draw = uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
+        stream = (self.seed * 4099 + view.layer) * 1031 % 2**32  # all that the hash reads of it; more may pass int64
+        draw = uniform(rank[:, None], stream + head)
         return select_top(
             draw.expand(len(counts), -1, -1),
             counts=counts,
