@@ -31,9 +31,9 @@ class ServeSettings:
 
     model: str | None = _option("HuggingFace model, or bundled:vision (default: bundled:needle)", None, "ID|PATH")
     method: str = _option("method of requests that name none; dense is the plain model", "dense", "NAME[:OPTION=...]")
-    allow_methods: str = _option(
-        "methods that requests may choose beside that of --method and dense, joined by commas; all: every one",
-        "",
+    allow_methods: str | None = _option(
+        "methods that requests may use beside that of --method and dense (default: none); all: every one",
+        None,
         "NAME,...",
     )
     name: str | None = _option("what the API calls the model (default: its id or folder)", None, "NAME")
@@ -53,7 +53,9 @@ class ServeSettings:
     max_batch_tokens: int = _option("rows times longest prompt and answer; a request that is larger runs alone", 65536)
     window_ms: float = _option("how long a request waits for others to share its batch", 5.0)
     max_queue: int = _option("requests that may wait; further ones get status 429", 64)
-    deadline_s: float = _option("time that a request has, waiting included; requests may ask for less", 120.0)
+    deadline_s: float = _option(
+        "time that a request has, reading and waiting included; requests may ask for less", 120.0
+    )
     drain_s: float = _option("time that accepted requests have to finish after SIGTERM", 30.0)
 
     max_body_mib: float = _option("size of a request", 8.0)
@@ -85,7 +87,7 @@ class ServeSettings:
             LlmAccelError: ``method`` cannot be used, or there is no method of an allowed name.
         """
         own = {"dense", *(config.name for config in parse_all(self.method))}
-        names = [name.strip() for name in self.allow_methods.split(",") if name.strip()]
+        names = [name.strip() for name in (self.allow_methods or "").split(",") if name.strip()]
         for name in names:
             if name not in methods() and name != _ALL:
                 raise ConfigError("--allow-methods: " + unknown_name("method", name, [*methods(), _ALL]))

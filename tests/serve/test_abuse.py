@@ -157,11 +157,11 @@ ABUSES = {
     "a prompt of 4 million words": lambda: complete('"' + "a " * 4_000_000 + '"'),
     "a prompt of 4 million escapes": lambda: complete('"' + '\\"' * 4_000_000 + '"'),
     "a chat of 4 million words": lambda: chat('[{"role":"user","content":"' + "a " * 4_000_000 + '"}]'),
-    "kernel=10**9+1": lambda: method("snapkv:kernel=1000000001"),
+    "kernel=10**9+1": lambda: method("snapkv:kernel=1000000001,budget=64"),
     "window=10**9": lambda: method("snapkv:window=1000000000,budget=2000000000"),
-    "page=10**9": lambda: method("adakv:page=1000000000"),
+    "page=10**9": lambda: method("adakv:page=1000000000,budget=64"),
     "capacity=10**9": lambda: method("dense:capacity=1000000000"),
-    "random:seed beyond int64": lambda: method("random:seed=9223372036854775808"),
+    "random:seed beyond int64": lambda: method("random:seed=9223372036854775808,budget=64"),
     "a method that is not allowed": lambda: method("h2o:budget=64"),
 }
 
@@ -212,7 +212,11 @@ print(connection.getresponse().status)
 
 def test_what_clients_cause_never_counts_against_health(victim: Victim) -> None:
     """The same mistakes many times over; three failed batches in a row would turn /health to 503."""
-    for spec in ("random:seed=9223372036854775807", "random:seed=-9223372036854775807", "random:window=1073741824"):
+    for spec in (
+        "random:seed=9223372036854775807,budget=64",
+        "random:seed=-9223372036854775808,budget=64",
+        "random:window=64",
+    ):
         for _ in range(4):
             status, answer = victim.post(*method(spec))
             assert status in (200, 400), answer
