@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llm_accel.errors import ConfigError
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
+READ_SECONDS = 60.0  # for a client to read on when more of an answer waits than is buffered
 _READ = 2**13  # bytes that are parsed at a time, so that many tiny chunks do not hold the event loop
 
 
@@ -51,16 +52,18 @@ def _unusable(host: str, port: int, error: OSError) -> ConfigError:
 
 
 class Connection(H11Protocol):
-    """Closes connections whose client does not send a whole head in time, or goes on sending a body that is answered
-    already. The time begins with the connection, or with the first byte after an answer; uvicorn's own limit is for
-    those that send nothing at all after an answer."""
+    """Closes connections whose client does not send a whole head in time, goes on sending a body that is answered
+    already, or does not read its answer. The time for a head begins with the connection, or with the first byte after
+    an answer; uvicorn's own limit is for those that send nothing at all after an answer."""
 
     _closing: asyncio.TimerHandle | None = None
+    _aborting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begins the time for the first head."""
         super().connection_made(transport)
-        transport.max_size = _READ
+        if hasattr(transport, "max_size"):  # asyncio's own transports
+            transport.max_size = _READ
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -68,10 +71,21 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def pause_writing(self) -> None:
+        """Begins the time for the client to read on."""
+        super().pause_writing()
+        self._aborting = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read on."""
+        super().resume_writing()
+        self._go_on()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is left to close."""
         super().connection_lost(exc)
         self._stop()
+        self._go_on()
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -83,3 +97,8 @@ class Connection(H11Protocol):
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
+
+    def _go_on(self) -> None:
+        if self._aborting is not None:
+            self._aborting.cancel()
+            self._aborting = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -128,6 +129,24 @@ def test_half_open_connections_are_closed(
         if sent.endswith(b"\r\n\r\n") or sent.endswith(b"{"):
             assert connection.recv(4096).startswith(b"HTTP/1.1")
         assert closed(connection, drip)
+    assert running.complete().status_code == 200
+
+
+def test_clients_that_do_not_read_are_left(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_SECONDS", SOON)
+    before = set(running.server.server_state.connections)
+
+    def others() -> int:
+        return len(set(running.server.server_state.connections) - before)
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", running.port))
+        connection.settimeout(20)
+        ask = GET.replace(b"/v1/models", b"/openapi.json")
+        with contextlib.suppress(OSError):  # closed while it is sending
+            connection.sendall(ask * 3000)
+        wait_for(lambda: others() == 0)
     assert running.complete().status_code == 200
 
 
