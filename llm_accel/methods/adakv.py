@@ -31,8 +31,8 @@ class AdaKV(SnapKV):
     )
     normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
     base: Literal["snapkv", "pyramidkv"] = option("how layers are budgeted: all alike, or as in pyramidkv", "snapkv")
-    beta: int = option("steepness of base=pyramidkv", _BETA)
-    page: int = option("entries per page of the store, whose pages belong to one row and head", 64)
+    beta: int = option("steepness of base=pyramidkv", _BETA, most=10_000)
+    page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096)
 
     name: ClassVar[str] = "adakv"
     info: ClassVar[MethodInfo] = MethodInfo(

@@ -12,7 +12,7 @@ from llm_accel.errors import ConfigError
 from llm_accel.kernels import column_votes, slot_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.roles import StepEviction, StepView
@@ -24,11 +24,13 @@ class H2O(StepEviction):
     """Heavy hitters and recent entries per KV head, during the whole generation. Each decode step attends to a full
     budget and the new token, adds the attention to the scores, and frees the slot of the lowest old entry."""
 
-    heavy: int | None = option("heavy hitters kept; what the recent entries leave of the budget when not given", None)
-    recent: int | None = option(
-        "newest entries, always kept; when not given half of the budget, or what sinks leave", None
+    heavy: int | None = option(
+        "heavy hitters kept; what the recent entries leave of the budget when not given", None, most=ENTRIES
     )
-    sinks: int = option("first real tokens, always kept; 0 in the paper", 4)
+    recent: int | None = option(
+        "newest entries, always kept; when not given half of the budget, or what sinks leave", None, most=ENTRIES
+    )
+    sinks: int = option("first real tokens, always kept; 0 in the paper", 4, most=ENTRIES)
     norm: Literal["sum", "mean"] = option(
         "rank by attention received: its sum, or its mean per query that could see it", "sum"
     )

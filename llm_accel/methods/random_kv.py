@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.roles import PromptCompression
 from llm_accel.methods.selection import uniform
@@ -17,7 +17,7 @@ from llm_accel.methods.selection import uniform
 class RandomKV(PromptCompression):
     """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
 
-    window: int = option("last entries of the prompt, always kept", 32)
+    window: int = option("last entries of the prompt, always kept", 32, most=ENTRIES)
     seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
 
     name: ClassVar[str] = "random"

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
 from llm_accel.methods.budget import Budgeted
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.selection import best_slots, per_head, total_order, without
@@ -26,6 +26,7 @@ class WholeCache(MethodConfig):
         "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
         "and longer calls: as many as needed, in buckets",
         None,
+        most=ENTRIES,
     )
 
     def validate(self) -> None:
@@ -37,7 +38,7 @@ class WholeCache(MethodConfig):
 class ScoreAndKeep(Budgeted):
     """Role: decides, once the prompt is complete, which KV entries stay (per row, KV head and layer)."""
 
-    skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", ())
+    skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", (), most=LAYERS)
 
     def validate(self) -> None:
         super().validate()
@@ -165,6 +166,7 @@ class PromptCompression(ScoreAndKeep):
     recompress_every: int | None = option(
         "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
         None,
+        most=ENTRIES,
     )
 
     def validate(self) -> None:

@@ -19,8 +19,8 @@ from llm_accel.methods.selection import per_head
 class SnapKV(PromptCompression):
     """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
-    window: int = option("observation window: last queries of the prompt, always kept", 32)
-    kernel: int = option("pooling kernel over neighbouring positions, odd", 7)
+    window: int = option("observation window: last queries of the prompt, always kept", 32, most=8192)
+    kernel: int = option("pooling kernel over neighbouring positions, odd", 7, most=255)
     pool: Literal["max", "avg"] = option("pooling of the votes: max or avg", "max")
     gqa: Literal["mean", "max"] = option(
         "reduction of the votes over the query heads of a KV head: mean or max", "mean"

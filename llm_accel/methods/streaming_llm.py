@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.roles import StepEviction, StepView
 
@@ -17,7 +17,7 @@ from llm_accel.methods.roles import StepEviction, StepView
 class StreamingLLM(StepEviction):
     """Only the sinks and the last entries stay, in the prompt and at every decode step: the floor for other methods."""
 
-    sinks: int = option("first real tokens of the prompt, always kept", 4)
+    sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES)
     positions: Literal["original", "cache"] = option(
         "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
         "original",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import ENTRIES, MethodConfig, option
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.shard import WHOLE, HeadShard
 
@@ -22,7 +22,7 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VisualBudget(MethodConfig):
     """How many visual tokens of an image a method keeps. An image with fewer passes through untouched."""
 
-    target: int | None = option("visual tokens kept per image; not with keep_ratio", None)
+    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES)
     keep_ratio: float | None = option("fraction of the visual tokens kept, in (0, 1]; not with target", None)
 
     default_ratio: ClassVar[float] = 1 / 3
