@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.layers.joining import joined, leading
 from llm_accel.patches.layers.lending import Lendable
 from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.layers.room import appended
@@ -367,7 +367,7 @@ class AccelLayer(DynamicLayer, Lendable):
         self._join_entries(parts, stored)
         for name, (dim, empty) in self.slotted.items():
             setattr(self, name, joined([getattr(part, name) for part in parts], dim, empty))
-        self.padding = _leading([length - part.cumulative_length for part in parts], parts, "padding", device)
+        self.padding = leading([length - part.cumulative_length for part in parts], parts, "padding", device)
         self.compressed = any(part.compressed for part in parts)
         self.cumulative_length = length
         self.floor = self.physical_length() if self.compressed else 0
@@ -376,7 +376,7 @@ class AccelLayer(DynamicLayer, Lendable):
         """The part of :meth:`join` that depends on how entries are stored; ``stored``: slots of the longest part."""
         for name in ("keys", "values"):
             setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
-        self.start = _leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+        self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
 
     def _slot_positions(self) -> Tensor:
         """Original position of each slot of an unevicted prompt, int64 [B, Hk, P], -1 for padding."""
@@ -388,22 +388,3 @@ class AccelLayer(DynamicLayer, Lendable):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()
-
-
-def joined(parts: Sequence[Tensor | None], dim: int, empty: int) -> Tensor | None:
-    """The rows of all parts in one tensor, padded with ``empty`` at the front of ``dim``; None where they are."""
-    tensors = [part for part in parts if part is not None]
-    if not tensors:
-        return None
-    longest, behind = max(tensor.shape[dim] for tensor in tensors), (0, 0) * (-1 - dim)
-    return torch.cat([F.pad(part, (*behind, longest - part.shape[dim], 0), value=empty) for part in tensors])
-
-
-def _leading(more: Sequence[int], parts: Sequence[AccelLayer], name: str, device: Any) -> Tensor | None:
-    """Leading empty places of each row, int64 [B]: what a part counts as ``name`` and ``more``; None without any."""
-    rows = []
-    for count, part in zip(more, parts, strict=True):
-        own: Tensor | None = getattr(part, name)
-        rows.append(torch.full((part.rows,), count, device=device) + (0 if own is None else own))
-    total = torch.cat(rows)
-    return total if bool(total.any()) else None
