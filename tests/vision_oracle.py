@@ -121,9 +121,7 @@ def hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[Non
         visible = causal & (~gone | torch.eye(length, dtype=torch.bool))  # itself, so that no row is empty
         return args, kwargs | {"attention_mask": visible[None, None]}
 
-    hooks = [
-        layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers_of(model)[behind + 1 :]
-    ]
+    hooks = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers_of(model)[behind + 1 :]]
     try:
         yield
     finally:

@@ -61,7 +61,6 @@ class AnyRes(VisionFamily):
         )
         return list(packed)
 
-
     def pooled(self, model: Any, frames: Tensor) -> Tensor:
         """Numbers of the patches of frames, [frames, patches, c], as the model scales them down."""
         return cast(Tensor, model.apply_pooling(frames))

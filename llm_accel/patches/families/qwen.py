@@ -107,7 +107,7 @@ class RasterQwen(Qwen):
 
 
 def blocks_of(values: Tensor, width: int, side: int) -> Tensor:
-    """Mean of each block of ``side`` x ``side`` patches, line by line of blocks, of [patches, c] in lines of ``width``."""
+    """[patches, c] in lines of ``width`` -> [blocks, c]: the mean of each ``side`` x ``side`` patches, line by line."""
     grid = values.view(-1, side, width // side, side, values.shape[-1])
     return grid.mean((1, 3)).flatten(0, 1)
 
@@ -127,5 +127,5 @@ GLM_OCR = Qwen("glm_ocr")
 ERNIE4_5_VL_MOE = PairedFrames("ernie4_5_vl_moe")
 VIDEO_LLAMA_3 = MergedBySize("video_llama_3")
 PADDLEOCR_VL = RasterQwen("paddleocr_vl")
-QWEN_LIKE = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GLM4V_MOE, GLM_OCR, ERNIE4_5_VL_MOE)
-QWEN_LIKE += (VIDEO_LLAMA_3, PADDLEOCR_VL)
+_ALIKE = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GLM4V_MOE, GLM_OCR)
+QWEN_LIKE: tuple[Qwen, ...] = (*_ALIKE, ERNIE4_5_VL_MOE, VIDEO_LLAMA_3, PADDLEOCR_VL)

@@ -1,11 +1,11 @@
-"""What a model hands to its decoder and the decoder to its layers, as far as rows that are taken out concern it: what is
-not known to be cut with them is refused before anything is touched."""
+"""What a model hands to its decoder, and the decoder to its layers: what is not known to be cut with the rows that are
+taken out is refused before anything is touched."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,10 +24,10 @@ _OF_LAYERS = {"hidden_states", "position_embeddings"}
 def layers_of(decoder: Any) -> Sequence[nn.Module]:
     """The layers of a decoder; some models call the decoder together with its head by that name."""
     parts = (part for part in decoder.modules() if isinstance(part, PreTrainedModel))
-    found: Sequence[nn.Module] | None = next((part.layers for part in parts if hasattr(part, "layers")), None)
+    found: Any = next((part.layers for part in parts if hasattr(part, "layers")), None)
     if found is None:
         raise UnsupportedModelError(f"{decoder.config.model_type}: its layers are not where a decoder has them.")
-    return found
+    return cast("Sequence[nn.Module]", found)
 
 
 def check_rows(model: Any, names: str) -> None:
@@ -74,9 +74,9 @@ def check_features(model: Any, names: str) -> None:
     reads = dry_run(model, model.config.image_token_id).reads
     if reads and "pooler_output" not in reads:
         raise UnsupportedModelError(
-            f"{names} marks features in pooler_output of what get_image_features returns, but {model.config.model_type} "
-            f"reads {', '.join(sorted(reads))} there and computes on; use a method that drops visual tokens between "
-            "layers (fastv, dyvte)."
+            f"{names} marks features in pooler_output of what get_image_features returns, but "
+            f"{model.config.model_type} reads {', '.join(sorted(reads))} there and computes on; use a method that drops "
+            "visual tokens between layers (fastv, dyvte)."
         )
 
 

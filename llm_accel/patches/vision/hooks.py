@@ -42,7 +42,8 @@ def _stand_for(token: int, model: Any, ids: Tensor | None, embeddings: Tensor | 
     assert embeddings is not None
     embedding = model.get_input_embeddings()
     own = embedding(torch.full((1,), token, device=embedding.weight.device))
-    return (embeddings == own.to(embeddings.device)).all(-1)
+    same: Tensor = embeddings == own.to(embeddings.device)
+    return same.all(-1)
 
 
 class LabelsHook:

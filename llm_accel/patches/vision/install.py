@@ -89,8 +89,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if any(isinstance(config, SmallerImage) for config in visual) and not family.resizable:
         known = ", ".join(name for name, one in FAMILIES.items() if one.resizable)
         raise UnsupportedModelError(
-            f"{names} shows the vision tower smaller images, but {family.model_type} puts tiles of one size together, or "
-            f"where the tokens of smaller images stand is not declared; supported: {known}."
+            f"{names} shows the vision tower smaller images; where their tokens stand is not declared for "
+            f"{family.model_type}, or it puts tiles of one size together; supported: {known}."
         )
     if any(isinstance(config, TowerTokens) for config in visual):
         towers = [attribute(model.base_model, path) for path in family.towers]

@@ -88,8 +88,8 @@ class TowerPass:
         tower's own mask, which must hide nothing."""
         if given is not None and bool((~given if given.dtype == torch.bool else given < 0).any()):
             raise UnsupportedCallError(
-                f"{self.method.name} compares all patches of an image, but the tower hides some of them from others, as "
-                "the padding of smaller images; give whole images, or use fastv, dyvte, random_tokens or stride_tokens."
+                f"{self.method.name} compares all patches of an image, but the tower hides some of them from others, "
+                "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
             )
         query, key, value = tensors
         self._calls.append((*tensors, softmax_of(kwargs, query.shape[-1])["scaling"]))

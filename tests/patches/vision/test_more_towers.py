@@ -50,7 +50,9 @@ def attending(tower: Any, attention: Callable[..., Any]) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
-def itself(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any) -> tuple[Tensor, None]:
+def itself(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
     """No patch sees another one."""
     return value.transpose(1, 2), None
 
@@ -77,9 +79,7 @@ def rows(model: PreTrainedModel, call: dict[str, Tensor]) -> Tensor:
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
 
 
-@pytest.mark.parametrize(
-    ("name", "video"), [(name, False) for name in NEW] + [(name, True) for name in VIDEOS]
-)
+@pytest.mark.parametrize(("name", "video"), [(name, False) for name in NEW] + [(name, True) for name in VIDEOS])
 def test_each_patch_counts_for_the_token_that_it_becomes(name: str, video: bool) -> None:
     model = built(name)
     family, holder = family_of(model, "flowcut"), model.base_model
@@ -114,7 +114,7 @@ def test_each_patch_counts_for_the_token_that_it_becomes(name: str, video: bool)
 
 @pytest.mark.parametrize("name", [*BLOCKS, "deepseek_vl", "janus"])
 def test_flowcut_keeps_the_best_by_the_formula(name: str) -> None:
-    """A2: mean over heads of what the mean query pays, times the L1 norm of the mean value, half of it new per layer."""
+    """What the mean query pays, mean over heads, times the L1 norm of the mean value; half of it new in each layer."""
     model = built(name)
     family, (tower, _) = family_of(model, "flowcut"), tower_of(model)
     image = image_of(model, 5)
