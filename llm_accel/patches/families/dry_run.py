@@ -60,8 +60,8 @@ def dry_run(model: Any, image_token: int | None = None) -> DryRun:
         model: a vision-language model.
         image_token: the placeholder of its images, to see what becomes of features; None: text alone.
     """
-    embedding = model.get_input_embeddings().weight
-    ids = torch.ones(_BATCH, TOKENS, dtype=torch.long, device=embedding.device)
+    device = next((part.device for part in model.parameters() if part.device.type != "meta"), torch.device("cpu"))
+    ids = torch.ones(_BATCH, TOKENS, dtype=torch.long, device=device)
     mask = ids.clone()
     mask[0, 0] = 0
     kinds = torch.zeros_like(ids)
@@ -72,7 +72,8 @@ def dry_run(model: Any, image_token: int | None = None) -> DryRun:
         return DryRun(_arguments(model, given))
     image = slice(2, 2 + _ROWS)
     ids[:, image], kinds[:, image] = image_token, 1
-    rows = torch.arange(1.0, 1 + _BATCH * _ROWS, device=ids.device)[:, None].expand(-1, embedding.shape[1])
+    width = model.get_input_embeddings().weight.shape[1]
+    rows = torch.arange(1.0, 1 + _BATCH * _ROWS, device=device)[:, None].expand(-1, width)
     read: frozenset[str] = frozenset()
     stacked = rows.view(_BATCH, _ROWS, -1)
     for features, deeper in ((rows,), rows), (stacked, rows), ((rows,), (rows,)):  # forms that models know
@@ -81,7 +82,7 @@ def dry_run(model: Any, image_token: int | None = None) -> DryRun:
         read |= output.read
         if arguments is not None:
             found = arguments["inputs_embeds"][:, image].flatten(0, 1)
-            placed = found.shape == rows.shape and bool((found == rows).all())
+            placed = found.shape == rows.shape and bool((found.to(device) == rows).all())
             return DryRun(arguments, placed if read else None, read)
     return DryRun(None, None, read)
 

@@ -75,8 +75,8 @@ def check_features(model: Any, names: str) -> None:
     if reads and "pooler_output" not in reads:
         raise UnsupportedModelError(
             f"{names} marks features in pooler_output of what get_image_features returns, but "
-            f"{model.config.model_type} reads {', '.join(sorted(reads))} there and computes on; use a method that drops "
-            "visual tokens between layers (fastv, dyvte)."
+            f"{model.config.model_type} reads {', '.join(sorted(reads))} there and computes on; use a method that "
+            "drops visual tokens between layers (fastv, dyvte)."
         )
 
 

@@ -4,6 +4,7 @@ the model itself makes of it."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,9 @@ def video_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two frames, or pairs of them."""
     family, generator = model.config.model_type, torch.Generator().manual_seed(3)
     if family == "llava_next_video":
-        return {"pixel_values_videos": torch.randn(1, 2, 3, 28, 28, generator=generator)}
+        known = inspect.signature(model.base_model.get_video_features).parameters  # older versions: as for images
+        name = "pixel_values_videos" if "pixel_values_videos" in known else "pixel_values"
+        return {name: torch.randn(1, 2, 3, 28, 28, generator=generator)}
     image = image_of(model, 4)
     video = {"pixel_values_videos": torch.cat([image["pixel_values"]] * 2), "video_grid_thw": torch.tensor([[2, 4, 4]])}
     video["pixel_values_videos"] = torch.randn(video["pixel_values_videos"].shape, generator=generator)
@@ -73,7 +76,7 @@ def video_of(model: PreTrainedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def rows(model: PreTrainedModel, call: dict[str, Tensor]) -> Tensor:
     """Features [tokens, C] of an image or a video."""
-    if "pixel_values" in call:
+    if "pixel_values" in call and call["pixel_values"].shape[1:3] != (2, 3):  # which are frames
         return feature_rows(model, call)
     found = model.base_model.get_video_features(**call, return_dict=True).pooler_output
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
