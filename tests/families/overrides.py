@@ -42,6 +42,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
     "mamba2": {"num_heads": 8},
+    "ministral": {"layer_types": _ALTERNATING},
+    "mistral": {"sliding_window": None},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -63,6 +65,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 # options that change what a family's attention or cache is, each judged as a case of its own: family -> label -> fields
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "mistral": {"all layers sliding": {"sliding_window": 16}},
     "dory": {"one cache for all loops": {"recurrent_kv_cache_mode": "last_loop"}},
     "gemma4_text": {"shared keys": {"num_kv_shared_layers": 2}},
     "gemma4_unified_text": {"shared keys": {"num_kv_shared_layers": 2}},
