@@ -47,11 +47,12 @@ def vision_model(family: str) -> PreTrainedModel:
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in eval mode with wide weights; it does not end an answer by itself."""
+    """The model in eval mode with wide weights, factors that begin at zero too; it does not end an answer by itself."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1 or not torch.isfinite(weight).all() or name.endswith("sinks"):
+            factor = not weight.any() and name.rpartition(".")[2] not in ("bias", "weight")
+            if weight.ndim > 1 or factor or not torch.isfinite(weight).all() or name.endswith("sinks"):
                 weight.normal_(std=STD, generator=generator)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

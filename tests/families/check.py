@@ -26,6 +26,10 @@ class Difference(Exception):
     """Ours is not what it should be."""
 
 
+class NotAsked(Exception):
+    """The family's own generate does not do what the tests ask of it."""
+
+
 class Failure(Exception):
     """A call ended in an error that is none of ours."""
 
@@ -62,7 +66,7 @@ class Trial:
             self.done += 1
         except LlmAccelError as error:
             self.refusals.setdefault(f"{type(error).__name__}: {first_line(error)}", []).append(name)
-        except Difference:
+        except (Difference, NotAsked):
             raise
         except Exception as error:
             raise Failure(f"{name}: {type(error).__name__}: {first_line(error)}") from error
@@ -94,6 +98,8 @@ def judged(stock: Stock, calls: Callable[[Trial], Verdict]) -> Verdict:
         verdict = Verdict(REFUSED, str(error))
     except Difference as error:
         verdict = Verdict(WRONG, str(error))
+    except NotAsked as error:
+        verdict = Verdict(NOT_JUDGED, str(error))
     except Failure as error:
         verdict = Verdict(FAILS, str(error))
     except Exception as error:
@@ -184,6 +190,8 @@ def _against_oracle(trial: Trial, name: str, config: MethodConfig, shape: str, t
     kept: list[Kept] = []
     with llm_accel.apply(stock.model, config, trace=True) as handle:
         ours = two_turns(stock.model, batch, lambda step: kept.append(kept_now(handle.report())), turns)
+        if not kept:
+            raise NotAsked("its generate takes no logits processors, from which the tests see each step")
         _require_eviction(name, config, handle.report(), kept[0])
     trial.ours[shape] = (ours, kept[0])
     if stock.oracle:

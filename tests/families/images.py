@@ -16,6 +16,7 @@ from tests.families.shrink import VOCABULARY
 from tests.tiny import prompt
 
 TEXT_AROUND = ((5, 40), (3, 23))
+FEWEST = 4  # visual tokens of an image, so that some can go
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 
 
@@ -118,6 +119,8 @@ def _row(model: PreTrainedModel, make: Callable[[int], dict[str, Any]], index: i
     taken = inspect.signature(holder.get_image_features).parameters
     features = holder.get_image_features(**{name: value for name, value in image.items() if name in taken})
     count = sum(one.shape[-2] if one.ndim > 1 else 1 for one in _rows(features))
+    if count < FEWEST:
+        raise ValueError(f"an image of {count} tokens")
     before, after = TEXT_AROUND[index]
     text = prompt(before + after, seed=20 + index)[0] % (VOCABULARY // 2) + 3
     marks = torch.full((count,), image_token(model.config))

@@ -69,6 +69,8 @@ class HidingAttention:
         for layer, cached in reversed(self.cached.items()):
             if cached.shape[2:] != key.shape[2:] or cached.shape[0] != key.shape[0]:
                 continue
+            if key.shape == cached.shape and torch.equal(key, cached):
+                return layer, list(range(key.shape[1]))
             same = [[torch.equal(key[:, h], cached[:, c]) for c in range(cached.shape[1])] for h in range(key.shape[1])]
             if all(map(any, same)):
                 return layer, [row.index(True) for row in same]

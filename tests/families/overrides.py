@@ -8,6 +8,11 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _BY_KIND = {"sliding_attention": _ROPE, "full_attention": _ROPE}
 
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": _ROPE | {"mrope_section": list(sections)}}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": 4},
@@ -37,6 +42,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
     "mamba2": {"num_heads": 8},
+    "ministral": {"layer_types": _ALTERNATING},
+    "mistral": {"sliding_window": None},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -45,12 +52,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
+    "glm46v_text": _mrope(4, 2, 2),
+    "glm4v_moe_text": _mrope(2, 1, 1),
+    "glm4v_text": _mrope(4, 2, 2),
+    "glm_ocr_text": _mrope(4, 2, 2),
+    "glmga_text": _mrope(4, 2, 2),
+    "paddleocr_vl_text": _mrope(4, 2, 2),
+    "ernie4_5_vl_moe_text": _mrope(3, 3, 2),
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }
 
 # options that change what a family's attention or cache is, each judged as a case of its own: family -> label -> fields
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "mistral": {"all layers sliding": {"sliding_window": 16}},
     "dory": {"one cache for all loops": {"recurrent_kv_cache_mode": "last_loop"}},
     "gemma4_text": {"shared keys": {"num_kv_shared_layers": 2}},
     "gemma4_unified_text": {"shared keys": {"num_kv_shared_layers": 2}},

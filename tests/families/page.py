@@ -73,18 +73,18 @@ def _section(heading: str, families: dict[str, Any]) -> list[str]:
 
 def _said(name: str, family: dict[str, Any]) -> str:
     """What is said of a family, without its name."""
-    if family["why"] or not family["methods"]:
+    if family["why"]:
         return _plain(family["why"], name)
-    by_verdict: dict[tuple[str, str], list[str]] = {}
-    for method, verdict in family["methods"].items():
-        by_verdict.setdefault((verdict["status"], _plain(verdict["why"], name)), []).append(method)
-    if len(by_verdict) == 1:
+    verdicts = sorted(family["verdicts"], key=lambda verdict: -len(verdict["methods"]))
+    if len(verdicts) == 1 and not verdicts[0]["notes"]:
         return "every method"
-    parts = [
-        f"{_names(methods)}: {status}{f' ({why})' if why else ''}"
-        for (status, why), methods in sorted(by_verdict.items(), key=lambda one: -len(one[1]))
-    ]
-    return "<br>".join(parts)
+    return "<br>".join(_line(verdict, name) for verdict in verdicts)
+
+
+def _line(verdict: dict[str, Any], name: str) -> str:
+    reasons = [reason for reason in (verdict["why"], *verdict["notes"]) if reason]
+    because = f" ({_plain('; '.join(reasons), name)})" if reasons else ""
+    return f"{_names(verdict['methods'])}: {verdict['status']}{because}"
 
 
 def _limits(families: dict[str, Any]) -> list[str]:
@@ -96,7 +96,7 @@ def _limits(families: dict[str, Any]) -> list[str]:
     if not notes:
         return []
     rows = [f"| {_names(names)} | {note} |" for note, names in notes.items()]
-    return [f"### {LIMITS}", "", "No method was asked to either.", "", "| families | |", "| --- | --- |", *rows, ""]
+    return [f"### {LIMITS}", "", "So no method was asked for it.", "", "| families | |", "| --- | --- |", *rows, ""]
 
 
 def _names(names: Iterable[str]) -> str:

@@ -101,8 +101,11 @@ class Stock:
 
     def _measure(self) -> None:
         """The bar, and which calls differ in the stock model itself."""
-        with hiding(self.model, HidingAttention()):
-            noise = difference(two_turns(self.model, self.single, turns=1), self.answers["single"])
+        try:
+            with hiding(self.model, HidingAttention()):
+                noise = difference(two_turns(self.model, self.single, turns=1), self.answers["single"])
+        except Exception:  # attention that cannot be exchanged; what apply says of it is judged all the same
+            noise = float("inf")
         self.oracle = noise <= TOO_MUCH
         if self.oracle:
             self.bar = max(EXACT, NOISE * noise)

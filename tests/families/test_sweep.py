@@ -34,10 +34,12 @@ def test_right_or_refused(case: str, worker: Worker) -> None:
     again = f"again: python scripts/families.py --only '{case}'"
     assert not family.failed, f"{case} {family.status}: {family.why} {family.bad}; {again}"
     if transformers.__version__ == STORED["transformers"]:
-        stored = STORED["families"][case]
-        said = {method: verdict["status"] for method, verdict in stored["methods"].items()}
-        assert {method: verdict.status for method, verdict in family.methods.items()} == said, again
-        assert family.status == stored["status"], again
+        assert _said(family.to_page()) == _said(STORED["families"][case]), again
+
+
+def _said(family: dict[str, Any]) -> dict[str, str]:
+    """Method -> status; figures within reasons differ between machines."""
+    return {method: verdict["status"] for verdict in family["verdicts"] for method in verdict["methods"]}
 
 
 def test_the_page_is_that_of_its_figures() -> None:

@@ -63,6 +63,17 @@ class Family:
         methods = {name: Verdict(**verdict) for name, verdict in data["methods"].items()}
         return cls(**(data | {"methods": methods}))
 
+    def to_page(self) -> dict[str, Any]:
+        """What the page says: methods with the same verdict together, nothing that differs between two runs."""
+        alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+        for name, verdict in self.methods.items():
+            alike.setdefault((verdict.status, verdict.why, tuple(verdict.notes)), []).append(name)
+        verdicts = [
+            {"methods": methods, "status": status, "why": why, "notes": list(notes)}
+            for (status, why, notes), methods in alike.items()
+        ]
+        return {"kind": self.kind, "status": self.status, "why": self.why, "verdicts": verdicts, "notes": self.notes}
+
     @property
     def bad(self) -> dict[str, Verdict]:
         """The methods that are wrong or fail."""

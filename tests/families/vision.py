@@ -87,7 +87,7 @@ def _tokens(stock: Stock, method: str) -> Verdict:
             trial.call(shape, _cut, method, shape)
         if stock.independent:
             trial.call("padded rows against each alone", _rows_alone, TOKENS[method](SHARE))
-        if method == "stride_tokens":
+        if method == "stride_tokens" and "image_sizes" not in stock.batch.extra:  # tiles have rows that are no patch
             trial.call("rows taken out by hand", _by_removal)
         if not trial.done:
             return Verdict(FAILS, f"accepted by apply, then every call is refused: {next(iter(trial.refusals))}")

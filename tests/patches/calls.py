@@ -60,7 +60,7 @@ class Outside:
         return cls(
             frozenset(model.__dict__) | frozenset(model.get_decoder().__dict__),
             copy.deepcopy(model.config.to_dict()),
-            model.get_decoder().config._attn_implementation,
+            getattr(model.get_decoder(), "config", model.config)._attn_implementation,
             tuple(hooks),
         )
 
