@@ -136,7 +136,9 @@ class Session:
             layer.expected = True
             layer.missing, layer.arriving = 0, None
             layer.given = layer.reading = None
-        for held in self.layers:
+        for held in (
+            self.layers if not torch.compiler.is_compiling() else ()
+        ):  # a graph is made for one mode of autograd
             if isinstance(held, AccelLayer | LinearLayer):
                 held.thaw()
         keeper = self.plan.keeper
