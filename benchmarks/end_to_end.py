@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.ops.registry import FLOP_PER_SECOND
-from llm_accel.eval.bench.bounds import Work
-from llm_accel.eval.bench.command import add_arguments, settings_from
-from llm_accel.eval.bench.settings import Settings
-from llm_accel.eval.bench.shapes import build, shape_config
+from llm_accel.eval.tasks.bench.bounds import Work
+from llm_accel.eval.tasks.bench.command import add_arguments, settings_from
+from llm_accel.eval.tasks.bench.settings import Settings
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 
 SHAPE = ("--shape", "llama-3.1-8b", "--new-tokens", "64", "--no-plot")
 METHODS = ("snapkv", "h2o", "streaming_llm", "adakv")

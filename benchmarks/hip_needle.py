@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel import HiP
-from llm_accel.eval.needle import command
-from llm_accel.eval.needle.settings import length_label, parse_lengths
+from llm_accel.eval.tasks.needle import command
+from llm_accel.eval.tasks.needle.settings import length_label, parse_lengths
 
 SINK, WINDOW = 16, 64
 SHARES = (1 / 16, 1 / 8, 1 / 4)

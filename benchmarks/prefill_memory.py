@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import llm_accel
-from llm_accel.eval.bench.memory import TensorBytes
-from llm_accel.eval.bench.shapes import build, shape_config
-from llm_accel.eval.environment import hardware, versions
+from llm_accel.common.environment import hardware, versions
+from llm_accel.eval.tasks.bench.memory import TensorBytes
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.registry import parse
 
 MIB = 2**20

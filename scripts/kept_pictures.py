@@ -18,8 +18,8 @@ from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 import llm_accel
-from llm_accel.eval.needle import command
-from llm_accel.eval.needle.loading import load_model
+from llm_accel.eval.tasks.needle import command
+from llm_accel.eval.tasks.needle.loading import load_model
 from llm_accel.registry import parse
 
 ASSETS = Path(__file__).resolve().parent.parent / "docs" / "assets"

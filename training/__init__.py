@@ -1,1 +1,1 @@
-"""Bundled tiny models and the scripts that train them from nothing."""
+"""What made the bundled models: run from a checkout, no part of the package."""

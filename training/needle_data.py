@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from llm_accel.eval.models import needle_tokenizer as nt
-from llm_accel.eval.needle import grammar
+from llm_accel.eval.prompts import grammar
+from training import needle_tokenizer as nt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

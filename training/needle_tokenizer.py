@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llm_accel.eval.needle import grammar
+from llm_accel.eval.prompts import grammar
 
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIALS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT)

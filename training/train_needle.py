@@ -1,4 +1,4 @@
-"""Train the bundled needle model from nothing: ``python -m llm_accel.eval.models.train_needle --out DIR``.
+"""Train the bundled needle model from nothing: ``python -m training.train_needle --out DIR``.
 
 One command, one CPU thread, a fixed seed: weights, tokenizer and a log with the wall time of each stage land in DIR.
 
@@ -25,9 +25,9 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_accel.eval.models import needle_tokenizer as nt
-from llm_accel.eval.models.needle_data import Mix, Sample, Texts
-from llm_accel.eval.models.needle_init import MAX_POSITIONS, initialise, model_config, split_parameters
+from training import needle_tokenizer as nt
+from training.needle_data import Mix, Sample, Texts
+from training.needle_init import MAX_POSITIONS, initialise, model_config, split_parameters
 
 MUON_FACTOR = 3.0  # Muon's learning rate over AdamW's
 KEY_SPREAD = 0.14  # standard deviation of what tells key words apart, as all embeddings have it at first

@@ -1,11 +1,11 @@
-"""Train the bundled vision model from nothing: ``python -m llm_accel.eval.models.train_vision --out DIR``.
+"""Train the bundled vision model from nothing: ``python -m training.train_vision --out DIR``.
 
 One command, one CPU thread, a fixed seed: two models with tokenizer and processor, and a log with the wall time of each
 stage, land in DIR. Every stage has its own seed and its own optimizer, so that ``--start`` goes on from the weights a
 stage left to exactly the weights that a run in one go gives.
 
 The tower learns first, from what its class token and its patches should say of the image (see
-:class:`~llm_accel.eval.models.vision_init.Heads`): without that it takes far longer, and its class token, which pruning
+:class:`~training.vision_init.Heads`): without that it takes far longer, and its class token, which pruning
 methods rely on, says nothing. The last two stages hide a random share of the background from the language model, the
 last one also parts of things. Without them every choice of tokens, be it the best, breaks counting and captions, since
 the model never saw an image with gaps; with them, robustness to removal is trained in. The weights before these stages
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from llm_accel.eval.models.vision_check import (
+from llm_accel.eval.tasks.vision.scenes import COLOURS, PATCH, SHAPES, SIZE, SPLITS, Scene, draw_scene, draw_scenes
+from training.vision_check import (
     accuracy,
     answer_logits,
     features_with_gaps,
@@ -38,8 +39,8 @@ from llm_accel.eval.models.vision_check import (
     saliency,
     visual_features,
 )
-from llm_accel.eval.models.vision_data import Batch, Subject, ask, pack, patch_classes
-from llm_accel.eval.models.vision_init import (
+from training.vision_data import Batch, Subject, ask, pack, patch_classes
+from training.vision_init import (
     BOS,
     EOS,
     PAD,
@@ -50,7 +51,6 @@ from llm_accel.eval.models.vision_init import (
     model_config,
     split_parameters,
 )
-from llm_accel.eval.vision.scenes import COLOURS, PATCH, SHAPES, SIZE, SPLITS, Scene, draw_scene, draw_scenes
 
 PRESENT = 4.0  # loss weight of a pair that is there over one that is not
 BACKGROUND = 0.15  # loss weight of a background patch over one of a thing

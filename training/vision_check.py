@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llm_accel.eval.models.vision_data import PREFIX, Batch, pack
-from llm_accel.eval.models.vision_init import USED_LAYERS
-from llm_accel.eval.vision.questions import TASKS, questions
-from llm_accel.eval.vision.scenes import Scene
+from llm_accel.eval.tasks.vision.questions import TASKS, questions
+from llm_accel.eval.tasks.vision.scenes import Scene
+from training.vision_data import PREFIX, Batch, pack
+from training.vision_init import USED_LAYERS
 
 HALVES = ("left or right?", "above or below?")  # ends of a question about one thing, asked in training alone
 ROWS = 32  # scenes per forward pass

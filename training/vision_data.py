@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_accel.eval.models.vision_init import BOS, EOS, IMAGE, MEAN, PAD, SPREAD, VISUAL_TOKENS, WORDS
-from llm_accel.eval.vision.questions import Question, Task, questions
-from llm_accel.eval.vision.scenes import GRID, PAIRS, PATCH, SIZE, Scene
+from llm_accel.eval.tasks.vision.questions import Question, Task, questions
+from llm_accel.eval.tasks.vision.scenes import GRID, PAIRS, PATCH, SIZE, Scene
+from training.vision_init import BOS, EOS, IMAGE, MEAN, PAD, SPREAD, VISUAL_TOKENS, WORDS
 
 PREFIX = 1 + VISUAL_TOKENS  # bos and the image
 IGNORED = -100  # label of tokens that carry no loss

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_accel.eval.vision.questions import NUMBERS
-from llm_accel.eval.vision.scenes import COLOURS, PAIRS, PATCH, SHAPES, SIZE
+from llm_accel.eval.tasks.vision.questions import NUMBERS
+from llm_accel.eval.tasks.vision.scenes import COLOURS, PAIRS, PATCH, SHAPES, SIZE
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 SPECIALS = (PAD, BOS, EOS, UNKNOWN, IMAGE)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llm_accel.assets import NEEDLE, VISION
 from llm_accel.errors import ConfigError
 
 Loaded = TypeVar("Loaded")
@@ -27,7 +28,7 @@ def needle_model_path() -> Path:
 
     It shows whether a method keeps what retrieval needs; it says nothing about the quality of a large model.
     """
-    return Path(__file__).parent / "needle"
+    return NEEDLE
 
 
 def vision_model_path(gaps: bool = True) -> Path:
@@ -36,7 +37,7 @@ def vision_model_path(gaps: bool = True) -> Path:
     It shows whether a method keeps what an answer needs; it says nothing about the quality of a large model.
     ``gaps``: the weights trained with parts of the background removed, as after pruning; False: those before that.
     """
-    return Path(__file__).parent / "vision" / ("" if gaps else "plain")
+    return VISION if gaps else VISION / "plain"
 
 
 def load_needle_model(

@@ -30,15 +30,14 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that the package runs from, if it is one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
+    """Commit of the source tree that the package runs from; None where it is installed elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-prefix", "HEAD"]
     try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    prefix, _, commit = done.stdout.partition("\n")  # another prefix: somebody else's repository, with us inside it
+    return commit.strip() or None if done.returncode == 0 and prefix == "llm_accel/common/" else None
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

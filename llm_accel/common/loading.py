@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from llm_accel.common.launch import Launch
 from llm_accel.errors import ConfigError
-from llm_accel.eval.launch import Launch
 
 
 def short_name(model: str) -> str:

@@ -1,14 +1,28 @@
-"""A bar on stderr with the running mean of each method."""
+"""Bars on stderr: plain, and with the running mean of each method."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_accel.eval.records import Record
+Record = Mapping[str, Any]
+
+
+def bar(total: int | None, unit: str, shown: bool = True) -> Any:
+    """A progress bar on stderr; ``total`` None: unknown."""
+    tqdm: Any = importlib.import_module("tqdm").tqdm
+    return tqdm(
+        total=total,
+        disable=not shown,
+        unit=unit,
+        unit_scale=True,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+    )
 
 
 class Progress:
@@ -17,19 +31,10 @@ class Progress:
 
     def __init__(self, total: int, done: Sequence[Record], unit: str, shown: bool = True, score: str = "exact") -> None:
         self._score = score
-        tqdm: Any = importlib.import_module("tqdm").tqdm
         self._scores: dict[str, list[float]] = {}
         for record in done:
             self._scores.setdefault(record["method"], []).append(record[score])
-        self._bar: Any = tqdm(
-            total=total,
-            disable=not shown,
-            unit=unit,
-            unit_scale=True,
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
-        )
+        self._bar = bar(total, unit, shown)
         self._shown = 0.0
 
     def add(self, records: Sequence[Record], amount: int) -> None:

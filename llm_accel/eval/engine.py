@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 
-from llm_accel.eval.generation import Apply, Clock, Handle, apply_plugin, cache_bytes, cut, end_tokens, greedy
+from llm_accel.common.generation import Apply, Clock, Handle, apply_plugin, cache_bytes, cut, end_tokens, greedy
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.cache_name import CACHE
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from llm_accel.common.arguments import parse_shard
+from llm_accel.common.environment import hardware, versions, weights_digest
+from llm_accel.common.launch import Launch
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import parse_shard
-from llm_accel.eval.environment import hardware, versions, weights_digest
-from llm_accel.eval.launch import Launch
 from llm_accel.eval.plots import require_matplotlib
 from llm_accel.eval.records import Record, RunDir
 

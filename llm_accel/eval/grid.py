@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.tasks.needle.settings import Settings
 
 
 @dataclass(frozen=True, order=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
 
-from llm_accel.eval.needle.encoding import Encoder, Frame
-from llm_accel.eval.needle.engine import Engine, Outcome, TokenPrompt
-from llm_accel.eval.progress import Progress
+from llm_accel.common.progress import Progress
+from llm_accel.eval.engine import Engine, Outcome, TokenPrompt
+from llm_accel.eval.prompts.encoding import Encoder, Frame
 from llm_accel.eval.records import Record, RunDir
 from llm_accel.methods import MethodConfig
 

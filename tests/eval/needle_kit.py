@@ -10,15 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_accel.eval.models.needle_tokenizer import build_tokenizer
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.needle.engine import Engine, Outcome
-from llm_accel.eval.needle.haystack import Haystack, load_haystack
-from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.engine import Engine, Outcome
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.prompts.haystack import Haystack, load_haystack
+from llm_accel.eval.tasks.needle.prompts import Prompt, PromptMaker
+from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
+from training.needle_tokenizer import build_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

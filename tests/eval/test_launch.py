@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from llm_accel.cli import main
+from llm_accel.common.launch import Launch, started_alone
 from llm_accel.errors import LlmAccelError
-from llm_accel.eval.launch import Launch, started_alone
-from llm_accel.eval.needle.records import NeedleDir
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.vision.runner import VisionDir
+from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.tasks.vision.runner import VisionDir
 from tests.eval.needle_kit import tiny_model, tokenizer
 from tests.eval.vision_kit import save_tiny, vision
 

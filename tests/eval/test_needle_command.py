@@ -108,7 +108,7 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
 
 
 def test_an_interrupted_run_still_leaves_a_summary(model_path, tmp_path, monkeypatch):
-    from llm_accel.eval.needle import engine
+    from llm_accel.eval import engine
 
     calls = []
     real = engine.Engine.run

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import llm_accel
-from llm_accel.eval.generation import cache_bytes, cut
-from llm_accel.eval.needle.engine import Engine
+from llm_accel.common.generation import cache_bytes, cut
+from llm_accel.eval.engine import Engine
 from llm_accel.registry import parse_all
 from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from llm_accel.eval.needle.grid import Place, Speed, batches, cost, duration, places
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.grid import Place, Speed, batches, cost, duration, places
+from llm_accel.eval.tasks.needle.settings import Settings
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])

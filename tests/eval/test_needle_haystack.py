@@ -10,8 +10,8 @@ from itertools import islice
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.encoding import Encoder
-from llm_accel.eval.needle.haystack import load_haystack
+from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.eval.prompts.haystack import load_haystack
 from tests.eval.needle_kit import make_maker, tokenizer
 
 TEXT = 'The river was old.  A dog\nwatched it! Was it "red"? No.\n\nThe end came quickly.'

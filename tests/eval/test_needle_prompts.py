@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.encoding import PLACEHOLDER, Encoder, make_frame
-from llm_accel.eval.needle.settings import TASKS, Settings
-from llm_accel.eval.needle.tasks import check_task, make_puzzle
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.prompts.encoding import PLACEHOLDER, Encoder, make_frame
+from llm_accel.eval.tasks.needle.settings import TASKS, Settings
+from llm_accel.eval.tasks.needle.tasks import check_task, make_puzzle
 from tests.eval.needle_kit import make_maker, tokenizer
 
 KINDS = ("bundled", "spaces", "joined")

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.grid import places
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.runner import run_grid
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.grid import places
+from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.tasks.needle.runner import run_grid
+from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.registry import parse_all
 from tests.eval.needle_kit import ToldEngine, make_maker
 

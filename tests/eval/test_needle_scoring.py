@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from llm_accel.eval.needle.scoring import rouge1_recall, score
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.needle.summary import cell_means, summarize
-from llm_accel.eval.needle.table import render
-from llm_accel.eval.statistics import wilson
+from llm_accel.common.statistics import wilson
+from llm_accel.eval.tasks.needle.scoring import rouge1_recall, score
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.summary import cell_means, summarize
+from llm_accel.eval.tasks.needle.table import render
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import argparse
 import pytest
 
 from llm_accel import ConfigError, LlmAccelError
-from llm_accel.eval.arguments import parse_shard
-from llm_accel.eval.needle.command import add_arguments, settings_from
-from llm_accel.eval.needle.settings import (
+from llm_accel.common.arguments import parse_shard
+from llm_accel.eval.tasks.needle.command import add_arguments, settings_from
+from llm_accel.eval.tasks.needle.settings import (
     DEFAULT_METHODS,
     Settings,
     length_label,

@@ -10,14 +10,14 @@ from functools import cache
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.ruler.documents import load_questions
-from llm_accel.eval.ruler.prompts import Place, PromptMaker
-from llm_accel.eval.ruler.runner import batches, places
-from llm_accel.eval.ruler.scoring import score
-from llm_accel.eval.ruler.settings import Settings, parse_tasks
-from llm_accel.eval.ruler.tasks import BUNDLED, TASKS, WITHOUT_DATA
-from llm_accel.eval.ruler.words import SINGLE, pair
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.tasks.ruler.documents import load_questions
+from llm_accel.eval.tasks.ruler.prompts import Place, PromptMaker
+from llm_accel.eval.tasks.ruler.runner import batches, places
+from llm_accel.eval.tasks.ruler.scoring import score
+from llm_accel.eval.tasks.ruler.settings import Settings, parse_tasks
+from llm_accel.eval.tasks.ruler.tasks import BUNDLED, TASKS, WITHOUT_DATA
+from llm_accel.eval.tasks.ruler.words import SINGLE, pair
 from tests.eval.needle_kit import haystack, tokenizer
 
 ROWS = [

@@ -11,14 +11,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.models.vision_init import build_processor
-from llm_accel.eval.vision.controls import OracleTokens, bound
-from llm_accel.eval.vision.engine import Engine
-from llm_accel.eval.vision.examples import SceneSource
-from llm_accel.eval.vision.reader import Reader, blank
-from llm_accel.eval.vision.settings import parse_method, sweep
-from llm_accel.eval.vision.watch import prefill_flops
+from llm_accel.eval.tasks.vision.controls import OracleTokens, bound
+from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.tasks.vision.examples import SceneSource
+from llm_accel.eval.tasks.vision.reader import Reader, blank
+from llm_accel.eval.tasks.vision.settings import parse_method, sweep
+from llm_accel.eval.tasks.vision.watch import prefill_flops
 from tests.eval.vision_kit import tiny_model
+from training.vision_init import build_processor
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from llm_accel.eval.vision import scenes as sc
-from llm_accel.eval.vision.questions import NUMBERS, POPE_SPLITS, TASKS, questions
+from llm_accel.eval.tasks.vision import scenes as sc
+from llm_accel.eval.tasks.vision.questions import NUMBERS, POPE_SPLITS, TASKS, questions
 
 PAINT = {"red": (230, 31, 31), "green": (26, 179, 38), "blue": (38, 64, 242), "yellow": (242, 230, 26)}
 PAINT |= {"purple": (153, 26, 191), "orange": (255, 133, 13), "cyan": (26, 217, 230), "white": (247, 247, 247)}

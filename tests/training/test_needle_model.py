@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_accel.eval.models import needle_tokenizer as nt
-from llm_accel.eval.models.bundled import load_needle_model, needle_model_path
-from llm_accel.eval.models.needle_data import Mix, Texts
-from llm_accel.eval.models.train_needle import CURRICULUM, validate
-from llm_accel.eval.needle import grammar
+from llm_accel.common.bundled import load_needle_model, needle_model_path
+from llm_accel.eval.prompts import grammar
+from training import needle_tokenizer as nt
+from training.needle_data import Mix, Texts
+from training.train_needle import CURRICULUM, validate
 
 Bundle = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llm_accel.common import bundled
 from llm_accel.errors import ConfigError
-from llm_accel.eval.models import bundled
-from llm_accel.eval.models.vision_check import accuracy, answer_logits, features_with_gaps, saliency, visual_features
-from llm_accel.eval.models.vision_data import IGNORED, PREFIX, pack, patch_classes
-from llm_accel.eval.models.vision_init import USED_LAYERS, WORDS, build_processor
-from llm_accel.eval.vision.questions import TASKS, questions
-from llm_accel.eval.vision.scenes import Scene, draw_scenes
+from llm_accel.eval.tasks.vision.questions import TASKS, questions
+from llm_accel.eval.tasks.vision.scenes import Scene, draw_scenes
+from training.vision_check import accuracy, answer_logits, features_with_gaps, saliency, visual_features
+from training.vision_data import IGNORED, PREFIX, pack, patch_classes
+from training.vision_init import USED_LAYERS, WORDS, build_processor
 
 Bundle = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 

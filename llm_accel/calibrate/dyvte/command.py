@@ -12,10 +12,10 @@ from llm_accel.calibrate.dyvte.calibration import EPSILON, MAX_NEW_TOKENS, ROUTE
 from llm_accel.calibrate.dyvte.runs import CalibrationDir
 from llm_accel.calibrate.dyvte.samples import processed, read_pairs
 from llm_accel.calibrate.dyvte.scenes import scene_pairs
+from llm_accel.common.arguments import add_place
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import add_place
-from llm_accel.eval.vision.loading import load_model, model_name
-from llm_accel.eval.vision.settings import SCENES, Settings
+from llm_accel.eval.tasks.vision.loading import load_model, model_name
+from llm_accel.eval.tasks.vision.settings import SCENES, Settings
 
 METHODS = ("dyvte",)
 

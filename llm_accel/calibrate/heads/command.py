@@ -12,17 +12,18 @@ from typing import Any
 from llm_accel.calibrate.heads.induction import induction_scores
 from llm_accel.calibrate.heads.plot import write as write_plot
 from llm_accel.calibrate.heads.profile import HeadProfile, make_profile
-from llm_accel.calibrate.heads.runs import Grid, progress
+from llm_accel.calibrate.heads.runs import Grid
 from llm_accel.calibrate.heads.table import render
+from llm_accel.common.arguments import add_model, add_place, add_shown, at_least, one_of
+from llm_accel.common.environment import versions
+from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import add_model, add_place, add_shown, at_least, one_of
-from llm_accel.eval.environment import versions
-from llm_accel.eval.needle import settings as s
-from llm_accel.eval.needle.command import make_prompts, prompts_digest
-from llm_accel.eval.needle.loading import load_model, model_name
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.settings import Settings
 from llm_accel.eval.plots import require_matplotlib
+from llm_accel.eval.tasks.needle import settings as s
+from llm_accel.eval.tasks.needle.command import make_prompts, prompts_digest
+from llm_accel.eval.tasks.needle.loading import load_model, model_name
+from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 
@@ -121,8 +122,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _induction(args: argparse.Namespace, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
     tokens = 512 if args.tokens is None else args.tokens
-    with progress(args.samples * model_heads(model).layers, "layer") as bar:
-        scores, echo = induction_scores(model, tokenizer, tokens, args.samples, args.seed, tick=lambda: bar.update(1))
+    with bar(args.samples * model_heads(model).layers, "layer") as counter:
+        scores, echo = induction_scores(model, tokenizer, tokens, args.samples, args.seed, tick=counter.update)
     return make_profile(
         model,
         model_name(settings.model),

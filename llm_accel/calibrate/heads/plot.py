@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from llm_accel.eval.needle.heatmap import PALETTES
+from llm_accel.eval.heatmap import PALETTES
 from llm_accel.eval.plots import INK, MUTED, save
 from llm_accel.methods.head_profile import HeadProfile
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from typing import Any
 
 from llm_accel.calibrate.heads.circuit import find_circuit
 from llm_accel.calibrate.heads.copy_paste import Copies, copy_scores, value_span, watch_copies
+from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.engine import Engine
-from llm_accel.eval.needle.grid import places
-from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.scoring import rouge1_recall
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.engine import Engine
+from llm_accel.eval.grid import places
 from llm_accel.eval.records import Record
+from llm_accel.eval.tasks.needle.prompts import Prompt, PromptMaker
+from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.tasks.needle.scoring import rouge1_recall
+from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.methods.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
@@ -46,7 +46,7 @@ class Grid:
         if done:
             print(f"{run_dir.path}: {len(done)} prompts are there, {len(todo)} to do", file=sys.stderr)
         ends = Engine(self.model, self.tokenizer, self.maker.max_new_tokens, False).ends
-        with progress(len(todo), "prompt") as bar:
+        with bar(len(todo), "prompt") as counter:
             for prompt in todo:
                 spans = [
                     value_span(self.maker.encoder.decode, prompt.ids, first, value)
@@ -56,7 +56,7 @@ class Grid:
                 record = self._record(prompt, copies)
                 run_dir.append([record])
                 records.append(record)
-                bar.update(1)
+                counter.update(1)
         return records
 
     def _record(self, prompt: Prompt, copies: Copies) -> Record:
@@ -97,15 +97,8 @@ class Grid:
                 pairs.append((prompt.ids, record["answer"]))
         heads = model_heads(self.model)
         found = [(int(layer), int(head)) for layer, head in (scores >= RETRIEVES).nonzero().tolist()]
-        with progress(heads.layers * heads.query_heads, "head") as bar:
-            return find_circuit(self.model, pairs, found, tick=lambda: bar.update(1))
-
-
-def progress(total: int | None, unit: str) -> Any:
-    """A progress bar on stderr."""
-    tqdm: Any = importlib.import_module("tqdm").tqdm
-    patience = 0.5 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=patience)
+        with bar(heads.layers * heads.query_heads, "head") as counter:
+            return find_circuit(self.model, pairs, found, tick=counter.update)
 
 
 def _copies(record: Record) -> Copies:

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.encoding import Encoder
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.prompts.encoding import Encoder
 from llm_accel.eval.rows import DatasetSource
 
 BUILT_IN = "grammar"

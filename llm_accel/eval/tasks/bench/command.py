@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
+from llm_accel.common.arguments import add_methods, add_place, add_shown, canonical_methods
+from llm_accel.common.environment import hardware, versions
+from llm_accel.common.loading import find_device
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import add_methods, add_place, add_shown, canonical_methods
-from llm_accel.eval.bench import settings as b
-from llm_accel.eval.bench.bounds import Work, measure_bounds
-from llm_accel.eval.bench.compare import TOLERANCE, SlowerError, check, load, render_comparison
-from llm_accel.eval.bench.memory import PeakMemory
-from llm_accel.eval.bench.plot import write as write_plot
-from llm_accel.eval.bench.runner import run_cells
-from llm_accel.eval.bench.settings import Settings
-from llm_accel.eval.bench.shapes import SHAPES, build, shape_config
-from llm_accel.eval.bench.table import render
-from llm_accel.eval.environment import hardware, versions
-from llm_accel.eval.loading import find_device
-from llm_accel.eval.needle import settings as s
-from llm_accel.eval.needle.loading import load_model
 from llm_accel.eval.plots import require_matplotlib
+from llm_accel.eval.tasks.bench import settings as b
+from llm_accel.eval.tasks.bench.bounds import Work, measure_bounds
+from llm_accel.eval.tasks.bench.compare import TOLERANCE, SlowerError, check, load, render_comparison
+from llm_accel.eval.tasks.bench.memory import PeakMemory
+from llm_accel.eval.tasks.bench.plot import write as write_plot
+from llm_accel.eval.tasks.bench.runner import run_cells
+from llm_accel.eval.tasks.bench.settings import Settings
+from llm_accel.eval.tasks.bench.shapes import SHAPES, build, shape_config
+from llm_accel.eval.tasks.bench.table import render
+from llm_accel.eval.tasks.needle import settings as s
+from llm_accel.eval.tasks.needle.loading import load_model
 from llm_accel.patches.plan import DECODES
 
 

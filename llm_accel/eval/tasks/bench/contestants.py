@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CompileConfig, StoppingCriteriaList
 
 from llm_accel.api import Handle, apply
+from llm_accel.common.generation import Clock, cache_bytes
 from llm_accel.errors import ConfigError
-from llm_accel.eval.bench.memory import PeakMemory
-from llm_accel.eval.bench.settings import Contestant
-from llm_accel.eval.generation import Clock, cache_bytes
+from llm_accel.eval.tasks.bench.memory import PeakMemory
+from llm_accel.eval.tasks.bench.settings import Contestant
 from llm_accel.methods import Dense
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse_all

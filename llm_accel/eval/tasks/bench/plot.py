@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_accel.eval.bench.table import title
-from llm_accel.eval.needle.settings import length_label
 from llm_accel.eval.plots import INK, MUTED, series
+from llm_accel.eval.tasks.bench.table import title
+from llm_accel.eval.tasks.needle.settings import length_label
 
 _GRID = "#E3E6E9"
 

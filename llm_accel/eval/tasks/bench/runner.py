@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from llm_accel.eval.bench.bounds import Bounds, Work
-from llm_accel.eval.bench.contestants import Run, Runner, make_inputs
-from llm_accel.eval.bench.memory import PeakMemory
-from llm_accel.eval.bench.settings import Settings
-from llm_accel.eval.bench.summary import summarize_cell
+from llm_accel.eval.tasks.bench.bounds import Bounds, Work
+from llm_accel.eval.tasks.bench.contestants import Run, Runner, make_inputs
+from llm_accel.eval.tasks.bench.memory import PeakMemory
+from llm_accel.eval.tasks.bench.settings import Settings
+from llm_accel.eval.tasks.bench.summary import summarize_cell
 
 Say = Callable[[str], None]
 

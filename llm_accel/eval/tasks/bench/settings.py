@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llm_accel.common.arguments import DTYPES, at_least, one_of
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import DTYPES, at_least, one_of
 from llm_accel.eval.plain import PlainSettings
 from llm_accel.patches.plan import DECODES, Decode
 

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_accel.eval.bench.bounds import Bounds, Work
-from llm_accel.eval.bench.contestants import Run
-from llm_accel.eval.bench.memory import PeakMemory, largest_batch
-from llm_accel.eval.bench.settings import Contestant, Settings
+from llm_accel.eval.tasks.bench.bounds import Bounds, Work
+from llm_accel.eval.tasks.bench.contestants import Run
+from llm_accel.eval.tasks.bench.memory import PeakMemory, largest_batch
+from llm_accel.eval.tasks.bench.settings import Contestant, Settings
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from llm_accel.eval.arguments import (
+from llm_accel.common.arguments import (
     add_haystack,
     add_methods,
     add_model,
@@ -16,24 +16,24 @@ from llm_accel.eval.arguments import (
     add_run_output,
     canonical_methods,
 )
+from llm_accel.eval.engine import Engine
 from llm_accel.eval.evaluation import Evaluation
-from llm_accel.eval.needle import settings as s
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.needle.engine import Engine
-from llm_accel.eval.needle.grammar import KEY_KINDS
-from llm_accel.eval.needle.grid import places
-from llm_accel.eval.needle.haystack import load_haystack
-from llm_accel.eval.needle.heatmap import PALETTES, Panel, draw
-from llm_accel.eval.needle.loading import load_model, model_name
-from llm_accel.eval.needle.prompts import PromptMaker
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.runner import run_grid
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.needle.summary import cell_means, summarize
-from llm_accel.eval.needle.table import render, title
-from llm_accel.eval.needle.tasks import check_task
+from llm_accel.eval.grid import places
+from llm_accel.eval.heatmap import PALETTES, Panel, draw
 from llm_accel.eval.plots import save
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.prompts.grammar import KEY_KINDS
+from llm_accel.eval.prompts.haystack import load_haystack
 from llm_accel.eval.records import Record, RunDir
+from llm_accel.eval.tasks.needle import settings as s
+from llm_accel.eval.tasks.needle.loading import load_model, model_name
+from llm_accel.eval.tasks.needle.prompts import PromptMaker
+from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.tasks.needle.runner import run_grid
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.summary import cell_means, summarize
+from llm_accel.eval.tasks.needle.table import render, title
+from llm_accel.eval.tasks.needle.tasks import check_task
 from llm_accel.registry import parse_all
 
 _HAYSTACK_TOKENS = 2**18  # what is read of a long haystack at least; prompts begin anywhere in it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from llm_accel.eval.loading import bundled, find_device, pretrained, short_name
+from llm_accel.common.loading import bundled, find_device, pretrained, short_name
 
 
 class ModelSettings(Protocol):
@@ -37,7 +37,7 @@ def load_model(settings: SettingsT) -> tuple[Any, Any, SettingsT]:
     """
     device = find_device(settings.device)
     if settings.model is None:
-        from llm_accel.eval.models.bundled import load_needle_model
+        from llm_accel.common.bundled import load_needle_model
 
         model, tokenizer = bundled(load_needle_model, settings.dtype, device, settings.attn)
     else:

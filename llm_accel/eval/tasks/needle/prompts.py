@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.encoding import Encoder, Frame
-from llm_accel.eval.needle.haystack import Haystack
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.needle.tasks import Puzzle, make_puzzle
+from llm_accel.eval.prompts.encoding import Encoder, Frame
+from llm_accel.eval.prompts.haystack import Haystack
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.tasks import Puzzle, make_puzzle
 
 _MARGIN, _MARGIN_WITHOUT_PREFIX = 4, 64  # new tokens beyond the answer's own
 

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from llm_accel.eval.needle.engine import Engine, Outcome, TokenPrompt
-from llm_accel.eval.needle.grid import Place, Speed, batches, cost
-from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.scoring import score
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.progress import Progress
+from llm_accel.common.progress import Progress
+from llm_accel.eval.engine import Engine, Outcome, TokenPrompt
+from llm_accel.eval.grid import Place, Speed, batches, cost
 from llm_accel.eval.prompt_loop import Configs, Job, base_record, run_batches
 from llm_accel.eval.records import Record, RunDir
+from llm_accel.eval.tasks.needle.prompts import Prompt, PromptMaker
+from llm_accel.eval.tasks.needle.scoring import score
+from llm_accel.eval.tasks.needle.settings import Settings
 
 _PROBE_LENGTHS = (512, 2048)
 _PROBE_SECONDS = 2.0  # a first probe slower than this is not followed by a longer one

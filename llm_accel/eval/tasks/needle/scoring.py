@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from llm_accel.eval.needle.grammar import Kind, exact_match, recall
+from llm_accel.eval.prompts.grammar import Kind, exact_match, recall
 
 _WORD = re.compile(r"[^\W_]+")
 

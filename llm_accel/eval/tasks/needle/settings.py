@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from llm_accel.common.arguments import DTYPES, at_least, one_of
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import DTYPES, at_least, one_of
-from llm_accel.eval.needle.grammar import KEY_KINDS, Kind
 from llm_accel.eval.plain import PlainSettings
+from llm_accel.eval.prompts.grammar import KEY_KINDS, Kind
 
 Task = Literal["single", "multikey", "multivalue", "multiquery"]
 TASKS: tuple[Task, ...] = ("single", "multikey", "multivalue", "multiquery")
@@ -33,7 +33,7 @@ class Settings(PlainSettings):
         lengths: prompt lengths in tokens, ascending; the whole prompt with template, question and answer prefix.
         depths: where the first asked needle stands, percent of the haystack before it, ascending.
         samples: prompts per (length, depth).
-        task: RULER's variant, see :mod:`llm_accel.eval.needle.tasks`.
+        task: RULER's variant, see :mod:`llm_accel.eval.tasks.needle.tasks`.
         needles: needles that belong to the task.
         distractors: needles on top, with keys that nobody asks for.
         max_new_tokens: tokens generated at most; None for as many as the longest answer needs.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llm_accel.common.statistics import wilson
 from llm_accel.eval.columns import by_method, mean_of, progress_of
-from llm_accel.eval.needle.settings import Settings
 from llm_accel.eval.records import Record
-from llm_accel.eval.statistics import wilson
+from llm_accel.eval.tasks.needle.settings import Settings
 
 
 def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> dict[str, Any]:

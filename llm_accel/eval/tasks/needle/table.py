@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_accel.eval.needle.settings import Settings, length_label
-from llm_accel.eval.text import NONE, aligned, number, size
+from llm_accel.eval.table import NONE, aligned, number, size
+from llm_accel.eval.tasks.needle.settings import Settings, length_label
 
 
 def title(settings: Settings, model: str) -> str:

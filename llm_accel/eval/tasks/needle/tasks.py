@@ -18,8 +18,8 @@ import random
 from dataclasses import dataclass
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.tasks.needle.settings import Settings
 
 
 @dataclass(frozen=True)

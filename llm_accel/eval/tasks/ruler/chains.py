@@ -7,8 +7,8 @@ import string
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 
-from llm_accel.eval.needle.encoding import Encoder
-from llm_accel.eval.ruler.puzzle import NOISE, Piece, Puzzle, drawn, inserted, places, tokens
+from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.eval.prompts.puzzle import NOISE, Piece, Puzzle, drawn, inserted, places, tokens
 
 _HOPS = 4
 _EXAMPLE_TOKENS = 500  # of the solved example in front, at most an eighth of the prompt

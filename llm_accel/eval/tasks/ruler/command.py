@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_accel.eval.arguments import (
+from llm_accel.common.arguments import (
     add_haystack,
     add_methods,
     add_model,
@@ -19,25 +19,25 @@ from llm_accel.eval.arguments import (
     canonical_methods,
     parse_shard,
 )
+from llm_accel.common.launch import check_alone
+from llm_accel.eval.engine import Engine
 from llm_accel.eval.evaluation import Evaluation
-from llm_accel.eval.launch import check_alone
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.needle.engine import Engine
-from llm_accel.eval.needle.haystack import load_haystack
-from llm_accel.eval.needle.heatmap import PALETTES, Panel, draw
-from llm_accel.eval.needle.loading import load_model, model_name
-from llm_accel.eval.needle.settings import parse_lengths
+from llm_accel.eval.heatmap import PALETTES, Panel, draw
 from llm_accel.eval.plots import save
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.prompts.haystack import load_haystack
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.ruler import settings as s
-from llm_accel.eval.ruler.needles import WORDINGS
-from llm_accel.eval.ruler.prompts import Place, PromptMaker
-from llm_accel.eval.ruler.runner import RulerDir, places, run_places
-from llm_accel.eval.ruler.samples import write_samples
-from llm_accel.eval.ruler.settings import Settings
-from llm_accel.eval.ruler.summary import summarize
-from llm_accel.eval.ruler.table import render, title
-from llm_accel.eval.ruler.tasks import QA, TASKS
+from llm_accel.eval.tasks.needle.loading import load_model, model_name
+from llm_accel.eval.tasks.needle.settings import parse_lengths
+from llm_accel.eval.tasks.ruler import settings as s
+from llm_accel.eval.tasks.ruler.needles import WORDINGS
+from llm_accel.eval.tasks.ruler.prompts import Place, PromptMaker
+from llm_accel.eval.tasks.ruler.runner import RulerDir, places, run_places
+from llm_accel.eval.tasks.ruler.samples import write_samples
+from llm_accel.eval.tasks.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.summary import summarize
+from llm_accel.eval.tasks.ruler.table import render, title
+from llm_accel.eval.tasks.ruler.tasks import QA, TASKS
 from llm_accel.registry import parse_all
 
 _RESOLVED = ("chat_template", "dtype", "device")  # settings that model and tokenizer may fill in

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.encoding import Encoder
+from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.eval.prompts.puzzle import NoRoom, Piece, Puzzle, exactly
 from llm_accel.eval.rows import read_rows
-from llm_accel.eval.ruler.puzzle import NoRoom, Piece, Puzzle, exactly
 
 _TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 _INTRO = f"{_TASK}\n\nThe following are given documents.\n\n"

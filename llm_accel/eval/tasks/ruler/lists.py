@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.encoding import Encoder
-from llm_accel.eval.ruler.puzzle import NoRoom, Piece, Puzzle, exactly
-from llm_accel.eval.ruler.words import SINGLE, draw_pairs
+from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.eval.prompts.puzzle import NoRoom, Piece, Puzzle, exactly
+from llm_accel.eval.tasks.ruler.words import SINGLE, draw_pairs
 
 Word = TypeVar("Word")
 

@@ -12,12 +12,12 @@ from functools import cached_property
 from itertools import repeat
 from typing import Literal
 
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.encoding import Encoder
-from llm_accel.eval.needle.haystack import Haystack
-from llm_accel.eval.ruler.puzzle import NOISE, Piece, Puzzle, drawn, inserted, places, tokens
-from llm_accel.eval.ruler.tasks import Task
-from llm_accel.eval.ruler.words import draw_pairs
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.eval.prompts.haystack import Haystack
+from llm_accel.eval.prompts.puzzle import NOISE, Piece, Puzzle, drawn, inserted, places, tokens
+from llm_accel.eval.tasks.ruler.tasks import Task
+from llm_accel.eval.tasks.ruler.words import draw_pairs
 
 Wording = Literal["ruler", "bundled"]
 WORDINGS: tuple[Wording, ...] = ("ruler", "bundled")

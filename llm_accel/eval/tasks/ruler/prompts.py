@@ -11,18 +11,18 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
+from llm_accel.common.arguments import flag
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import flag
-from llm_accel.eval.needle.encoding import Encoder, Frame
-from llm_accel.eval.needle.haystack import Haystack
-from llm_accel.eval.ruler.chains import ChainBuilder
-from llm_accel.eval.ruler.documents import load_questions
-from llm_accel.eval.ruler.lists import CodedBuilder, ListBuilder
-from llm_accel.eval.ruler.needles import NeedleBuilder
-from llm_accel.eval.ruler.puzzle import Builder, NoRoom
-from llm_accel.eval.ruler.settings import Settings
-from llm_accel.eval.ruler.tasks import TASKS, Task
-from llm_accel.eval.ruler.words import read_words
+from llm_accel.eval.prompts.encoding import Encoder, Frame
+from llm_accel.eval.prompts.haystack import Haystack
+from llm_accel.eval.prompts.puzzle import Builder, NoRoom
+from llm_accel.eval.tasks.ruler.chains import ChainBuilder
+from llm_accel.eval.tasks.ruler.documents import load_questions
+from llm_accel.eval.tasks.ruler.lists import CodedBuilder, ListBuilder
+from llm_accel.eval.tasks.ruler.needles import NeedleBuilder
+from llm_accel.eval.tasks.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.tasks import TASKS, Task
+from llm_accel.eval.tasks.ruler.words import read_words
 
 
 @dataclass(frozen=True, order=True)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
-from llm_accel.eval.needle.engine import Engine, Outcome
-from llm_accel.eval.needle.grid import duration
-from llm_accel.eval.needle.runner import probe
-from llm_accel.eval.progress import Progress
+from llm_accel.common.progress import Progress
+from llm_accel.eval.engine import Engine, Outcome
+from llm_accel.eval.grid import duration
 from llm_accel.eval.prompt_loop import Configs, Job, base_record, run_batches
 from llm_accel.eval.records import Record, RunDir
-from llm_accel.eval.ruler.prompts import Place, Prompt, PromptMaker
-from llm_accel.eval.ruler.scoring import score
-from llm_accel.eval.ruler.settings import Settings
-from llm_accel.eval.ruler.tasks import TASKS
+from llm_accel.eval.tasks.needle.runner import probe
+from llm_accel.eval.tasks.ruler.prompts import Place, Prompt, PromptMaker
+from llm_accel.eval.tasks.ruler.scoring import score
+from llm_accel.eval.tasks.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.tasks import TASKS
 
 
 class RulerDir(RunDir):

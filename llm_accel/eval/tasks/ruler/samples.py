@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.ruler.prompts import Place, PromptMaker
-from llm_accel.eval.ruler.tasks import TASKS
+from llm_accel.eval.tasks.ruler.prompts import Place, PromptMaker
+from llm_accel.eval.tasks.ruler.tasks import TASKS
 
 
 def sample_of(maker: PromptMaker, place: Place) -> dict[str, Any]:

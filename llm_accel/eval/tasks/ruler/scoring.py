@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_accel.eval.needle.grammar import recall
-from llm_accel.eval.ruler.tasks import Task
+from llm_accel.eval.prompts.grammar import recall
+from llm_accel.eval.tasks.ruler.tasks import Task
 
 
 def score(task: Task, answer: str, expected: Sequence[str]) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from llm_accel.common.arguments import DTYPES, at_least, flag, one_of
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES, at_least, flag, one_of
 from llm_accel.eval.plain import PlainSettings
-from llm_accel.eval.ruler.needles import Wording
-from llm_accel.eval.ruler.tasks import BUNDLED, QA, TASKS, WITHOUT_DATA
+from llm_accel.eval.tasks.ruler.needles import Wording
+from llm_accel.eval.tasks.ruler.tasks import BUNDLED, QA, TASKS, WITHOUT_DATA
 
 DEFAULT_METHODS = ("dense", "snapkv:budget=256", "streaming_llm:budget=256", "random:budget=256")
 DEFAULT_LENGTHS = "1k,2k,4k"
@@ -26,8 +26,8 @@ class Settings(PlainSettings):
         lengths: tokens of prompt and answer together, ascending: RULER's ``max_seq_length``, met exactly.
         tasks: names of tasks.
         samples: prompts per task and length.
-        wording: of needle tasks, see :mod:`llm_accel.eval.ruler.needles`.
-        haystack: prose to hide needles in, see :mod:`llm_accel.eval.needle.haystack`.
+        wording: of needle tasks, see :mod:`llm_accel.eval.tasks.ruler.needles`.
+        haystack: prose to hide needles in, see :mod:`llm_accel.eval.prompts.haystack`.
         words: a text file with words for the lists of ``cwe``; None for built-in ones.
         qa_1, qa_2: where questions about documents come from.
         chat_template: None for on if the tokenizer has one.

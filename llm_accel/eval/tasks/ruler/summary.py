@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_accel.eval.columns import DENSE, by_method, mean_of, progress_of
 from llm_accel.eval.records import Record
-from llm_accel.eval.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.settings import Settings
 
 VOID = 0.5  # a task that the dense model solves less than half of says nothing about a method
 

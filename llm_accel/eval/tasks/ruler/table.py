@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_accel.eval.needle.settings import length_label
-from llm_accel.eval.ruler.settings import Settings
-from llm_accel.eval.ruler.tasks import TASKS
-from llm_accel.eval.text import aligned, number, size
+from llm_accel.eval.table import aligned, number, size
+from llm_accel.eval.tasks.needle.settings import length_label
+from llm_accel.eval.tasks.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.tasks import TASKS
 
 
 def title(settings: Settings, model: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_accel.eval.needle.grammar import Kind
+from llm_accel.eval.prompts.grammar import Kind
 
 Family = Literal["niah", "vt", "cwe", "fwe", "qa"]
 Hay = Literal["noise", "essay", "needles"]

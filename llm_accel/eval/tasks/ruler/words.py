@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle import grammar
+from llm_accel.eval.prompts import grammar
 
 _ADJECTIVES = """
 absent active amused ancient annual bitter bold bouncy broad calm careful cheerful civil common crisp curious curly

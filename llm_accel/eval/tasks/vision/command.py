@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from llm_accel.common.arguments import add_model, add_place, add_run_output, canonical_methods
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import add_model, add_place, add_run_output, canonical_methods
 from llm_accel.eval.evaluation import Evaluation
 from llm_accel.eval.plots import save
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.vision import curves, pictures
-from llm_accel.eval.vision import settings as s
-from llm_accel.eval.vision.coco import objects_in
-from llm_accel.eval.vision.controls import CONTROLS, InputControl
-from llm_accel.eval.vision.engine import Engine
-from llm_accel.eval.vision.examples import SceneSource, Source
-from llm_accel.eval.vision.loading import load_model, model_name
-from llm_accel.eval.vision.questions import TASKS, Task
-from llm_accel.eval.vision.reader import Reader
-from llm_accel.eval.vision.runner import PICTURED, VisionDir, run_samples
-from llm_accel.eval.vision.scenes import SPLITS, SplitName
-from llm_accel.eval.vision.scoring import pairs
-from llm_accel.eval.vision.settings import Settings
-from llm_accel.eval.vision.sources import load_rows
-from llm_accel.eval.vision.summary import summarize
-from llm_accel.eval.vision.table import render, title
+from llm_accel.eval.tasks.vision import curves, pictures
+from llm_accel.eval.tasks.vision import settings as s
+from llm_accel.eval.tasks.vision.coco import objects_in
+from llm_accel.eval.tasks.vision.controls import CONTROLS, InputControl
+from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.tasks.vision.examples import SceneSource, Source
+from llm_accel.eval.tasks.vision.loading import load_model, model_name
+from llm_accel.eval.tasks.vision.questions import TASKS, Task
+from llm_accel.eval.tasks.vision.reader import Reader
+from llm_accel.eval.tasks.vision.runner import PICTURED, VisionDir, run_samples
+from llm_accel.eval.tasks.vision.scenes import SPLITS, SplitName
+from llm_accel.eval.tasks.vision.scoring import pairs
+from llm_accel.eval.tasks.vision.settings import Settings
+from llm_accel.eval.tasks.vision.sources import load_rows
+from llm_accel.eval.tasks.vision.summary import summarize
+from llm_accel.eval.tasks.vision.table import render, title
 
 _RESOLVED = ("max_new_tokens", "dtype", "device")  # settings that model and data may fill in
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_accel.eval.plots import INK, MUTED, series
-from llm_accel.eval.vision.settings import parse_method
+from llm_accel.eval.tasks.vision.settings import parse_method
 from llm_accel.methods.visual import VisualBudget
 from llm_accel.registry import spec_of
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
+from llm_accel.common.generation import Clock, cut, end_tokens, greedy
 from llm_accel.errors import ConfigError
-from llm_accel.eval.generation import Clock, cut, end_tokens, greedy
-from llm_accel.eval.vision.controls import Blank, Blind, InputControl, bound
-from llm_accel.eval.vision.examples import Example
-from llm_accel.eval.vision.reader import Reader, blank
-from llm_accel.eval.vision.watch import counting, kept_patches, mean_flops
+from llm_accel.eval.tasks.vision.controls import Blank, Blind, InputControl, bound
+from llm_accel.eval.tasks.vision.examples import Example
+from llm_accel.eval.tasks.vision.reader import Reader, blank
+from llm_accel.eval.tasks.vision.watch import counting, kept_patches, mean_flops
 from llm_accel.methods import MethodConfig, StepEviction
 
 

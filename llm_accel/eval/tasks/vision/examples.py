@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm_accel.eval.vision.questions import TASKS, Task, questions
-from llm_accel.eval.vision.scenes import SPLITS, SplitName, draw_scene
+from llm_accel.eval.tasks.vision.questions import TASKS, Task, questions
+from llm_accel.eval.tasks.vision.scenes import SPLITS, SplitName, draw_scene
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Example:
     Attributes:
         sample: which image; all examples of an image stand together.
         number: which question of its task about the image.
-        task: what is asked, see :mod:`llm_accel.eval.vision.questions`.
+        task: what is asked, see :mod:`llm_accel.eval.tasks.vision.questions`.
         split: of existence questions, how absent objects were chosen; else empty.
         image: uint8 [H, W, 3], or a PIL image.
         question: the text beside the image, without a placeholder.

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llm_accel.eval.loading import bundled, find_device, pretrained, short_name
-from llm_accel.eval.vision.settings import Settings
+from llm_accel.common.loading import bundled, find_device, pretrained, short_name
+from llm_accel.eval.tasks.vision.settings import Settings
 
 
 def model_name(settings: Settings) -> str:
@@ -25,7 +25,7 @@ def load_model(settings: Settings) -> tuple[Any, Any, Settings]:
     """
     device = find_device(settings.device)
     if settings.model is None:
-        from llm_accel.eval.models.bundled import load_vision_model
+        from llm_accel.common.bundled import load_vision_model
 
         load = partial(load_vision_model, gaps=settings.gaps)
         model, processor = bundled(load, settings.dtype, device, settings.attn)

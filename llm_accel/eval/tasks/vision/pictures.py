@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_accel.eval.plots import INK, MUTED
 from llm_accel.eval.records import Record
-from llm_accel.eval.vision.examples import Example
+from llm_accel.eval.tasks.vision.examples import Example
 
 _FRAME = "#D55E00"
 

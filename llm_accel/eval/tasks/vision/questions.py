@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from llm_accel.eval.vision.scenes import COLOURS, PAIRS, SHAPES, SKEWED, Prior, Scene, Thing
+from llm_accel.eval.tasks.vision.scenes import COLOURS, PAIRS, SHAPES, SKEWED, Prior, Scene, Thing
 
 Task = Literal["existence", "colour", "shape", "count", "spatial", "caption"]
 TASKS: tuple[Task, ...] = ("existence", "colour", "shape", "count", "spatial", "caption")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.vision.settings import PLACEHOLDER, QUESTION
+from llm_accel.eval.tasks.vision.settings import PLACEHOLDER, QUESTION
 
 _PLAIN = f"{PLACEHOLDER} {QUESTION}"
 _GREY = 128
@@ -20,7 +20,7 @@ class Reader:
     Args:
         processor: of the model; its tokenizer pads on the left from here on.
         form: text with ``<image>`` and ``{question}``, or None for the chat template (see
-            :class:`llm_accel.eval.vision.settings.Settings`).
+            :class:`llm_accel.eval.tasks.vision.settings.Settings`).
     """
 
     def __init__(self, processor: Any, form: str | None = None) -> None:

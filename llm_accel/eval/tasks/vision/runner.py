@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llm_accel.eval.progress import Progress
+from llm_accel.common.progress import Progress
 from llm_accel.eval.records import Record, RunDir
-from llm_accel.eval.vision.engine import Engine, Outcome
-from llm_accel.eval.vision.examples import Example, Source
-from llm_accel.eval.vision.scoring import Mentions, score
+from llm_accel.eval.tasks.vision.engine import Engine, Outcome
+from llm_accel.eval.tasks.vision.examples import Example, Source
+from llm_accel.eval.tasks.vision.scoring import Mentions, score
 from llm_accel.methods import DyVTE, MethodConfig
 
 PICTURED = 4  # images of which records say which patches stayed, for the pictures

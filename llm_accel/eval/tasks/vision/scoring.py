@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_accel.eval.vision.scenes import COLOURS, SHAPES
+from llm_accel.eval.tasks.vision.scenes import COLOURS, SHAPES
 
 _WORD = re.compile(r"[a-z]+")
 _PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from llm_accel.common.arguments import DTYPES, at_least, one_of
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import DTYPES, at_least, one_of
 from llm_accel.eval.plain import PlainSettings
-from llm_accel.eval.vision.controls import CONTROLS
-from llm_accel.eval.vision.questions import TASKS
-from llm_accel.eval.vision.scenes import SPLITS
+from llm_accel.eval.tasks.vision.controls import CONTROLS
+from llm_accel.eval.tasks.vision.questions import TASKS
+from llm_accel.eval.tasks.vision.scenes import SPLITS
 from llm_accel.methods import MethodConfig
 from llm_accel.methods.visual import VisualBudget
 from llm_accel.registry import parse_all, spec_of
@@ -31,7 +31,7 @@ class Settings(PlainSettings):
         gaps: of the bundled model, the weights that were trained on images with gaps.
         methods: method specifications in canonical form, ``dense``, ``blind`` and ``blank`` included, no two alike.
         data: ``scenes``, or where images come from, ``pope:SOURCE`` or ``chair:SOURCE``.
-        split: how many things a scene has, see :mod:`llm_accel.eval.vision.scenes`.
+        split: how many things a scene has, see :mod:`llm_accel.eval.tasks.vision.scenes`.
         tasks: what is asked about scenes.
         samples: images; None for all that the data has.
         prompt: text of a prompt with ``<image>`` and ``{question}``; None for the processor's chat template, or

@@ -11,9 +11,9 @@ from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.rows import FORMS, read_rows
-from llm_accel.eval.vision.coco import categories, objects_in
-from llm_accel.eval.vision.examples import Example
-from llm_accel.eval.vision.questions import POPE_SPLITS
+from llm_accel.eval.tasks.vision.coco import categories, objects_in
+from llm_accel.eval.tasks.vision.examples import Example
+from llm_accel.eval.tasks.vision.questions import POPE_SPLITS
 
 YES_NO_SUFFIX = "\nAnswer the question using a single word or phrase."
 DESCRIBE = "Please describe this image in detail."

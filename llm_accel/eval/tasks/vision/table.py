@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llm_accel.eval.text import NONE, aligned, number
-from llm_accel.eval.vision.settings import SCENES, Settings
+from llm_accel.eval.table import NONE, aligned, number
+from llm_accel.eval.tasks.vision.settings import SCENES, Settings
 
 _VOID = 0.1  # a task on which the dense model is no better than this above the blind one says nothing
 
