@@ -1,103 +1,75 @@
-"""Arguments that several commands take."""
+"""Options that several commands take."""
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.common.options import Options, option
+from llm_accel.errors import ConfigError
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import parse_all, spec_of
 
-# a parser or a group of its arguments
-Arguments = argparse._ActionsContainer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+METHOD = "NAME[:OPTION=VALUE,...]"
+LIST = "LIST"
 
 
-def add_model(parser: Arguments, bundled: str) -> None:
-    """``--model``; ``bundled``: which model runs without it."""
-    parser.add_argument("--model", metavar="ID|PATH", help=f"HuggingFace model (default: the bundled {bundled} model)")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Which model, and how it is loaded: HuggingFace id or path, or None for the bundled one."""
 
-
-def add_methods(parser: Arguments, help: str) -> None:
-    """``--method``, as often as wanted, as ``methods``."""
-    parser.add_argument(
-        "--method", action="append", metavar="NAME[:OPTION=VALUE,...]", dest="methods", help=f"repeatable; {help}"
+    model: str | None = option("HuggingFace model (default: the bundled needle model)", None, metavar="ID|PATH")
+    dtype: str = option(
+        "default: the checkpoint's; bundled model on a CPU: float32", "auto", choices=DTYPES, group="run"
+    )
+    device: str = option(
+        "cpu, cuda, cuda:1, ... (default: cuda if there is one)", "auto", metavar="DEVICE", group="run"
+    )
+    attn: str | None = option(
+        "attention implementation (default: transformers' choice)", None, metavar="NAME", group="run"
     )
 
 
-def add_haystack(parser: Arguments, holds: str) -> None:
-    """``--haystack``."""
-    parser.add_argument(
-        "--haystack",
-        default="grammar",
-        metavar="FILE|DIR|dataset:NAME",
-        help=f"{holds} (default: built-in sentences); dataset:NAME[,split=train,column=text,config=NAME] needs "
-        "llm_accel[eval]",
-    )
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """Where results go and what is shown of them."""
 
-
-def add_prompt_form(parser: Arguments) -> None:
-    """``--query-agnostic`` and ``--chat-template``."""
-    parser.add_argument(
-        "--query-agnostic",
-        action="store_true",
-        help="compress the context before the question is known; the question follows on the same cache",
-    )
-    parser.add_argument(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="default: on if the tokenizer has one",
-    )
-
-
-def add_place(parser: Arguments, dtype: str = "the checkpoint's", attention: bool = True) -> None:
-    """Where and how a model runs: ``--dtype``, ``--device`` and, where ``attention`` says so, ``--attn``."""
-    parser.add_argument("--dtype", default="auto", metavar="|".join(DTYPES), help=f"default: {dtype}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    if attention:
-        parser.add_argument("--attn", metavar="NAME", help="attention implementation (default: transformers' choice)")
-
-
-def add_run_output(parser: Arguments, command: str, draws: str) -> None:
-    """Where a run that can be continued goes, and what is shown of it; ``draws``: with ``--plot``."""
-    parser.add_argument(
-        "--out",
+    out: str | None = option(
+        "where results go; the same settings continue a run there (default: runs/<command>-<settings>)",
+        None,
         metavar="DIR",
-        help=f"where results go; the same settings continue a run there (default: runs/{command}-<settings>)",
+        group="output",
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew in --out")
-    add_shown(parser, draws)
+    overwrite: bool = option("start anew in --out", False, group="output")
+    plot: bool = option("draw pictures", True, group="output")
+    json_only: bool = option("no tables on stdout, only the JSON line", False, group="output")
 
 
-def add_shown(parser: Arguments, draws: str) -> None:
-    """``--plot`` and ``--json-only``."""
-    parser.add_argument(
-        "--plot", action=argparse.BooleanOptionalAction, default=True, help=f"draw {draws} (default: on)"
+def methods_option(help: str, default: tuple[str, ...]) -> Any:
+    """``--method``, as often as wanted, as ``methods``."""
+    return option(
+        f"repeatable; {help}",
+        default,
+        flag="--method",
+        metavar=METHOD,
+        parse=canonical_methods,
+        shown=" ".join(default),
+        repeated=True,
     )
-    parser.add_argument("--json-only", action="store_true", help="no tables on stdout, only the JSON line")
 
 
-def flag(name: str) -> str:
-    """``batch_size`` -> ``--batch-size``."""
-    return "--" + name.replace("_", "-")
-
-
-def at_least(lowest: int, **given: int | None) -> None:
-    """Raises :class:`ConfigError` for an option below ``lowest``; None is an option that is not given."""
-    for name, value in given.items():
-        if value is not None and value < lowest:
-            raise ConfigError(f"{flag(name)} {value}: give an integer of at least {lowest}.")
-
-
-def one_of(allowed: Iterable[str], **given: str) -> None:
-    """Raises :class:`ConfigError` for an option that is none of the ``allowed`` ones."""
-    names = tuple(allowed)
-    for name, value in given.items():
-        if value not in names:
-            raise ConfigError(f"{flag(name)}: " + unknown_name("value", value, names))
+def haystack_option(holds: str, group: str) -> Any:
+    """``--haystack``."""
+    return option(
+        f"{holds} (default: built-in sentences); dataset:NAME[,split=train,column=text,config=NAME] needs "
+        "llm_accel[eval]",
+        "grammar",
+        metavar="FILE|DIR|dataset:NAME",
+        group=group,
+    )
 
 
 def parse_shard(text: str) -> tuple[int, int]:

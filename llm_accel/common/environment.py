@@ -14,18 +14,22 @@ import torch
 
 from llm_accel import __version__
 
-PACKAGES = ("torch", "transformers", "tokenizers", "triton")
+_PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 
 
 def versions() -> dict[str, str | None]:
+    """Those of :func:`packages`, and the commit of the source tree."""
+    return packages() | {"git_commit": _commit()}
+
+
+def packages() -> dict[str, str | None]:
     """Versions of Python and of what matters here; None for what is not installed."""
     found: dict[str, str | None] = {"llm_accel": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    found["git_commit"] = _commit()
     return found
 
 

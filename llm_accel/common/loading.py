@@ -1,13 +1,16 @@
-"""Devices and pretrained models, with errors that name the argument."""
+"""Devices and models, with errors that name the argument."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.launch import Launch
 from llm_accel.errors import ConfigError
 
@@ -108,3 +111,38 @@ def set_attention(model: Any, attn: str) -> None:
         model.set_attn_implementation(attn)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"--attn {attn!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+ModelT = TypeVar("ModelT", bound=ModelOptions)
+
+
+def load_text_model(options: ModelT) -> tuple[Any, Any, ModelT]:
+    """Model in evaluation mode, tokenizer, and the options with device and dtype as they came out.
+
+    Raises:
+        ConfigError: no such device, model or attention implementation.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm_accel.common.bundled import load_needle_model
+
+    return _loaded(options, load_needle_model, AutoModelForCausalLM, AutoTokenizer)
+
+
+def load_vision_model(options: ModelT, gaps: bool = True) -> tuple[Any, Any, ModelT]:
+    """Model in evaluation mode, processor, and the options as in :func:`load_text_model`; ``gaps``: which weights of
+    the bundled model."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from llm_accel.common import bundled as ours
+
+    return _loaded(options, partial(ours.load_vision_model, gaps=gaps), AutoModelForImageTextToText, AutoProcessor)
+
+
+def _loaded(options: ModelT, ours: Load, models: Any, readers: Any) -> tuple[Any, Any, ModelT]:
+    device = find_device(options.device)
+    if options.model is None:
+        model, reader = bundled(ours, options.dtype, device, options.attn)
+    else:
+        model, reader = pretrained(models, readers, options.model, options.dtype, device, options.attn)
+    return model.eval(), reader, replace(options, device=str(device), dtype=str(model.dtype).removeprefix("torch."))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_accel.common.arguments import DTYPES, one_of
+from llm_accel.common.arguments import DTYPES
+from llm_accel.common.options import one_of
 from llm_accel.errors import ConfigError
 from llm_accel.patches.plan import DECODES
 
