@@ -1,4 +1,4 @@
-"""Runs one batch of prompts through ``generate`` and measures it."""
+"""Runs one batch of text prompts through ``generate`` and measures it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from llm_accel.patches.cache_name import CACHE
 
 
 class TokenPrompt(Protocol):
-    """What is run of a prompt: its ids, and how many of them are before the question."""
+    """What is run of a prompt: its ids, how many of them are before the question, and how many may follow."""
 
     @property
     def ids(self) -> Sequence[int]: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def new_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,13 @@ class Outcome:
 class Engine:
     """A model with its end tokens, and one method at a time on it."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, max_new_tokens: int, query_agnostic: bool, apply: Apply = apply_plugin
-    ) -> None:
-        self.model, self.max_new_tokens, self.query_agnostic, self._apply = model, max_new_tokens, query_agnostic, apply
+    def __init__(self, model: Any, tokenizer: Any, query_agnostic: bool, apply: Apply = apply_plugin) -> None:
+        self.model, self.query_agnostic, self._apply = model, query_agnostic, apply
         self.ends = end_tokens(model, tokenizer)
         self._options = greedy(self.ends, tokenizer)
 
     def run(self, prompts: Sequence[TokenPrompt], configs: Sequence[MethodConfig]) -> Outcome:
-        """Answers of prompts of one length. The methods are on the model during this call only."""
+        """Answers of prompts alike in length and new tokens. The methods are on the model during this call only."""
         if not configs:
             return self._measure(prompts, None)
         handle = self._apply(self.model, configs)
@@ -76,7 +76,7 @@ class Engine:
             (context,) = {prompt.context_length for prompt in prompts}
             cache = DynamicCache(config=self.model.config) if handle is None else handle.new_cache()
             self._generate(ids[:, :context], cache, 1)
-        output = self._generate(ids, cache, self.max_new_tokens, StoppingCriteriaList([clock]))
+        output = self._generate(ids, cache, prompts[0].new_tokens, StoppingCriteriaList([clock]))
         steps = len(clock.ticks) - 1
         if handle is None:
             held = dense = cache_bytes(getattr(output, CACHE))

@@ -1,67 +1,49 @@
-"""The places of a run (length, depth, sample), their shards, batches and cost."""
+"""The places of a grid of prompts, their batches, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-from llm_accel.eval.tasks.needle.settings import Settings
+from typing import Any
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """One prompt of the grid; ordered by length first, so that cheap prompts come first."""
-
-    length: int
-    depth: float
-    sample: int
-
-
-def places(settings: Settings, shard: tuple[int, int] = (1, 1)) -> list[Place]:
-    """All places of a shard, ascending. Shards are disjoint, cover the grid and have equal shares of every length."""
-    every = sorted(
-        Place(length, depth, sample)
-        for length in settings.lengths
-        for depth in settings.depths
-        for sample in range(settings.samples)
-    )
-    index, count = shard
-    return every[index - 1 :: count]
-
-
-def batches(wanted: Iterable[Place], size: int) -> Iterator[list[Place]]:
-    """Places of one length, at most ``size`` at a time. Lengths are exact, so a batch needs no padding."""
-    for _, group in groupby(sorted(wanted), key=lambda place: place.length):
-        row = list(group)
-        for start in range(0, len(row), size):
-            yield row[start : start + size]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run takes.
+    """One prompt of a grid; ordered by length first, so that cheap prompts come first.
 
     Attributes:
-        cells: (length, depth) pairs.
-        prompts: prompts over all methods.
-        prompt_tokens: tokens to prefill over all methods.
-        new_tokens: tokens to generate at most.
-        seconds: estimate, or None.
+        length: of the prompt in tokens, as asked for.
+        row: depth of the needle in percent, or name of a task.
+        sample: number of the prompt in its cell.
     """
 
-    cells: int
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float | None = None
+    length: int
+    row: Any
+    sample: int
 
-    def __str__(self) -> str:
-        text = (
-            f"{self.cells} cells, {self.prompts} prompts, {self.prompt_tokens:,} prompt tokens, "
-            f"at most {self.new_tokens:,} new tokens"
-        )
-        return text if self.seconds is None else f"{text}; about {duration(self.seconds)} at the dense model's speed"
+    @property
+    def key(self) -> tuple[int, Any, int]:
+        """What records tell it by."""
+        return self.length, self.row, self.sample
+
+
+def places(lengths: Iterable[int], rows: Iterable[Any], samples: int) -> list[Place]:
+    """All places, ascending."""
+    rows = tuple(rows)
+    return sorted(Place(length, row, sample) for length in lengths for row in rows for sample in range(samples))
+
+
+def batches(wanted: Iterable[Place], size: int, alike: Callable[[Place], Any]) -> Iterator[Sequence[Place]]:
+    """Places of which ``alike`` says the same, at most ``size`` at a time."""
+    for _, group in groupby(sorted(wanted), key=alike):
+        yield from chunks(list(group), size)
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """At most ``size`` items at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -86,16 +68,16 @@ class Speed:
         return self.linear * length + self.square * length**2 + self.step * new_tokens
 
 
-def cost(pending: Iterable[tuple[Place, int]], new_tokens: int, speed: Speed | None = None) -> Cost:
-    """Cost of the places still to run, each with the number of methods that lack it."""
-    todo = [(place, methods) for place, methods in pending if methods]
-    seconds = None if speed is None else sum(n * speed.seconds(place.length, new_tokens) for place, n in todo)
-    return Cost(
-        cells=len({(place.length, place.depth) for place, _ in todo}),
-        prompts=sum(n for _, n in todo),
-        prompt_tokens=sum(n * place.length for place, n in todo),
-        new_tokens=sum(n * new_tokens for _, n in todo),
-        seconds=seconds,
+def cost(pending: Sequence[tuple[Place, int, int, int]], speed: Speed) -> str:
+    """What there is to do, in words; ``pending``: places with the tokens of their prompt, the tokens to generate at
+    most, and the number of methods that lack them."""
+    cells = len({(place.length, place.row) for place, *_ in pending})
+    prompts, new_tokens = sum(n for *_, n in pending), sum(new * n for _, _, new, n in pending)
+    tokens = sum(length * n for _, length, _, n in pending)
+    seconds = sum(n * speed.seconds(length, new) for _, length, new, n in pending)
+    return (
+        f"{cells} cells, {prompts} prompts, {tokens:,} prompt tokens, at most {new_tokens:,} new tokens; about "
+        f"{duration(seconds)} at the dense model's speed"
     )
 
 

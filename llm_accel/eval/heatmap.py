@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_accel.eval.lengths import length_label
 from llm_accel.eval.plots import INK, MUTED
-from llm_accel.eval.tasks.needle.settings import length_label
 
 PALETTES: dict[str, tuple[str, ...]] = {
     "classic": ("#F0496E", "#EBB839", "#0CD79F"),  # the colours that needle plots have had since 2023

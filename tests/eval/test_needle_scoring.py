@@ -9,8 +9,11 @@ import pytest
 from llm_accel.common.statistics import wilson
 from llm_accel.eval.tasks.needle.scoring import rouge1_recall, score
 from llm_accel.eval.tasks.needle.settings import Settings
-from llm_accel.eval.tasks.needle.summary import cell_means, summarize
+from llm_accel.eval.tasks.needle.summary import summarize
 from llm_accel.eval.tasks.needle.table import render
+from llm_accel.eval.tasks.needle.task import NeedleTask
+from llm_accel.eval.text_task import cell_means
+from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def _records() -> list[dict[str, object]]:
 
 
 def test_summary_counts_and_compares_what_both_have():
-    summary = summarize(SETTINGS, _records(), model="m")
+    summary = summarize(SETTINGS, _records(), 16, model="m")
     json.dumps(summary)
     assert (summary["records"], summary["missing"], summary["complete"]) == (12, 4, False)
     dense, other = (summary["methods"][name] for name in SETTINGS.methods)
@@ -78,11 +81,12 @@ def test_summary_counts_and_compares_what_both_have():
 
 
 def test_cells_are_depths_by_lengths():
-    assert cell_means(SETTINGS, _records(), "random:budget=128") == [[0.0, None], [0.5, None]]
+    task = NeedleTask(SETTINGS, tiny_model(), tokenizer(), make_maker())
+    assert cell_means(task, _records(), "random:budget=128") == [[0.0, None], [0.5, None]]
 
 
 def test_table_shows_every_method_and_what_is_missing():
-    text = render(SETTINGS, summarize(SETTINGS, _records()), "some-model")
+    text = render(SETTINGS, summarize(SETTINGS, _records(), 16), "some-model")
     lines = text.splitlines()
     assert lines[0] == "needle: some-model, multikey, 4 needles, word -> number, query-aware"
     assert lines[1].split("  ")[0] == "exact match" and "512" in lines[1] and "KV at 512" in lines[1]
@@ -90,5 +94,5 @@ def test_table_shows_every_method_and_what_is_missing():
     assert row.split() == ["random:budget=128", "0.25", "-", "0.25", "-0.75", "0.25", "0.1", "KiB", "25.0%", "2.00"]
     assert lines[-1] == "samples per length: 4; 4 records missing"
     assert max(map(len, lines)) < 160
-    empty = render(SETTINGS, summarize(SETTINGS, []), "some-model")
+    empty = render(SETTINGS, summarize(SETTINGS, [], 16), "some-model")
     assert "16 records missing" in empty

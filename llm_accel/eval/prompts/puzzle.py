@@ -1,9 +1,9 @@
-"""What a task puts into one prompt, and what the builders of all tasks share."""
+"""What a task puts into one prompt, and how pieces of token ids are cut and put together."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,17 +25,21 @@ class Puzzle:
 
     Attributes:
         fill: the context in pieces of token ids, exactly as many tokens as asked for; raises :class:`NoRoom`.
-        prefix: how the answer begins.
+        prefix: how the answer begins; None: the model begins it by itself.
         answers: strings that the answer should hold, or for questions about documents one of them.
+        intro: what stands before the context.
         on_line: whether the question begins a line; else it follows a sentence.
+        asked, others: pieces of the context whose places the prompt should tell.
     """
 
-    intro: str
     fill: Callable[[int], list[Piece]]
     question: str
-    prefix: str
+    prefix: str | None
     answers: tuple[str, ...]
+    intro: str = ""
     on_line: bool = True
+    asked: tuple[Piece, ...] = ()
+    others: tuple[Piece, ...] = ()
 
 
 class Builder(Protocol):
@@ -50,32 +54,40 @@ def tokens(pieces: Iterable[Piece]) -> int:
     return sum(map(len, pieces))
 
 
-def exactly(pieces: Sequence[Piece], room: int) -> list[Piece]:
-    """The last ``room`` tokens: whole pieces are dropped in front, then the first one loses its head.
+def cut(pieces: Sequence[Piece], room: int) -> tuple[Piece, list[Piece]]:
+    """The last ``room`` tokens: what is left of a piece that loses its head (maybe nothing), and the whole ones behind.
 
     Raises:
         NoRoom: ``room`` is negative.
     """
     if room < 0:
         raise NoRoom(-room)
-    excess, kept = tokens(pieces) - room, list(pieces)
-    dropped = 0
-    while dropped < len(kept) and excess >= len(kept[dropped]):
-        excess -= len(kept[dropped])
-        dropped += 1
-    return [kept[dropped][excess:], *kept[dropped + 1 :]] if dropped < len(kept) else []
+    excess, first = tokens(pieces) - room, 0
+    while first < len(pieces) and excess >= len(pieces[first]):
+        excess -= len(pieces[first])
+        first += 1
+    return (pieces[first][excess:], list(pieces[first + 1 :])) if excess else ((), list(pieces[first:]))
 
 
-def drawn(stream: Iterable[Piece], room: int) -> list[Piece]:
-    """Pieces of an endless stream, ``room`` tokens together; the first one may lack its head."""
+def exactly(pieces: Sequence[Piece], room: int) -> list[Piece]:
+    """The last ``room`` tokens; the first piece may lack its head."""
+    head, whole = cut(pieces, room)
+    return [head, *whole] if head else whole
+
+
+def taken(stream: Iterator[Piece], room: int) -> list[Piece]:
+    """Pieces of an endless stream, at least ``room`` tokens together."""
     pieces: list[Piece] = []
     total = 0
-    for piece in stream:
-        if total >= room:
-            break
-        pieces.append(piece)
-        total += len(piece)
-    return exactly(pieces, room)
+    while total < room:
+        pieces.append(next(stream))
+        total += len(pieces[-1])
+    return pieces
+
+
+def drawn(stream: Iterator[Piece], room: int) -> list[Piece]:
+    """Pieces of an endless stream, ``room`` tokens together; the first one may lack its head."""
+    return exactly(taken(stream, room), room)
 
 
 def inserted(pieces: Sequence[Piece], at: Sequence[int], inside: Sequence[Piece]) -> list[Piece]:

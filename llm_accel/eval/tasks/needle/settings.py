@@ -1,101 +1,24 @@
-"""What a needle run is made of: parsing, checks and the part of it that a run directory is tied to."""
+"""What a needle run is made of."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from llm_accel.common.arguments import DTYPES, at_least, one_of
+from llm_accel.common.arguments import haystack_option, methods_option
+from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
-from llm_accel.eval.plain import PlainSettings
+from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.prompts import grammar
 from llm_accel.eval.prompts.grammar import KEY_KINDS, Kind
+from llm_accel.eval.prompts.needles import Needles
+from llm_accel.eval.text_task import TextSettings
 
 Task = Literal["single", "multikey", "multivalue", "multiquery"]
 TASKS: tuple[Task, ...] = ("single", "multikey", "multivalue", "multiquery")
 
 DEFAULT_METHODS = ("dense", "snapkv:budget=128", "streaming_llm:budget=128", "random:budget=128")
-DEFAULT_LENGTHS = "512,1k,2k,4k,8k"
-DEFAULT_DEPTHS = "11"
 MAX_DEPTHS = 101
-
-_LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
-_UNIT = {"": 1, "k": 1024, "m": 1024**2}
-
-
-@dataclass(frozen=True)
-class Settings(PlainSettings):
-    """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
-
-    Attributes:
-        model: HuggingFace id or path; None for the bundled model.
-        methods: method specifications in canonical form, ``dense`` included, no two alike.
-        lengths: prompt lengths in tokens, ascending; the whole prompt with template, question and answer prefix.
-        depths: where the first asked needle stands, percent of the haystack before it, ascending.
-        samples: prompts per (length, depth).
-        task: RULER's variant, see :mod:`llm_accel.eval.tasks.needle.tasks`.
-        needles: needles that belong to the task.
-        distractors: needles on top, with keys that nobody asks for.
-        max_new_tokens: tokens generated at most; None for as many as the longest answer needs.
-        chat_template: None for on if the tokenizer has one.
-    """
-
-    model: str | None = None
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    depths: tuple[float, ...] = tuple(10.0 * i for i in range(11))
-    samples: int = 1
-    task: Task = "multikey"
-    needles: int = 4
-    distractors: int = 0
-    key_kind: Kind = "word"
-    value_kind: Kind = "number"
-    haystack: str = "grammar"
-    query_agnostic: bool = False
-    chat_template: bool | None = None
-    answer_prefix: bool = True
-    batch_size: int = 1
-    max_new_tokens: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(
-            1,
-            samples=self.samples,
-            needles=self.needles,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-        )
-        at_least(0, distractors=self.distractors)
-        one_of(TASKS, task=self.task)
-        one_of(KEY_KINDS, key_kind=self.key_kind, value_kind=self.value_kind)
-        one_of(DTYPES, dtype=self.dtype)
-        if self.task == "single" and self.needles != 1:
-            raise ConfigError(
-                f"--task single --needles {self.needles}: single has one needle; "
-                "use --task multikey, or --distractors for needles nobody asks for."
-            )
-        if self.task != "single" and self.needles < 2:
-            raise ConfigError(f"--task {self.task} --needles {self.needles}: give at least 2, or --task single.")
-
-
-def parse_length(text: str) -> int:
-    """``512``, ``4k`` (4096) or ``1m`` (1048576) as a number of tokens."""
-    match = _LENGTH.fullmatch(text.strip())
-    if match is None or int(match[1]) == 0:
-        raise ConfigError(f"--lengths: {text.strip()!r} is not a length; give positive integers or 1k = 1024 tokens.")
-    return int(match[1]) * _UNIT[match[2].lower()]
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """A comma-separated list of lengths, ascending, each once."""
-    parts = [part for part in text.split(",") if part.strip()]
-    if not parts:
-        raise ConfigError(f"--lengths {text!r} is empty; give for example --lengths {DEFAULT_LENGTHS}.")
-    return tuple(sorted({parse_length(part) for part in parts}))
 
 
 def parse_depths(text: str) -> tuple[float, ...]:
@@ -115,8 +38,80 @@ def parse_depths(text: str) -> tuple[float, ...]:
     return tuple(depths)
 
 
-def length_label(length: int) -> str:
-    """4096 -> ``4k``, 1000 -> ``1000``."""
-    if length % 1024**2 == 0:
-        return f"{length // 1024**2}m"
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings):
+    """Everything that decides what the records of a needle run say.
+
+    ``task`` is one of RULER's variants (Hsieh et al. 2024, arXiv 2404.06654):
+
+    ========== ========================== ======================================
+    task       needles                    asked
+    ========== ========================== ======================================
+    single     1                          its value
+    multikey   N keys, one value each     the value of one key, the others distract
+    multivalue 1 key, N values            all values of the key
+    multiquery N keys, one value each     the values of all keys
+    ========== ========================== ======================================
+    """
+
+    methods: tuple[str, ...] = methods_option("dense is the plain model", DEFAULT_METHODS)
+    lengths: tuple[int, ...] = lengths_option(
+        "prompt lengths in tokens, template, question and answer prefix included; 1k = 1024",
+        "512,1k,2k,4k,8k",
+        "grid",
+    )
+    depths: tuple[float, ...] = option(
+        "a number of depths from 0 to 100 %, or a list of percentages",
+        parse_depths("11"),
+        metavar="N|LIST",
+        parse=parse_depths,
+        shown="11",
+        group="grid",
+    )
+    samples: int = option("prompts per cell", 1, least=1, group="grid")
+    task: Task = option("RULER's variants", "multikey", choices=TASKS, group="prompts")
+    needles: int = option(
+        "needles of the task: keys, values of the key, or keys asked for (default: 4; single: 1)",
+        None,
+        least=1,
+        group="prompts",
+    )
+    distractors: int = option("needles on top, with keys that nobody asks for", 0, least=0, group="prompts")
+    key_kind: Kind = option("", "word", choices=KEY_KINDS, group="prompts")
+    value_kind: Kind = option("", "number", choices=KEY_KINDS, group="prompts")
+    haystack: str = haystack_option("text to hide needles in", "prompts")
+    answer_prefix: bool = option("begin the answer for the model, as RULER does", True, group="prompts")
+    max_new_tokens: int | None = option("default: what the longest answer needs", None, least=1, group="run")
+
+    def validate(self) -> None:
+        self.resolve(needles=1 if self.task == "single" else 4)
+        if self.task == "single" and self.needles != 1:
+            raise ConfigError(
+                f"--task single --needles {self.needles}: single has one needle; "
+                "use --task multikey, or --distractors for needles nobody asks for."
+            )
+        if self.task != "single" and self.needles < 2:
+            raise ConfigError(f"--task {self.task} --needles {self.needles}: give at least 2, or --task single.")
+        keys, values = self.hidden.keys + self.distractors, self.needles + self.distractors
+        if self.key_kind == "word" and keys > len(grammar.TEST_KEYS):
+            raise ConfigError(f"{keys} word keys asked for, there are {len(grammar.TEST_KEYS)}: use --key-kind number.")
+        if self.value_kind == "word" and values > (pool := len(grammar.value_words())):
+            raise ConfigError(f"{values} word values asked for, there are {pool}: use --value-kind number.")
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Depths."""
+        return self.depths
+
+    @property
+    def hidden(self) -> Needles:
+        """What is hidden and asked for."""
+        values = self.needles if self.task == "multivalue" else 1
+        return Needles(
+            keys=self.needles // values,
+            values=values,
+            queries=self.needles if self.task == "multiquery" else 1,
+            distractors=self.distractors,
+            key_kind=self.key_kind,
+            value_kind=self.value_kind,
+        )

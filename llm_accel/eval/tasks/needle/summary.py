@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_accel.common.statistics import wilson
-from llm_accel.eval.columns import by_method, mean_of, progress_of
 from llm_accel.eval.records import Record
+from llm_accel.eval.summary import by_method, mean_of, progress_of
 from llm_accel.eval.tasks.needle.settings import Settings
 
 
-def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> dict[str, Any]:
+def summarize(settings: Settings, records: Sequence[Record], wanted: int, **about: Any) -> dict[str, Any]:
     """The summary as plain data.
 
     ``methods[spec]`` has the mean over lengths of ``exact`` (each length weighs the same), ``vs_dense`` (the same minus
@@ -19,7 +19,6 @@ def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> di
     interval ``ci95``, ``rouge1_recall``, ``recall``, ``kv_bytes`` and ``dense_kv_bytes`` per prompt after generation
     (mean), ``prefill_ms`` and ``decode_ms_per_token`` (medians; a step of a batch counts once).
     """
-    wanted = len(settings.methods) * len(settings.lengths) * len(settings.depths) * settings.samples
     return {
         **about,
         "task": settings.task,
@@ -29,15 +28,6 @@ def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> di
             settings.methods, settings.lengths, records, _column, ("exact", "rouge1_recall", "recall")
         ),
     }
-
-
-def cell_means(settings: Settings, records: Sequence[Record], method: str) -> list[list[float | None]]:
-    """Mean exact match per cell, rows are depths and columns lengths as in the settings; None where nothing ran."""
-    sums: dict[tuple[float, int], list[float]] = {}
-    for record in records:
-        if record["method"] == method:
-            sums.setdefault((float(record["depth"]), record["length"]), []).append(record["exact"])
-    return [[mean_of(sums.get((depth, length), [])) for length in settings.lengths] for depth in settings.depths]
 
 
 def _column(records: Sequence[Record]) -> dict[str, Any]:
