@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llm_accel.errors import ConfigError
 from llm_accel.eval.prompts.encoding import Encoder
 from llm_accel.eval.prompts.puzzle import NoRoom, Piece, Puzzle, exactly
-from llm_accel.eval.tasks.ruler.words import SINGLE, draw_pairs
+from llm_accel.eval.prompts.words import SINGLE, draw_pairs
 
 Word = TypeVar("Word")
 

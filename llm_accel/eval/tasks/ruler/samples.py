@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.tasks.ruler.prompts import Place, PromptMaker
-from llm_accel.eval.tasks.ruler.tasks import TASKS
+from llm_accel.eval.grid import Place, places
+from llm_accel.eval.tasks.ruler.task import RulerMaker
 
 
-def sample_of(maker: PromptMaker, place: Place) -> dict[str, Any]:
+def sample_of(maker: RulerMaker, place: Place) -> dict[str, Any]:
     """One line.
 
     ``index``, ``input``, ``outputs``, ``length`` and ``answer_prefix`` are RULER's, without the chat template;
@@ -24,25 +23,26 @@ def sample_of(maker: PromptMaker, place: Place) -> dict[str, Any]:
     inside = slice(len(maker.frame.prefix), prompt.answer_start - len(maker.frame.suffix))
     return {
         "index": place.sample,
-        "task": place.task,
+        "task": place.row,
         "input": maker.encoder.decode(prompt.ids[inside]),
         "outputs": list(prompt.expected),
         "length": place.length,
         "answer_prefix": maker.encoder.decode(prompt.ids[prompt.answer_start :]),
         "prompt": text,
-        "max_new_tokens": TASKS[place.task].new_tokens,
+        "max_new_tokens": prompt.new_tokens,
         "same_tokens": tokenizer.encode(text, add_special_tokens=False) == list(prompt.ids),
         "prompt_hash": prompt.digest(),
     }
 
 
-def write_samples(path: Path, maker: PromptMaker, wanted: Sequence[Place]) -> dict[str, Any]:
-    """Writes one line per place; returns what was written.
+def write_samples(path: Path, maker: RulerMaker, shard: tuple[int, int] = (1, 1)) -> dict[str, Any]:
+    """Writes one line for each place of a shard; returns what was written.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    same = 0
+    settings, same = maker.settings, 0
+    wanted = places(settings.lengths, settings.rows, settings.samples)[shard[0] - 1 :: shard[1]]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:

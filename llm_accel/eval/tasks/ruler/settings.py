@@ -1,81 +1,103 @@
-"""What a RULER run is made of: checks, and the part of it that a run directory is tied to."""
+"""What a RULER run is made of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any
 
-from llm_accel.common.arguments import DTYPES, at_least, flag, one_of
+from llm_accel.common.arguments import haystack_option, methods_option
+from llm_accel.common.options import flag, option
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.plain import PlainSettings
-from llm_accel.eval.tasks.ruler.needles import Wording
+from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.prompts.needles import WORDINGS, Wording
 from llm_accel.eval.tasks.ruler.tasks import BUNDLED, QA, TASKS, WITHOUT_DATA
+from llm_accel.eval.text_task import TextRunOptions, TextSettings
 
 DEFAULT_METHODS = ("dense", "snapkv:budget=256", "streaming_llm:budget=256", "random:budget=256")
-DEFAULT_LENGTHS = "1k,2k,4k"
-DEFAULT_SAMPLES = 10
+ALL = "all"
 
 
-@dataclass(frozen=True)
-class Settings(PlainSettings):
-    """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """A comma-separated list of tasks in RULER's order, or ``all``."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}, or {ALL}.")
+    for name in names:
+        if name not in TASKS and names != (ALL,):
+            raise ConfigError("--tasks: " + unknown_name("task", name, (*TASKS, ALL)))
+    return names if names == (ALL,) else tuple(task for task in TASKS if task in names)
 
-    Attributes:
-        model: HuggingFace id or path; None for the bundled model.
-        methods: method specifications in canonical form, ``dense`` included, no two alike.
-        lengths: tokens of prompt and answer together, ascending: RULER's ``max_seq_length``, met exactly.
-        tasks: names of tasks.
-        samples: prompts per task and length.
-        wording: of needle tasks, see :mod:`llm_accel.eval.tasks.ruler.needles`.
-        haystack: prose to hide needles in, see :mod:`llm_accel.eval.prompts.haystack`.
-        words: a text file with words for the lists of ``cwe``; None for built-in ones.
-        qa_1, qa_2: where questions about documents come from.
-        chat_template: None for on if the tokenizer has one.
+
+def _documents_option(task: str, name: str) -> Any:
+    return option(
+        f"questions and documents of {task}, {name} in RULER: a .json or .jsonl file or a dataset",
+        None,
+        metavar="FILE|NAME",
+        group="prompts",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings):
+    """Everything that decides what the records of a RULER run say.
+
+    ``tasks``: ``("all",)`` stands for all that need no data or were given it, None also for those, and for the bundled
+    model for the ones it was trained for.
     """
 
-    model: str | None = None
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    lengths: tuple[int, ...] = (1024, 2048, 4096)
-    tasks: tuple[str, ...] = BUNDLED
-    samples: int = DEFAULT_SAMPLES
-    wording: Wording = "ruler"
-    haystack: str = "grammar"
-    words: str | None = None
-    qa_1: str | None = None
-    qa_2: str | None = None
-    query_agnostic: bool = False
-    chat_template: bool | None = None
-    batch_size: int = 1
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str | None = None
-    seed: int = 42
+    methods: tuple[str, ...] = methods_option("dense is the plain model", DEFAULT_METHODS)
+    lengths: tuple[int, ...] = lengths_option(
+        "tokens of prompt and answer together, met exactly; 1k = 1024", "1k,2k,4k", "prompts"
+    )
+    tasks: tuple[str, ...] = option(
+        f"of {', '.join(TASKS)} (default: all that need no data; bundled model: those it was trained for)",
+        None,
+        metavar="LIST|all",
+        parse=parse_tasks,
+        group="prompts",
+    )
+    samples: int = option("prompts per task and length; RULER has 500", 10, least=1, group="prompts")
+    haystack: str = haystack_option(
+        "prose to hide needles in; RULER takes Paul Graham's essays, which are not shipped", "prompts"
+    )
+    words: str | None = option(
+        "words for the lists of cwe (default: built-in ones)", None, metavar="FILE", group="prompts"
+    )
+    qa_1: str | None = _documents_option("qa_1", "SQuAD")
+    qa_2: str | None = _documents_option("qa_2", "HotpotQA")
+    wording: Wording = option(
+        "of needle tasks: RULER's, or what the bundled model was trained on (default: as the model needs)",
+        None,
+        choices=WORDINGS,
+        group="prompts",
+    )
+    seed: int = option("seed of the prompts", 42, group="prompts")
 
-    def __post_init__(self) -> None:
-        at_least(1, samples=self.samples, batch_size=self.batch_size)
-        one_of(get_args(Wording), wording=self.wording)
-        one_of(DTYPES, dtype=self.dtype)
+    def validate(self) -> None:
+        given = tuple(task for task in QA if getattr(self, task) is not None)
+        everything = tuple(task for task in TASKS if task in WITHOUT_DATA or task in given)
+        self.resolve(
+            tasks=(*BUNDLED, *given) if self.model is None else everything,
+            wording="bundled" if self.model is None else "ruler",
+        )
+        if self.tasks == (ALL,):
+            object.__setattr__(self, "tasks", everything)
         for task in self.tasks:
-            if task in QA and getattr(self, task) is None:
+            if task in QA and task not in given:
                 raise ConfigError(
                     f"--tasks {task}: its data are not part of the package; give a file or a dataset as {flag(task)}."
                 )
 
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Tasks."""
+        return self.tasks
 
-def parse_tasks(text: str | None, bundled: bool, data: tuple[str, ...]) -> tuple[str, ...]:
-    """A comma-separated list of tasks; ``all`` are those that need no data, and the tasks in ``data``.
 
-    None stands for all, and for the bundled model for those it was trained for.
-    """
-    everything = tuple(task for task in TASKS if task in WITHOUT_DATA or task in data)
-    if text is None:
-        return tuple(dict.fromkeys((*BUNDLED, *data))) if bundled else everything
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if names == ("all",):
-        return everything
-    for name in names:
-        if name not in TASKS:
-            raise ConfigError("--tasks: " + unknown_name("task", name, (*TASKS, "all")))
-    if not names:
-        raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}, or all.")
-    return tuple(task for task in TASKS if task in names)
+@dataclass(frozen=True, kw_only=True)
+class RulerRunOptions(TextRunOptions):
+    """How a RULER run is carried out."""
+
+    write_samples: str | None = option(
+        "write the prompts as JSON lines for other harnesses, and run nothing", None, metavar="FILE", group="output"
+    )

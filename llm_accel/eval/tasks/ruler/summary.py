@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from llm_accel.eval.columns import DENSE, by_method, mean_of, progress_of
 from llm_accel.eval.records import Record
+from llm_accel.eval.summary import DENSE, by_method, mean_of, progress_of
 from llm_accel.eval.tasks.ruler.settings import Settings
 
 VOID = 0.5  # a task that the dense model solves less than half of says nothing about a method
 
 
-def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> dict[str, Any]:
+def summarize(settings: Settings, records: Sequence[Record], wanted: int, **about: Any) -> dict[str, Any]:
     """The summary as plain data.
 
     ``methods[spec]`` has ``score`` (mean over tasks, then lengths: each task weighs the same), ``vs_dense`` (the same
@@ -22,7 +22,6 @@ def summarize(settings: Settings, records: Sequence[Record], **about: Any) -> di
     """
     methods = by_method(settings.methods, settings.lengths, records, partial(_column, settings.tasks), ("score",))
     dense = methods.get(DENSE, {"lengths": {}})["lengths"]
-    wanted = len(settings.methods) * len(settings.lengths) * len(settings.tasks) * settings.samples
     return {
         **about,
         "query_agnostic": settings.query_agnostic,

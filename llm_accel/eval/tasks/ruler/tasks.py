@@ -5,51 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_accel.eval.prompts.grammar import Kind
+from llm_accel.eval.prompts.needles import Needles
 
 Family = Literal["niah", "vt", "cwe", "fwe", "qa"]
-Hay = Literal["noise", "essay", "needles"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
-
-    Attributes:
-        new_tokens: tokens to generate at most.
-        hay: what needles are hidden in: one passage again and again, prose, or other needles.
-        keys, values, queries: keys that are hidden, values of each, keys that are asked for.
-    """
+    """One task; ``new_tokens``: tokens to generate at most; ``needles``: what is hidden, for needle tasks."""
 
     name: str
     family: Family
     new_tokens: int
-    hay: Hay = "essay"
-    key_kind: Kind = "word"
-    value_kind: Kind = "number"
-    keys: int = 1
-    values: int = 1
-    queries: int = 1
+    needles: Needles | None = None
 
 
-_NEEDLE_TOKENS = 128
+_NEEDLES = {
+    "niah_single_1": Needles(hay="noise"),
+    "niah_single_2": Needles(),
+    "niah_single_3": Needles(value_kind="uuid"),
+    "niah_multikey_1": Needles(keys=4),
+    "niah_multikey_2": Needles(hay="needles"),
+    "niah_multikey_3": Needles(hay="needles", key_kind="uuid", value_kind="uuid"),
+    "niah_multivalue": Needles(values=4),
+    "niah_multiquery": Needles(keys=4, queries=4),
+}
 TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("niah_single_1", "niah", _NEEDLE_TOKENS, hay="noise"),
-        Task("niah_single_2", "niah", _NEEDLE_TOKENS),
-        Task("niah_single_3", "niah", _NEEDLE_TOKENS, value_kind="uuid"),
-        Task("niah_multikey_1", "niah", _NEEDLE_TOKENS, keys=4),
-        Task("niah_multikey_2", "niah", _NEEDLE_TOKENS, hay="needles"),
-        Task("niah_multikey_3", "niah", _NEEDLE_TOKENS, hay="needles", key_kind="uuid", value_kind="uuid"),
-        Task("niah_multivalue", "niah", _NEEDLE_TOKENS, values=4),
-        Task("niah_multiquery", "niah", _NEEDLE_TOKENS, keys=4, queries=4),
-        Task("vt", "vt", 30),
-        Task("cwe", "cwe", 120),
-        Task("fwe", "fwe", 50),
-        Task("qa_1", "qa", 32),
-        Task("qa_2", "qa", 32),
-    )
+    **{name: Task(name, "niah", 128, needles) for name, needles in _NEEDLES.items()},
+    "vt": Task("vt", "vt", 30),
+    "cwe": Task("cwe", "cwe", 120),
+    "fwe": Task("fwe", "fwe", 50),
+    "qa_1": Task("qa_1", "qa", 32),
+    "qa_2": Task("qa_2", "qa", 32),
 }
 QA = tuple(name for name, task in TASKS.items() if task.family == "qa")
 WITHOUT_DATA = tuple(name for name in TASKS if name not in QA)
