@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from llm_accel.eval.tasks.vision.engine import Engine
 from llm_accel.eval.tasks.vision.examples import SceneSource
 from llm_accel.eval.tasks.vision.reader import Reader, blank
 from llm_accel.eval.tasks.vision.settings import parse_method, sweep
-from llm_accel.eval.tasks.vision.watch import prefill_flops
+from llm_accel.eval.tasks.vision.watch import kept_patches, prefill_flops
 from tests.eval.vision_kit import tiny_model
 from training.vision_init import build_processor
 
@@ -110,3 +111,9 @@ def test_prompts_of_a_chat_template_begin_once():
     assert (ids == processor.tokenizer.bos_token_id).sum() == 1 and ids.shape == (1, 1 + 100 + 4)
     with pytest.raises(ConfigError, match="vision-language"):
         Reader(processor.tokenizer)
+
+
+def test_tokens_of_the_answer_are_no_patches():
+    kept = torch.tensor([[[0, 2, 5, -1], [1, 2, 7, 9]]])  # positions from 5 on follow a prompt of five tokens
+    ids, mask = torch.tensor([[1, 8, 8, 1, 1]]), torch.ones(1, 5, dtype=torch.long)
+    assert kept_patches(SimpleNamespace(kept=kept), ids, mask, image_token=8) == [[0.5, 1.0]]

@@ -25,10 +25,7 @@ Inputs = Mapping[str, Tensor]
 Sample = Inputs | tuple[Inputs, Tensor | Sequence[int] | None]
 
 
-class CalibrationDir(RunDir):
-    """Records of a calibration: one of each sample."""
-
-    fields = ("sample",)
+FIELDS = ("sample",)  # what tells the records of a calibration apart
 
 
 class Run:
@@ -40,7 +37,7 @@ class Run:
         self.tokens = tokens
         self.routers = routers
         self.out = out
-        self.run_dir = None if out is None else CalibrationDir(out)
+        self.run_dir = None if out is None else RunDir(out, FIELDS)
         self.records: list[Record] = []
         self.features: list[Tensor] = []
         self._done: dict[int, Record] = {}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from llm_accel.eval.heatmap import PALETTES
-from llm_accel.eval.plots import INK, MUTED, save
+from llm_accel.eval.plots import INK, MUTED
 from llm_accel.methods.head_profile import HeadProfile
 
 _DETECTED = "#F0496E"
@@ -70,8 +69,3 @@ def draw(profile: HeadProfile) -> Any:
     bar.tick_params(labelsize=7.5, length=0, colors=MUTED)
     bar.set_ylabel("score", fontsize=8, color=MUTED)
     return figure
-
-
-def write(path: Path, profile: HeadProfile) -> None:
-    """Writes the heat map as PNG."""
-    save(path, draw(profile))

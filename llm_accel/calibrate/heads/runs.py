@@ -9,15 +9,15 @@ from typing import Any
 
 from llm_accel.calibrate.heads.circuit import find_circuit
 from llm_accel.calibrate.heads.copy_paste import Copies, copy_scores, value_span, watch_copies
+from llm_accel.common.generation import end_tokens
 from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.engine import Engine
 from llm_accel.eval.grid import places
-from llm_accel.eval.records import Record
-from llm_accel.eval.tasks.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.tasks.needle.records import NeedleDir
+from llm_accel.eval.prompts.maker import Prompt
+from llm_accel.eval.records import Record, RunDir
 from llm_accel.eval.tasks.needle.scoring import rouge1_recall
 from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
 from llm_accel.methods.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
@@ -31,26 +31,27 @@ class Grid:
 
     model: Any
     tokenizer: Any
-    maker: PromptMaker
+    maker: NeedleMaker
     settings: Settings
 
     def prompts(self) -> list[Prompt]:
         """Every prompt of the grid, shortest first."""
-        return [self.maker.make(at.length, at.depth, at.sample) for at in places(self.settings, (1, 1))]
+        settings = self.settings
+        return [self.maker.make(place) for place in places(settings.lengths, settings.depths, settings.samples)]
 
-    def run(self, run_dir: NeedleDir, done: Sequence[Record]) -> list[Record]:
+    def run(self, run_dir: RunDir, done: Sequence[Record]) -> list[Record]:
         """Watches what is not in ``done`` yet, writes a record of each prompt at once, returns all of them."""
         records = list(done)
-        known = {NeedleDir.key(record) for record in done}
-        todo = [p for p in self.prompts() if (NAME, p.length, float(p.depth), p.sample) not in known]
+        known = {run_dir.key(record) for record in done}
+        todo = [prompt for prompt in self.prompts() if (NAME, *prompt.key) not in known]
         if done:
             print(f"{run_dir.path}: {len(done)} prompts are there, {len(todo)} to do", file=sys.stderr)
-        ends = Engine(self.model, self.tokenizer, self.maker.max_new_tokens, False).ends
+        ends = end_tokens(self.model, self.tokenizer)
         with bar(len(todo), "prompt") as counter:
             for prompt in todo:
                 spans = [
                     value_span(self.maker.encoder.decode, prompt.ids, first, value)
-                    for first, value in zip(prompt.needles, prompt.values, strict=True)
+                    for first, value in zip(prompt.needles, prompt.expected, strict=True)
                 ]
                 copies = watch_copies(self.model, prompt.ids, spans, self.maker.max_new_tokens, ends)
                 record = self._record(prompt, copies)
@@ -62,11 +63,8 @@ class Grid:
     def _record(self, prompt: Prompt, copies: Copies) -> Record:
         answer = self.maker.encoder.decode(copies.answer)
         return {
-            "method": NAME,
-            "length": prompt.length,
-            "depth": prompt.depth,
-            "sample": prompt.sample,
-            "success": rouge1_recall(answer, " ".join(prompt.values)) > SUCCESS,
+            **dict(zip(NeedleTask.fields, (NAME, *prompt.key), strict=True)),
+            "success": rouge1_recall(answer, " ".join(prompt.expected)) > SUCCESS,
             "text": answer,
             "answer": list(copies.answer),
             "size": copies.size,
@@ -89,10 +87,10 @@ class Grid:
 
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
-        answered = {NeedleDir.key(record): record for record in records if record["success"]}
+        answered = {tuple(r[field] for field in NeedleTask.fields): r for r in records if r["success"]}
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
         for prompt in self.prompts():
-            record = answered.get((NAME, prompt.length, float(prompt.depth), prompt.sample))
+            record = answered.get((NAME, *prompt.key))
             if record is not None and len(pairs) < count:
                 pairs.append((prompt.ids, record["answer"]))
         heads = model_heads(self.model)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel.errors import ConfigError, LlmAccelError
+from llm_accel.eval.lengths import length_label
 from llm_accel.eval.table import aligned
-from llm_accel.eval.tasks.needle.settings import length_label
 
 RATIOS = ("decode_speedup", "first_token_speedup", "kv_saving")  # of dense over contestant: higher is better
 TOLERANCE = 0.15

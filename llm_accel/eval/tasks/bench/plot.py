@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from llm_accel.eval.lengths import length_label
 from llm_accel.eval.plots import INK, MUTED, series
 from llm_accel.eval.tasks.bench.table import title
-from llm_accel.eval.tasks.needle.settings import length_label
 
 _GRID = "#E3E6E9"
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Draws the smallest batch size and writes it as PNG."""
+def draw(result: dict[str, Any]) -> Any:
+    """A matplotlib figure of the smallest batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,7 +41,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     figure.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(0.045, 0.0), ncols=columns, fontsize=8, frameon=False
     )
-    figure.savefig(path, format="png", metadata={"Software": "llm_accel"})
+    return figure
 
 
 def _lines(speed: Any, memory: Any, cells: Sequence[dict[str, Any]], index: int, weights: int) -> None:

@@ -1,23 +1,51 @@
-"""What a benchmark is made of: parsing and checks."""
+"""What a benchmark is made of."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from llm_accel.common.arguments import DTYPES, at_least, one_of
+from llm_accel.common.arguments import DTYPES, METHOD, ModelOptions, OutputOptions, canonical_methods
+from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
-from llm_accel.eval.plain import PlainSettings
+from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.summary import DENSE
+from llm_accel.eval.tasks.bench.compare import TOLERANCE
+from llm_accel.eval.tasks.bench.shapes import SHAPES
 from llm_accel.patches.plan import DECODES, Decode
 
-DEFAULT_METHODS = ("dense", "snapkv:budget=512", "streaming_llm:budget=512")
+DEFAULT_METHODS = (DENSE, "snapkv:budget=512", "streaming_llm:budget=512")
 DEFAULT_SHAPE = "small"
-DENSE = "dense"
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb)?", re.IGNORECASE)
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """``80GiB``, ``24gb`` or a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"--memory-limit {text!r} is not a size; give for example 80GiB or 500MiB.")
+    return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """A comma-separated list of batch sizes, ascending, each once."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--batch {text!r} is not allowed; give positive integers such as 1,8.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _methods(specs: Sequence[str]) -> tuple[str, ...]:
+    """The methods with the dense baseline, which every figure is compared with, first."""
+    return (DENSE, *(method for method in canonical_methods(specs) if method != DENSE))
+
+
+def _decodes(given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("eager", *given)))
 
 
 @dataclass(frozen=True)
@@ -38,53 +66,61 @@ class Contestant:
         return self.method if self.decode == "eager" else f"{self.method} ({self.decode})"
 
 
-@dataclass(frozen=True)
-class Settings(PlainSettings):
-    """Everything that decides what is measured.
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelOptions):
+    """Everything that decides what is measured; ``methods`` begin with ``dense``, lengths and batches ascend."""
 
-    Attributes:
-        model: HuggingFace id or path, or None for a shape.
-        shape: geometry with random weights.
-        changes: ``key=value`` overrides of its configuration.
-        methods: specifications in canonical form, ``dense`` first.
-        decodes: ways of decoding that every method runs in.
-        lengths: prompt lengths in tokens, ascending.
-        batches: rows per call, ascending.
-        new_tokens: tokens generated after the prompt, the first included.
-        rounds: times that every contestant runs each cell, in turns.
-        memory_limit: bytes for which the largest batch is worked out, or None.
-        probe: whether the largest batch is tried out beside the arithmetic.
-    """
+    model: str | None = option("HuggingFace text model, instead of a shape", None, metavar="ID|PATH")
+    shape: str | None = option(f"geometry with random weights (default: {DEFAULT_SHAPE})", None, choices=tuple(SHAPES))
+    changes: tuple[str, ...] = option(
+        "repeatable; overrides one number of the shape, for example num_hidden_layers=8",
+        (),
+        flag="--set",
+        metavar="KEY=VALUE",
+        parse=tuple,
+        shown="",
+        repeated=True,
+    )
+    methods: tuple[str, ...] = option(
+        f"repeatable; dense always runs too (default: {' '.join(DEFAULT_METHODS[1:])})",
+        DEFAULT_METHODS,
+        flag="--method",
+        metavar=METHOD,
+        parse=_methods,
+        repeated=True,
+    )
+    decodes: tuple[Decode, ...] = option(
+        "repeatable; with compiled, the static cache of transformers runs too, compiled (default: eager)",
+        ("eager",),
+        flag="--decode",
+        choices=DECODES,
+        parse=_decodes,
+        repeated=True,
+    )
+    lengths: tuple[int, ...] = lengths_option("prompt lengths", "1k,4k")
+    batches: tuple[int, ...] = option(
+        "rows per call", (1,), flag="--batch", metavar="LIST", parse=parse_batches, shown="1"
+    )
+    new_tokens: int = option("tokens generated after the prompt, the first included", 32, least=4)
+    rounds: int = option("times that every contestant runs each cell, in turns", 5, least=1)
+    memory_limit: int | None = option(
+        "work out the largest batch within it, e.g. 80GiB", None, metavar="SIZE", parse=parse_bytes
+    )
+    probe: bool = option("try the largest batch out, too", False)
+    dtype: str = option(
+        "default: the checkpoint's; shapes: bfloat16 on a GPU, float32 on a CPU", "auto", choices=DTYPES, group="run"
+    )
+    seed: int = option("weights and prompts", 0)
 
-    model: str | None = None
-    shape: str | None = DEFAULT_SHAPE
-    changes: tuple[str, ...] = ()
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    decodes: tuple[Decode, ...] = ("eager",)
-    lengths: tuple[int, ...] = (1024, 4096)
-    batches: tuple[int, ...] = (1,)
-    new_tokens: int = 32
-    rounds: int = 5
-    memory_limit: int | None = None
-    probe: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.shape is None):
+    def validate(self) -> None:
+        if self.model is None:
+            self.resolve(shape=DEFAULT_SHAPE)
+        elif self.shape is not None:
             raise ConfigError("give either --model or --shape.")
-        if self.model is not None and self.changes:
+        elif self.changes:
             raise ConfigError("--set changes a --shape; a --model comes as it is.")
-        if self.new_tokens < 4:
-            raise ConfigError(f"--new-tokens {self.new_tokens}: give at least 4, the first two warm up.")
-        at_least(1, rounds=self.rounds)
         if self.probe and self.memory_limit is None:
             raise ConfigError("--probe tries out the largest batch within --memory-limit; give one.")
-        for decode in self.decodes:
-            one_of(DECODES, decode=decode)
-        one_of(DTYPES, dtype=self.dtype)
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
@@ -94,32 +130,21 @@ class Settings(PlainSettings):
         ours = [Contestant(method, decode) for decode in self.decodes for method in self.methods]
         return (*(one for one in ours if (one.method, one.decode) != (DENSE, "auto")), *static)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Settings:
-        """What :meth:`to_dict` gave; ConfigError for anything else."""
-        try:
-            given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-            return cls(**given)
-        except TypeError as error:
-            raise ConfigError(f"these settings are not of this version: {error}.") from error
 
+@dataclass(frozen=True, kw_only=True)
+class BenchRunOptions(OutputOptions):
+    """Where the result goes, and what is done with results that exist."""
 
-def with_dense(methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods with the dense baseline, which every figure is compared with, first."""
-    return (DENSE, *(method for method in methods if method != DENSE))
-
-
-def parse_bytes(text: str) -> int:
-    """``80GiB``, ``24gb`` or a number of bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"--memory-limit {text!r} is not a size; give for example 80GiB or 500MiB.")
-    return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """A comma-separated list of batch sizes, ascending, each once."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--batch {text!r} is not allowed; give positive integers such as 1,8.")
-    return tuple(sorted({int(part) for part in parts}))
+    out: str | None = option(
+        "where bench.json and bench.png go (default: runs/bench-<shape>)", None, metavar="DIR", group="output"
+    )
+    overwrite: bool = option("", False, flag="")
+    compare: tuple[str, str] | None = option(
+        "print two results side by side", None, metavar=("A.json", "B.json"), parse=tuple, group="results that exist"
+    )
+    check: str | None = option(
+        f"measure again; exit code 2 if a ratio to dense fell by more than {100 * TOLERANCE:.0f} %",
+        None,
+        metavar="RESULT.json",
+        group="results that exist",
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llm_accel.eval.lengths import length_label
 from llm_accel.eval.table import NONE, aligned, size
-from llm_accel.eval.tasks.needle.settings import length_label
 
 
 def title(result: dict[str, Any]) -> str:

@@ -39,6 +39,11 @@ class Example:
     objects: frozenset[str] | None = None
     patches: npt.NDArray[np.bool_] | None = None
 
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What records tell it by."""
+        return self.sample, self.task, self.number
+
 
 class Source(Protocol):
     """Images with questions."""
@@ -48,6 +53,9 @@ class Source(Protocol):
 
     def examples(self, sample: int) -> list[Example]:
         """All questions about one image."""
+
+    def keys(self, sample: int) -> list[tuple[int, str, int]]:
+        """What records tell the questions about an image by."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -97,6 +105,10 @@ class SceneSource:
             for task in self.tasks
             for number, asked in enumerate(questions(scene, streams[task], task))
         ]
+
+    def keys(self, sample: int) -> list[tuple[int, str, int]]:
+        """What records tell the questions about a scene by."""
+        return [example.key for example in self.examples(sample)]
 
     def digest(self) -> tuple[int, str]:
         """Over questions, answers and pixels."""

@@ -1,13 +1,16 @@
-"""What a vision run is made of: checks, and the part of it that a run directory is tied to."""
+"""What a vision run is made of."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from llm_accel.common.arguments import DTYPES, at_least, one_of
+from llm_accel.common.arguments import ModelOptions, canonical_methods
+from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
-from llm_accel.eval.plain import PlainSettings
+from llm_accel.eval.task import RunOptions
 from llm_accel.eval.tasks.vision.controls import CONTROLS
 from llm_accel.eval.tasks.vision.questions import TASKS
 from llm_accel.eval.tasks.vision.scenes import SPLITS
@@ -22,46 +25,73 @@ DEFAULT_SAMPLES = 100
 PLACEHOLDER, QUESTION = "<image>", "{question}"
 
 
-@dataclass(frozen=True)
-class Settings(PlainSettings):
-    """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
+def parse_keep(text: str) -> tuple[float, ...]:
+    """``0.11,0.22,0.33`` as shares of the visual tokens, ascending, each once."""
+    try:
+        shares = sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError as error:
+        raise ConfigError(f"--keep {text!r} is not allowed; give shares such as 0.11,0.22,0.33.") from error
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--keep {text!r} is not allowed: shares are above 0 and at most 1, such as 0.11,0.22,0.33.")
+    return tuple(shares)
 
-    Attributes:
-        model: HuggingFace id or path; None for the bundled model.
-        gaps: of the bundled model, the weights that were trained on images with gaps.
-        methods: method specifications in canonical form, ``dense``, ``blind`` and ``blank`` included, no two alike.
-        data: ``scenes``, or where images come from, ``pope:SOURCE`` or ``chair:SOURCE``.
-        split: how many things a scene has, see :mod:`llm_accel.eval.tasks.vision.scenes`.
-        tasks: what is asked about scenes.
-        samples: images; None for all that the data has.
-        prompt: text of a prompt with ``<image>`` and ``{question}``; None for the processor's chat template, or
-            ``<image> {question}`` if it has none.
-        batch_size: prompts about one image that are answered together, at most.
-        max_new_tokens: None for as many as the longest answer needs.
+
+def _parse_tasks(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelOptions):
+    """Everything that decides what the records of a vision run say. Two runs with equal settings may share a directory.
+
+    ``methods`` are specifications in canonical form, ``dense``, ``blind`` and ``blank`` included, no two alike;
+    ``samples`` None: all images that the data has; ``max_new_tokens`` None: as many as the longest answer needs.
     """
 
-    model: str | None = None
-    gaps: bool = True
-    methods: tuple[str, ...] = (*DEFAULT_METHODS, "blind")
-    data: str = SCENES
-    split: str = "standard"
-    tasks: tuple[str, ...] = TASKS
-    samples: int | None = DEFAULT_SAMPLES
-    prompt: str | None = None
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str | None = None
-    seed: int = 0
+    model: str | None = option("HuggingFace model (default: the bundled vision model)", None, metavar="ID|PATH")
+    gaps: bool = option("of the bundled model, the weights trained on images with gaps, or those before that", True)
+    methods: tuple[str, ...] = option(
+        "repeatable; methods joined by + run together. dense is the plain model, blank a grey image, oracle keeps the "
+        f"patches that things cover (default: {' '.join(DEFAULT_METHODS)})",
+        (*DEFAULT_METHODS, "blind"),
+        flag="--method",
+        metavar="NAME[:OPTION=VALUE,...][+NAME...]",
+        repeated=True,
+    )
+    data: str = option(
+        "drawn scenes, or POPE or CHAIR on rows of a .jsonl file or a dataset NAME[,split=test,config=NAME]",
+        SCENES,
+        metavar="scenes|pope:SOURCE|chair:SOURCE",
+        group="data",
+    )
+    samples: int | None = option(
+        f"images (default: {DEFAULT_SAMPLES} scenes, or all of a file or dataset)",
+        DEFAULT_SAMPLES,
+        least=1,
+        group="data",
+    )
+    split: str = option("scenes with 1 to 4 things, or 8 to 12", "standard", choices=tuple(SPLITS), group="data")
+    tasks: tuple[str, ...] = option(
+        "asked about scenes",
+        TASKS,
+        metavar="LIST",
+        choices=TASKS,
+        parse=_parse_tasks,
+        shown=",".join(TASKS),
+        group="data",
+    )
+    seed: int = option("seed of the scenes", 0, least=0, group="data")
+    prompt: str | None = option(
+        f"form of a prompt, with {PLACEHOLDER} and {QUESTION} (default: the processor's chat template, else "
+        f"'{PLACEHOLDER} {QUESTION}')",
+        None,
+        metavar="TEXT",
+        group="run",
+    )
+    batch_size: int = option("questions per call, of one image", 16, least=1, group="run")
+    max_new_tokens: int | None = option("default: what the longest answer needs", None, least=1, group="run")
 
-    def __post_init__(self) -> None:
-        at_least(1, samples=self.samples, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        at_least(0, seed=self.seed)
-        one_of(SPLITS, split=self.split)
-        one_of(DTYPES, dtype=self.dtype)
-        for task in self.tasks:
-            one_of(TASKS, tasks=task)
+    def validate(self) -> None:
         if not self.tasks:
             raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}.")
         if self.model is not None and not self.gaps:
@@ -72,16 +102,34 @@ class Settings(PlainSettings):
         if self.prompt is not None and not (self.prompt.count(PLACEHOLDER) == self.prompt.count(QUESTION) == 1):
             raise ConfigError(f"--prompt {self.prompt!r}: it must have {PLACEHOLDER} and {QUESTION}, each once.")
 
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **more: Any) -> Self:
+        """With the rows of ``--keep`` and ``--blind``, and all rows of a file or dataset."""
+        if args.data not in (None, SCENES):
+            for name in ("split", "tasks"):
+                if getattr(args, name) is not None:
+                    raise ConfigError(f"--{name} belongs to drawn scenes, not to --data {args.data!r}; leave it out.")
+            more["samples"] = args.samples
+        methods: Sequence[str] = args.methods or DEFAULT_METHODS
+        if args.keep is not None:
+            methods = sweep(methods, parse_keep(args.keep))
+        if args.blind is not False and "blind" not in methods:
+            methods = (*methods, "blind")
+        return super().from_arguments(args, methods=canonical_methods(methods, CONTROLS), **more)
 
-def parse_keep(text: str) -> tuple[float, ...]:
-    """``0.11,0.22,0.33`` as shares of the visual tokens, ascending, each once."""
-    try:
-        shares = sorted({float(part) for part in text.split(",") if part.strip()})
-    except ValueError as error:
-        raise ConfigError(f"--keep {text!r} is not allowed; give shares such as 0.11,0.22,0.33.") from error
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise ConfigError(f"--keep {text!r} is not allowed: shares are above 0 and at most 1, such as 0.11,0.22,0.33.")
-    return tuple(shares)
+
+@dataclass(frozen=True, kw_only=True)
+class VisionRunOptions(RunOptions):
+    """How a vision run is carried out, and rows that are added to those of ``--method``."""
+
+    keep: tuple[float, ...] | None = option(
+        "shares of the visual tokens, such as 0.11,0.22,0.33: each --method that does not say how many it keeps runs "
+        "at each of them",
+        None,
+        metavar="LIST",
+        parse=parse_keep,
+    )
+    blind: bool = option("a row for the prompts without their image: what can be guessed", True)
 
 
 def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:

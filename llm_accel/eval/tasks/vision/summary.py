@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 
 from llm_accel.common.statistics import Floats, bootstrap, share_of_sums, wilson
-from llm_accel.eval.columns import mean_of, progress_of
 from llm_accel.eval.records import Record
+from llm_accel.eval.summary import mean_of, progress_of
 from llm_accel.eval.tasks.vision.questions import POPE_SPLITS
 from llm_accel.eval.tasks.vision.scoring import Confusion, ratio
 from llm_accel.eval.tasks.vision.settings import Settings

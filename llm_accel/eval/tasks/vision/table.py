@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from llm_accel.eval.table import NONE, aligned, number
+from llm_accel.eval.table import NONE, aligned, interval, missing, number
 from llm_accel.eval.tasks.vision.settings import SCENES, Settings
 
 _VOID = 0.1  # a task on which the dense model is no better than this above the blind one says nothing
@@ -41,7 +40,7 @@ def _answers(methods: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                *(NONE if task is None else f"{task['exact']:.2f} {_interval(task['ci95'])}" for task in found),
+                *(NONE if task is None else f"{task['exact']:.2f} [{interval(task['ci95'])}]" for task in found),
                 number(entry["exact"]),
                 f"{entry['visual_before']:.0f} > {entry['visual_after']:.0f}",
                 number(entry["visual_per_layer"], ".0f"),
@@ -59,10 +58,10 @@ def _pope(methods: dict[str, Any]) -> str:
         [
             name if i == 0 else "",
             split or "all",
-            f"{part['accuracy']:.2f} {_interval(part['accuracy_ci95'])}",
+            f"{part['accuracy']:.2f} [{interval(part['accuracy_ci95'])}]",
             number(part["precision"]),
             number(part["recall"]),
-            f"{number(part['f1'])} {_interval(part['f1_ci95'])}",
+            f"{number(part['f1'])} [{interval(part['f1_ci95'])}]",
             number(part["yes_ratio"]),
             str(part["neither"]),
         ]
@@ -77,7 +76,7 @@ def _captions(methods: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(f"{number(c[key])} {_interval(c[f'{key}_ci95'])}" for key in ("chair_i", "chair_s", "recall")),
+            *(f"{number(c[key])} [{interval(c[f'{key}_ci95'])}]" for key in ("chair_i", "chair_s", "recall")),
             number(c["words"], ".1f"),
             number(c["mentions"], ".1f"),
             number(c["repeated"]),
@@ -90,14 +89,8 @@ def _captions(methods: dict[str, Any]) -> str:
 
 
 def _footer(summary: dict[str, Any], methods: dict[str, Any]) -> str:
-    lines = [
-        f"{summary['samples']} images" + ("" if summary["complete"] else f"; {summary['missing']} records missing")
-    ]
+    lines = [f"{summary['samples']} images{missing(summary)}"]
     void = void_tasks(methods)
     if void:
         lines.append(f"void: {', '.join(void)}; the model answers as well without the image, so this says nothing")
     return "\n".join(lines)
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "[-]" if ends is None else "[{:.2f}-{:.2f}]".format(*ends)

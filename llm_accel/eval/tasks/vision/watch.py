@@ -65,7 +65,8 @@ def kept_patches(layer: Any, ids: Tensor, mask: Tensor, image_token: int) -> lis
     found = []
     for row, kept in enumerate(layer.kept.cpu()):
         places = (ids[row] == image_token).nonzero()[:, 0] - int((mask[row] == 0).sum())
-        held = torch.zeros(ids.shape[1] + 1)  # the last entry takes what is -1
-        held.index_add_(0, torch.where(kept < 0, ids.shape[1], kept).flatten(), torch.ones(kept.numel()))
+        held = torch.zeros(ids.shape[1] + 1)  # the last entry takes what is no position of the prompt
+        outside = (kept < 0) | (kept >= ids.shape[1])  # nothing, or a token of the answer
+        held.index_add_(0, torch.where(outside, ids.shape[1], kept).flatten(), torch.ones(kept.numel()))
         found.append((held[places.cpu()] / len(kept)).tolist())
     return found

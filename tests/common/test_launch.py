@@ -15,8 +15,8 @@ from llm_accel.cli import main
 from llm_accel.common.launch import Launch, started_alone
 from llm_accel.errors import LlmAccelError
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.tasks.needle.records import NeedleDir
-from llm_accel.eval.tasks.vision.runner import VisionDir
+from llm_accel.eval.tasks.needle.task import NeedleTask
+from llm_accel.eval.tasks.vision.task import VisionTask
 from tests.eval.needle_kit import tiny_model, tokenizer
 from tests.eval.vision_kit import save_tiny, vision
 
@@ -33,8 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def cells(run_dir: RunDir) -> dict[Any, Any]:
+def cells(path: Path, task: Any = NeedleTask) -> dict[Any, Any]:
     """Everything in the records that does not tell the time."""
+    run_dir = RunDir(path, task.fields)
     records = ({key: value for key, value in record.items() if key not in OWN} for record in run_dir.records())
     return {run_dir.key(record): record for record in records}
 
@@ -57,7 +58,7 @@ def test_two_processes_go_on_where_one_was_interrupted_and_equal_it(model: str, 
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["complete"] and summary == json.loads((both / "summary.json").read_text())
     assert done.stdout.count('"complete"') == 1 and done.stdout.count("snapkv:budget=64 ") == 1
-    assert cells(NeedleDir(both)) == cells(NeedleDir(single)) and len(cells(NeedleDir(both))) == len(lines)
+    assert cells(both) == cells(single) and len(cells(both)) == len(lines)
     added = (both / "cells.jsonl").read_text().splitlines()[4:]
     assert len(added) == len(lines) - 3 and {json.loads(line)["shard"] for line in added} == {"1/2", "2/2"}
     assert {file.name for file in both.iterdir()} == {file.name for file in single.iterdir()}
@@ -81,7 +82,7 @@ def test_images_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         printed = capsys.readouterr().out
         assert bool(printed) == (rank == 0)
     summary = json.loads(printed)
-    assert cells(VisionDir(tmp_path / "both")) == cells(VisionDir(tmp_path / "single"))
+    assert cells(tmp_path / "both", VisionTask) == cells(tmp_path / "single", VisionTask)
     for entry in (wanted, summary):
         entry.pop("out")
         for row in entry["methods"].values():
