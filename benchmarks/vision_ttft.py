@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = conditions() | {"model": "random-weight LLaVA", "visual": VISUAL, "text": TEXT, "target": TARGET}
+    result = conditions(model="random-weight LLaVA", visual=VISUAL, text=TEXT, target=TARGET)
     result["llava_1_5_7b_decoder"] = shares(decoder_layers=1)
     if not args.skip_times:
         result["cpu"] = times(args.repeats, args.tower_layers, args.decoder_layers)

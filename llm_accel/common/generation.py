@@ -1,44 +1,17 @@
-"""What runs share that call ``generate``: a method on the model for one call, greedy decoding, and its times."""
+"""What runs share that call ``generate``: greedy decoding, its times, and what the cache holds afterwards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from llm_accel.methods import MethodConfig
-
-
-class Report(Protocol):
-    """What a run reads from a handle's report, in bytes of the whole batch."""
-
-    @property
-    def kv_bytes(self) -> int: ...
-    @property
-    def dense_kv_bytes(self) -> int: ...
-
-
-class Handle(Protocol):
-    """What a run needs of :class:`llm_accel.Handle`."""
-
-    def report(self) -> Report: ...
-    def remove(self) -> None: ...
-    def new_cache(self) -> Any: ...
-
-
-Apply = Callable[[Any, Sequence[MethodConfig]], Handle]
-
-
-def apply_plugin(model: Any, configs: Sequence[MethodConfig]) -> Handle:
-    """The real thing; imported late, so that prompts and plots need no plug-in."""
-    from llm_accel.api import apply
-
-    handle: Handle = apply(model, list(configs))
-    return handle
+from llm_accel.api import Handle
+from llm_accel.patches.cache_name import CACHE
 
 
 class Clock(StoppingCriteria):
@@ -94,6 +67,16 @@ def cut(row: Sequence[int], ends: Collection[int]) -> list[int]:
     """Generated ids before the first end token."""
     stop = next((i for i, token in enumerate(row) if token in ends), len(row))
     return list(row[:stop])
+
+
+def held_bytes(output: Any, handle: Handle | None) -> tuple[int, int]:
+    """Bytes that the cache of a ``generate`` call holds, and those of a dense cache of the same length; for the whole
+    batch. ``handle``: of the plug-in on the model, if any."""
+    if handle is None:
+        held = cache_bytes(getattr(output, CACHE))
+        return held, held
+    report = handle.report()
+    return report.kv_bytes, report.dense_kv_bytes
 
 
 def cache_bytes(cache: Any) -> int:

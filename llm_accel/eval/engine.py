@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 
-from llm_accel.common.generation import Apply, Clock, Handle, apply_plugin, cache_bytes, cut, end_tokens, greedy
+from llm_accel.api import Handle, apply
+from llm_accel.common.generation import Clock, cut, end_tokens, greedy, held_bytes
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.cache_name import CACHE
 
@@ -48,7 +49,7 @@ class Outcome:
 class Engine:
     """A model with its end tokens, and one method at a time on it."""
 
-    def __init__(self, model: Any, tokenizer: Any, query_agnostic: bool, apply: Apply = apply_plugin) -> None:
+    def __init__(self, model: Any, tokenizer: Any, query_agnostic: bool, apply: Callable[..., Handle] = apply) -> None:
         self.model, self.query_agnostic, self._apply = model, query_agnostic, apply
         self.ends = end_tokens(model, tokenizer)
         self._options = greedy(self.ends, tokenizer)
@@ -57,7 +58,7 @@ class Engine:
         """Answers of prompts alike in length and new tokens. The methods are on the model during this call only."""
         if not configs:
             return self._measure(prompts, None)
-        handle = self._apply(self.model, configs)
+        handle = self._apply(self.model, list(configs))
         try:
             return self._measure(prompts, handle)
         finally:
@@ -65,7 +66,7 @@ class Engine:
 
     def try_method(self, configs: Sequence[MethodConfig]) -> None:
         """Applies and removes, so that what cannot work is known before a run begins."""
-        self._apply(self.model, configs).remove()
+        self._apply(self.model, list(configs)).remove()
 
     def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> Outcome:
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
@@ -78,11 +79,7 @@ class Engine:
             self._generate(ids[:, :context], cache, 1)
         output = self._generate(ids, cache, prompts[0].new_tokens, StoppingCriteriaList([clock]))
         steps = len(clock.ticks) - 1
-        if handle is None:
-            held = dense = cache_bytes(getattr(output, CACHE))
-        else:
-            report = handle.report()
-            held, dense = report.kv_bytes, report.dense_kv_bytes
+        held, dense = held_bytes(output, handle)
         return Outcome(
             answers=[cut(row, self.ends) for row in output.sequences[:, ids.shape[1] :].tolist()],
             kv_bytes=held // len(prompts),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from llm_accel.common.generation import Clock
 
 _REPEATS = 7
 
@@ -37,35 +38,38 @@ class Bounds:
         return asdict(self) | {"bandwidth": self.bandwidth}
 
 
-def measure_bounds(device: torch.device, dtype: torch.dtype) -> Bounds:
-    """Medians over repeats; arrays far larger than caches (256 MiB on a CPU, 1 GiB on a GPU)."""
-    count = 2**26 if device.type == "cpu" else 2**28
+Timer = Callable[[Callable[[], object]], float]  # seconds of a call
+
+
+def measure_bounds(
+    device: torch.device, dtype: torch.dtype, timer: Timer | None = None, count: int = 0, size: int = 0
+) -> Bounds:
+    """What the machine reaches with arrays far larger than caches.
+
+    Args:
+        timer: seconds of a call; by default the median over repeats.
+        count: fp32 numbers of an array; by default 256 MiB on a CPU, 1 GiB on a GPU.
+        size: rows and columns of the matrices.
+    """
+    timer = timer or (lambda run: _seconds(run, device))
+    on_cpu = device.type == "cpu"
+    count, size = count or (2**26 if on_cpu else 2**28), size or (1024 if on_cpu else 8192)
     target, one, other = (torch.ones(count, device=device) for _ in range(3))
-    copied = _seconds(lambda: target.copy_(one), device)
-    added = _seconds(lambda: torch.add(one, other, alpha=3.0, out=target), device)
-    moved = target.nbytes
-    size = 1024 if device.type == "cpu" else 8192
-    left = torch.ones(size, size, dtype=dtype, device=device)
+    copied = timer(lambda: target.copy_(one))
+    added = timer(lambda: torch.add(one, other, alpha=3.0, out=target))
+    left = torch.randn(size, size, device=device).to(dtype)  # numbers all alike cost a GPU less power than real ones
     out = torch.empty_like(left)
-    multiplied = _seconds(lambda: torch.matmul(left, left, out=out), device)
-    return Bounds(2 * moved / copied, 3 * moved / added, 2 * size**3 / multiplied)
+    multiplied = timer(lambda: torch.matmul(left, left, out=out))
+    return Bounds(2 * target.nbytes / copied, 3 * target.nbytes / added, 2 * size**3 / multiplied)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
+    clock, times = Clock(device), []
     for _ in range(_REPEATS + 1):
-        synchronize(device)
-        begin = time.perf_counter()
+        begin = clock.now()
         run()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(clock.now() - begin)
     return statistics.median(times[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import CompileConfig, StoppingCriteriaList
 
 from llm_accel.api import Handle, apply
-from llm_accel.common.generation import Clock, cache_bytes
+from llm_accel.common.generation import Clock, held_bytes
 from llm_accel.errors import ConfigError
 from llm_accel.eval.tasks.bench.memory import PeakMemory
 from llm_accel.eval.tasks.bench.settings import Contestant
 from llm_accel.methods import Dense
-from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse_all
 
 WARM = 2  # decode steps after the prompt that no figure counts
@@ -89,11 +88,8 @@ class Runner:
         )
         steps = [1e3 * (end - start) for start, end in zip(clock.ticks[:-1], clock.ticks[1:], strict=True)]
         first = 1e3 * (clock.ticks[0] - begin)
-        if self.handle is None:
-            held = cache_bytes(getattr(output, CACHE))
-            return Run(first, steps[WARM:], held, held)
-        report = self.handle.report()
-        return Run(first, steps[WARM:], report.kv_bytes, report.dense_kv_bytes, dict(report.backends))
+        notes = {} if self.handle is None else dict(self.handle.report().backends)
+        return Run(first, steps[WARM:], *held_bytes(output, self.handle), notes)
 
     def warm_up(self, inputs: dict[str, Tensor], new_tokens: int, weight_bytes: int) -> PeakMemory | None:
         """A short call that no figure of time counts, and its peaks; compiled code is compiled in a call before."""

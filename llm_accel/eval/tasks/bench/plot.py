@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_accel.eval.lengths import length_label
-from llm_accel.eval.plots import INK, MUTED, series
+from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
 from llm_accel.eval.tasks.bench.table import title
 
 _GRID = "#E3E6E9"
@@ -14,14 +14,10 @@ _GRID = "#E3E6E9"
 
 def draw(result: dict[str, Any]) -> Any:
     """A matplotlib figure of the smallest batch size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     batch = min(cell["batch"] for cell in result["cells"])
     cells = [cell for cell in result["cells"] if cell["batch"] == batch]
     names = list(dict.fromkeys(cell["name"] for cell in cells))
-    figure = Figure(figsize=(13.5, 4.6), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13.5, 4.6, dpi=150)
     speed, memory, split = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.055, right=0.985, top=0.79, bottom=0.22, wspace=0.24)
     figure.text(0.055, 0.945, title(result), fontsize=11, color=INK, weight="bold", va="center")
@@ -64,7 +60,8 @@ def _shape(index: int) -> dict[str, str]:
 
 
 def _decorate(axes: Any, name: str, subtitle: str, lengths: Sequence[int]) -> None:
-    _plain(axes)
+    plain(axes)
+    axes.set_axisbelow(True)
     axes.set_title(name, fontsize=9.5, color=INK, loc="left", pad=16)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=7.5, color=MUTED)
     axes.set_xscale("log", base=2)
@@ -76,7 +73,8 @@ def _decorate(axes: Any, name: str, subtitle: str, lengths: Sequence[int]) -> No
 
 def _split(axes: Any, cells: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
     """Stacked bars: time to first token, then the decode steps of one call."""
-    _plain(axes)
+    plain(axes)
+    axes.set_axisbelow(True)
     steps = result["settings"]["new_tokens"] - 1
     first = [cell["first_token_ms"]["median"] / 1e3 for cell in cells]
     decode = [steps * cell["decode_ms"]["median"] / 1e3 for cell in cells]
@@ -95,10 +93,3 @@ def _split(axes: Any, cells: Sequence[dict[str, Any]], result: dict[str, Any]) -
     grey = "grey: until the first token; colour: the steps after it"
     axes.text(0, 1.02, grey, transform=axes.transAxes, fontsize=7.5, color=MUTED)
     axes.set_xlabel("seconds", fontsize=8, color=MUTED)
-
-
-def _plain(axes: Any) -> None:
-    axes.tick_params(labelsize=7.5, length=0, colors=MUTED)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
+from llm_accel.api import apply
 from llm_accel.common.generation import Clock, cut, end_tokens, greedy
 from llm_accel.errors import ConfigError
 from llm_accel.eval.tasks.vision.controls import Blank, Blind, InputControl, bound
@@ -58,8 +59,6 @@ class Engine:
             return self._answer(examples, None, control)
         if not configs:
             return self._answer(examples, None, None)
-        from llm_accel.api import apply
-
         told = bound(configs, examples[0].patches, self.seed + examples[0].sample)
         stepwise = any(isinstance(config, StepEviction) for config in told)  # which positions stay changes all the time
         handle = apply(self.model, list(told), trace=not stepwise)
@@ -74,8 +73,6 @@ class Engine:
         if controls and len(configs) > 1:
             raise ConfigError(f"{controls[0].name} runs the model without a plug-in; it cannot be joined with methods.")
         if configs and not controls:
-            from llm_accel.api import apply
-
             apply(self.model, list(configs)).remove()
 
     def _answer(self, examples: Sequence[Example], handle: Any, control: InputControl | None) -> Outcome:
