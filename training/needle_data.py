@@ -176,7 +176,7 @@ class Texts:
         sentences: list[list[int]] = []
         total = 0
         if style != "easy" and room > 200 and rng.random() < 0.3:
-            sentences.append(self.encode(" " + grammar.intro_text()))
+            sentences.append(self.encode(" " + nt.intro_text()))
             total = len(sentences[0])
         while total < room:
             sentences.append(rng.choice(self.bank))

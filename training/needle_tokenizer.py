@@ -8,6 +8,7 @@ The format was fixed before any compression method was scored: see docs/decision
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -31,10 +32,33 @@ CHAT_TEMPLATE = (
 )
 
 
+def intro_text(kind: grammar.Kind = "number") -> str:
+    """An optional first paragraph that tells a model what is coming (as RULER's prompt does)."""
+    return (
+        f"Some special magic {kind}s are hidden in the following text. "
+        f"Remember the {kind}s because you will be asked about them."
+    )
+
+
+def vocabulary() -> list[str]:
+    """Every word of the grammar as it is tokenized, sorted: with its leading space, and bare where it starts a text."""
+    keys, values = ["KEY", "KEY", "KEY"], ["NOUN"]
+    kinds: list[grammar.Kind] = ["word", "number", "uuid"]
+    texts = [*grammar.TEMPLATES, *grammar.HARD_TEMPLATES]
+    for kind in kinds:
+        texts += [intro_text(kind), grammar.needle_text(keys[0], values[0], kind)]
+        for n in (1, 2):
+            texts += [grammar.question_text(keys[:n], kind), grammar.answer_prefix(keys[:n], kind)]
+    plain = {word for text in texts for word in re.findall(r"[A-Za-z]+", text)} - {*grammar.POOLS, "NUM"}
+    starters = {word for word in plain if word[0].isupper()}
+    pools = {word for pool in grammar.POOLS.values() for word in pool}
+    return sorted({" " + word for word in plain | pools} | starters)
+
+
 def build_vocab() -> dict[str, int]:
     """Token -> id: specials, 256 bytes, every group of one to three digits, the grammar's words (``Ġ`` is a space)."""
     groups = [f"{i:0{width}d}" for width in (1, 2, 3) for i in range(10**width)]
-    words = [word.replace(" ", "Ġ") for word in grammar.vocabulary()]
+    words = [word.replace(" ", "Ġ") for word in vocabulary()]
     tokens = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *groups, *words]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 

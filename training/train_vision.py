@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from llm_accel.eval.tasks.vision.scenes import COLOURS, PATCH, SHAPES, SIZE, SPLITS, Scene, draw_scene, draw_scenes
+from llm_accel.eval.tasks.vision.scenes import COLOURS, PATCH, SHAPES, SIZE, SPLITS, Scene, draw_scene
 from training.vision_check import (
     accuracy,
     answer_logits,
@@ -39,7 +39,7 @@ from training.vision_check import (
     saliency,
     visual_features,
 )
-from training.vision_data import Batch, Subject, ask, pack, patch_classes
+from training.vision_data import Batch, Subject, ask, draw_scenes, pack, patch_classes
 from training.vision_init import (
     BOS,
     EOS,

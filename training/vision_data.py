@@ -17,13 +17,31 @@ import torch
 from torch import Tensor
 
 from llm_accel.eval.tasks.vision.questions import Question, Task, questions
-from llm_accel.eval.tasks.vision.scenes import GRID, PAIRS, PATCH, SIZE, Scene
+from llm_accel.eval.tasks.vision.scenes import (
+    GRID,
+    PAIRS,
+    PATCH,
+    SIZE,
+    SKEWED,
+    SPLITS,
+    Prior,
+    Scene,
+    SplitName,
+    draw_scene,
+)
 from training.vision_init import BOS, EOS, IMAGE, MEAN, PAD, SPREAD, VISUAL_TOKENS, WORDS
 
 PREFIX = 1 + VISUAL_TOKENS  # bos and the image
 IGNORED = -100  # label of tokens that carry no loss
 Subject = Task | Literal["half"]  # of a question in training
 _IDS = {word: i for i, word in enumerate(WORDS)}
+
+
+def draw_scenes(number: int, seed: int, split: SplitName = "standard", prior: Prior = SKEWED) -> list[Scene]:
+    """``number`` scenes of a split, each count of things equally likely; the same seed draws the same scenes."""
+    rng = np.random.default_rng(seed)
+    low, high = SPLITS[split]
+    return [draw_scene(rng, int(rng.integers(low, high + 1)), prior) for _ in range(number)]
 
 
 @dataclass

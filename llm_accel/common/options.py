@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -114,13 +114,6 @@ class Options:
                 value = tuple(value) if spec.repeated else value
                 more.setdefault(field.name, value if spec.parse is None else spec.parse(value))
         return cls(**more)
-
-    @classmethod
-    def from_words(cls, words: Sequence[str]) -> Self:
-        """The options of a command line."""
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        cls.add_arguments(parser)
-        return cls.from_arguments(parser.parse_args(list(words)))
 
 
 def _declared(cls: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Spec]]:

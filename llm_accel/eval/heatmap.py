@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.eval.lengths import length_label
-from llm_accel.eval.plots import INK, MUTED
+from llm_accel.eval.plots import INK, MUTED, new_figure, plain
 
 PALETTES: dict[str, tuple[str, ...]] = {
     "classic": ("#F0496E", "#EBB839", "#0CD79F"),  # the colours that needle plots have had since 2023
@@ -50,9 +50,7 @@ def draw(
         rows: depths in percent, or names; the longest one sets the margin.
         trained_length: longest length the model was trained for; a dashed line stands there if the grid goes beyond.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     colours = LinearSegmentedColormap.from_list("needle", PALETTES[palette]).with_extremes(bad=_EMPTY)
     columns = min(len(panels), 4 if len(lengths) <= 6 else 2)
@@ -68,8 +66,7 @@ def draw(
     heading = textwrap.wrap(title, max(20, round((width - left) * 11)))
     top = 0.62 + 0.2 * len(heading) + (0.2 if subtitle else 0) + more
     height = top + lines * high + (lines - 1) * gap_y + bottom
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
 
     def box(x: float, y: float, w: float, h: float) -> Any:
         """Axes at inches from the upper left corner."""
@@ -113,13 +110,11 @@ def _decorate(axes: Any, lengths: Sequence[int], rows: Sequence[str], row_label:
     at_x, at_y = range(0, len(lengths), every_x), range(0, len(rows), every_y)
     axes.set_xticks(list(at_x), [length_label(lengths[i]) for i in at_x])
     axes.set_yticks(list(at_y), [rows[i] for i in at_y])
-    axes.tick_params(labelsize=7.5, length=0, pad=4, colors=MUTED, labelleft=left)
+    plain(axes, pad=4, labelleft=left)
     if bottom:
         axes.set_xlabel("prompt length in tokens", fontsize=8, color=MUTED)
     if left:
         axes.set_ylabel(row_label, fontsize=8, color=MUTED)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     axes.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)  # white lines between the cells
     axes.set_yticks([i + 0.5 for i in range(len(rows) - 1)], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2 if len(lengths) <= 16 else 0.5)

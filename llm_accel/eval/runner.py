@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,12 +104,7 @@ def run_places(
     """Runs what ``done`` lacks of a shard, every method on the same prompts, and appends to the directory. Shards are
     disjoint, cover the run and have equal shares of its cheap and its costly places."""
     known = {run_dir.key(record) for record in done}
-    places = task.places()[shard[0] - 1 :: shard[1]]
-    lacking = {}
-    for place in places:
-        keys = list(task.keys(place)) if known else []
-        lacking[place] = [m for m in task.configs if not known or any((m, *key) not in known for key in keys)]
-    lacking = {place: methods for place, methods in lacking.items() if methods}
+    lacking = lacking_methods(task, task.places()[shard[0] - 1 :: shard[1]], known)
     if done:
         say(f"{run_dir.path}: {len(done)} records are there, {sum(map(len, lacking.values()))} to do")
     if not lacking:
@@ -120,18 +115,30 @@ def run_places(
     with Progress(total, done, task.unit, shown, task.score) as progress:
         for batch in task.batches(lacking):
             prompts = [prompt for place in batch for prompt in task.prompts(place)]
-            for method, configs in task.configs.items():
+            for method in task.configs:
                 own = [prompt for prompt in prompts if (method, *prompt.key) not in known]
-                records: list[Record] = []
-                for call in task.calls(own, configs) if own else ():
-                    outcome = task.answer(call, configs)
-                    written = [
-                        {"method": method, **task.record(prompt, row, outcome), "shard": f"{shard[0]}/{shard[1]}"}
-                        for row, prompt in enumerate(call)
-                    ]
-                    run_dir.append(written)
-                    records += written
+                records = run_prompts(task, run_dir, method, own, f"{shard[0]}/{shard[1]}")
                 progress.add(records, sum(task.size(place) for place in batch if method in lacking[place]))
+
+
+def lacking_methods(task: AnyTask, places: Iterable[Any], known: Collection[Any]) -> dict[Any, list[str]]:
+    """Places with the methods that lack a record of a prompt there; places that lack nothing are left out."""
+    lacking = {}
+    for place in places:
+        keys = list(task.keys(place)) if known else []
+        lacking[place] = [m for m in task.configs if not known or any((m, *key) not in known for key in keys)]
+    return {place: methods for place, methods in lacking.items() if methods}
+
+
+def run_prompts(task: AnyTask, run_dir: RunDir, method: str, prompts: Sequence[Any], shard: str) -> list[Record]:
+    """Answers the prompts of a batch with one method and appends a record of each to the directory."""
+    configs, records = task.configs[method], []
+    for call in task.calls(prompts, configs) if prompts else ():
+        outcome = task.answer(call, configs)
+        written = [{"method": method, **task.record(p, row, outcome), "shard": shard} for row, p in enumerate(call)]
+        run_dir.append(written)
+        records += written
+    return records
 
 
 def conclude(task: AnyTask, run_dir: RunDir, plot: bool) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from llm_accel.common.arguments import ModelOptions, haystack_option, methods_option
-from llm_accel.common.loading import short_name
+from llm_accel.common.loading import load_text_model, short_name
 from llm_accel.common.options import option
 from llm_accel.eval import grid
 from llm_accel.eval.engine import Engine, Outcome
@@ -22,7 +22,7 @@ from llm_accel.eval.prompts.encoding import Encoder, Frame, make_frame
 from llm_accel.eval.prompts.haystack import Haystack, load_haystack
 from llm_accel.eval.prompts.maker import Prompt, PromptMaker
 from llm_accel.eval.records import Record
-from llm_accel.eval.summary import mean_of
+from llm_accel.eval.summary import by_method, mean_of, progress_of
 from llm_accel.eval.task import RunOptions, Task
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import parse_all
@@ -90,11 +90,13 @@ class TextTask(Task[Place, Prompt, Outcome]):
 
     Attributes:
         row_label, score_label: what the heat map calls its rows and its colours.
+        measures: entries of a column of which a mean is told.
         palette: its colours.
     """
 
     row_label: ClassVar[str]
     score_label: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]]
 
     settings: TextSettings
 
@@ -105,6 +107,22 @@ class TextTask(Task[Place, Prompt, Outcome]):
         self.engine = Engine(model, tokenizer, settings.query_agnostic)
         self.configs = {method: parse_all(method) for method in settings.methods}
         self.name = settings.model_name
+
+    @classmethod
+    def load(cls, settings: Any, palette: str = "classic") -> Self:
+        """With model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
+        model, tokenizer, settings = load_text_model(settings)
+        maker, settings = cls.make_prompts(settings, tokenizer)
+        return cls(settings, model, tokenizer, maker, palette)
+
+    @staticmethod
+    @abstractmethod
+    def make_prompts(settings: Any, tokenizer: Any) -> tuple[PromptMaker, Any]:
+        """The prompt maker, and the settings with what the tokenizer decides filled in.
+
+        Raises:
+            ConfigError: no room at the shortest length, an unreadable file, no chat template.
+        """
 
     @property
     def wanted(self) -> int:
@@ -221,9 +239,29 @@ class TextTask(Task[Place, Prompt, Outcome]):
     def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
         """What is said of an answer."""
 
+    def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
+        """Of each method (see :func:`by_method`) the measures over all lengths, and at each length its column."""
+        settings = self.settings
+        methods = by_method(settings.methods, settings.lengths, records, self.column, self.measures)
+        facts = {"query_agnostic": settings.query_agnostic, **self.facts(methods)}
+        return {**about, **facts, **progress_of(records, self.wanted), "methods": methods}
+
+    @abstractmethod
+    def column(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What is told of the records of one method and length, cost aside."""
+
+    @abstractmethod
+    def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
+        """What else the summary tells."""
+
     @abstractmethod
     def title(self) -> str:
         """One line that says what was run."""
+
+    @property
+    def aware(self) -> str:
+        """Whether compression sees the question, for titles."""
+        return "query-agnostic (question after compression)" if self.settings.query_agnostic else "query-aware"
 
     def draw(self, summary: dict[str, Any], records: Sequence[Record], folder: Path) -> None:
         """The heat map, one panel per method."""

@@ -20,6 +20,7 @@ from llm_accel.eval.tasks.ruler.settings import RulerRunOptions
 from llm_accel.eval.tasks.ruler.settings import Settings as RulerSettings
 from llm_accel.eval.tasks.vision.settings import Settings as VisionSettings
 from llm_accel.eval.tasks.vision.settings import VisionRunOptions
+from tests.common.options_kit import from_words
 
 Colour = Literal["red", "blue"]
 ALL = (
@@ -45,7 +46,7 @@ class Example(Options):
 
 
 def test_what_is_not_given_is_the_default_of_the_class():
-    assert Example.from_words([]) == Example()
+    assert from_words(Example, []) == Example()
 
 
 def test_the_command_line_and_python_mean_the_same():
@@ -53,7 +54,7 @@ def test_the_command_line_and_python_mean_the_same():
     expected = Example(
         count=3, share=0.5, colours=("blue", "red"), sizes=(4, 5), pair=("x", "y"), quiet=True, plot=False
     )
-    assert Example.from_words(words.split()) == expected
+    assert from_words(Example, words.split()) == expected
     assert Example.from_dict(json.loads(json.dumps(expected.to_dict()))) == expected
 
 
@@ -66,7 +67,7 @@ def test_the_command_line_and_python_mean_the_same():
     ],
 )
 def test_both_are_refused_alike(given: dict[str, Any], words: list[str], message: str):
-    for make in (lambda: Example(**given), lambda: Example.from_words(words)):
+    for make in (lambda: Example(**given), lambda: from_words(Example, words)):
         with pytest.raises(ConfigError) as error:
             make()
         assert message in str(error.value)

@@ -19,14 +19,14 @@ from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.eval.tasks.needle.task import NeedleMaker
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
-from training.needle_tokenizer import build_tokenizer
+from training.needle_tokenizer import build_tokenizer, intro_text
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CORPUS = [
-    grammar.intro_text(), grammar.needle_text("opal", "1234567"), grammar.question_text(["opal"]),
+    intro_text(), grammar.needle_text("opal", "1234567"), grammar.question_text(["opal"]),
     grammar.answer_prefix(["opal"]), "The dog watched the old river near the house 12 345 6789012. It was 1 2 3.",
 ]  # fmt: skip
 

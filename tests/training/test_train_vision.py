@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llm_accel.eval.tasks.vision.scenes import draw_scenes
 from training.train_vision import CURRICULUM, PLAIN, STAYS, Loop, draw_gaps
-from training.vision_data import patch_classes
+from training.vision_data import draw_scenes, patch_classes
 from training.vision_init import USED_LAYERS, Heads, model_config
 
 TOWER, GAPS = (replace(CURRICULUM[i], steps=2, batch=2) for i in (2, -1))

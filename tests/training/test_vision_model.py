@@ -14,9 +14,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llm_accel.common import bundled
 from llm_accel.errors import ConfigError
 from llm_accel.eval.tasks.vision.questions import TASKS, questions
-from llm_accel.eval.tasks.vision.scenes import Scene, draw_scenes
+from llm_accel.eval.tasks.vision.scenes import Scene
 from training.vision_check import accuracy, answer_logits, features_with_gaps, saliency, visual_features
-from training.vision_data import IGNORED, PREFIX, pack, patch_classes
+from training.vision_data import IGNORED, PREFIX, draw_scenes, pack, patch_classes
 from training.vision_init import USED_LAYERS, WORDS, build_processor
 
 Bundle = tuple[LlavaForConditionalGeneration, LlavaProcessor]

@@ -10,8 +10,8 @@ from typing import Any
 
 from llm_accel.calibrate.heads.induction import induction_scores
 from llm_accel.calibrate.heads.plot import draw
-from llm_accel.calibrate.heads.profile import HeadProfile, make_profile
-from llm_accel.calibrate.heads.runs import NAME, Grid
+from llm_accel.calibrate.heads.profile import make_profile
+from llm_accel.calibrate.heads.runs import NAME, CopyTask
 from llm_accel.calibrate.heads.table import render
 from llm_accel.common.arguments import ModelOptions, OutputOptions
 from llm_accel.common.environment import packages
@@ -22,9 +22,10 @@ from llm_accel.errors import ConfigError
 from llm_accel.eval.lengths import parse_lengths
 from llm_accel.eval.plots import require_matplotlib, save
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.runner import tell
+from llm_accel.eval.runner import run_places, tell
 from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
-from llm_accel.eval.tasks.needle.task import NeedleTask, make_prompts
+from llm_accel.eval.tasks.needle.task import make_prompts
+from llm_accel.methods.head_profile import HeadProfile
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 
@@ -137,13 +138,13 @@ def _induction(options: HeadsOptions, model: Any, tokenizer: Any, settings: Sett
 
 def _copy_paste(options: HeadsOptions, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
     maker, settings = make_prompts(settings, tokenizer)
-    digest = maker.digest(settings.lengths, settings.depths)
-    tied = settings.to_dict() | {"prompt_hash": digest, "weights_hash": weight_hash(model)}
-    run_dir = RunDir(out, NeedleTask.fields)
+    task = CopyTask(settings, model, tokenizer, maker)
+    tied = settings.to_dict() | {"prompt_hash": task.digest(), "weights_hash": weight_hash(model)}
+    run_dir = RunDir(out, task.fields)
     done = run_dir.open(tied, {"command": "heads", "versions": packages(), "argv": sys.argv[1:]}, options.overwrite)
-    grid = Grid(model, tokenizer, maker, settings)
-    records = grid.run(run_dir, done)
-    scores, answered = grid.scores(records, options.compat)
+    run_places(task, run_dir, done)
+    records = run_dir.records()
+    scores, answered = task.head_scores(records, options.compat)
     heads = model_heads(model)
     look = heads.layers * heads.query_heads <= _SMALL if options.circuit is None else options.circuit
     return make_profile(
@@ -151,7 +152,7 @@ def _copy_paste(options: HeadsOptions, model: Any, tokenizer: Any, settings: Set
         settings.model_name,
         "copy_paste",
         scores,
-        circuit=grid.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,
+        circuit=task.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,
         n_instances=answered,
         seed=options.seed,
         versions=packages(),

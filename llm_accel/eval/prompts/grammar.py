@@ -43,7 +43,7 @@ mercury opal parrot peach quartz rabbit raven saffron salmon silver spider sunse
 """)
 """Held out: no needle had such a key while the bundled model was trained (they do occur in filler)."""
 
-_POOLS: dict[str, tuple[str, ...]] = {
+POOLS: dict[str, tuple[str, ...]] = {
     "ADJ": _words("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy
         light happy strange"""),
     "NOUN": _words("""farmer teacher doctor sailor child artist baker hunter singer writer dog cat horse bird fox river
@@ -55,7 +55,7 @@ _POOLS: dict[str, tuple[str, ...]] = {
     "PREP": _words("near under behind beside above across"),
     "KEY": TRAIN_KEYS + TEST_KEYS,
 }
-_TEMPLATES: tuple[str, ...] = (
+TEMPLATES: tuple[str, ...] = (
     "The ADJ NOUN VERB the NOUN.",
     "A NOUN VERB the ADJ NOUN PREP the NOUN.",
     "The NOUN PREP the NOUN was ADJ.",
@@ -66,7 +66,7 @@ _TEMPLATES: tuple[str, ...] = (
     "All day the NOUN VERB a NOUN.",
     "Then a ADJ NOUN VERB the NOUN and the NOUN.",
 )
-_HARD_TEMPLATES: tuple[str, ...] = (
+HARD_TEMPLATES: tuple[str, ...] = (
     "Many people in KEY VERB the NOUN.",
     "There are NUM ADJ people in KEY.",
     "The ADJ NOUN of KEY was VERB ADV.",
@@ -74,13 +74,13 @@ _HARD_TEMPLATES: tuple[str, ...] = (
     "One of the special people in KEY VERB the magic NOUN.",
     "The KEY and the KEY are ADJ.",
 )
-_SLOT = re.compile("|".join(sorted([*_POOLS, "NUM"], key=len, reverse=True)))
+_SLOT = re.compile("|".join(sorted([*POOLS, "NUM"], key=len, reverse=True)))
 
 
 def _fill(template: str, rng: random.Random) -> str:
     def value(match: re.Match[str]) -> str:
         slot = match.group()
-        return str(rng.randrange(1, 10 ** rng.randint(1, 4))) if slot == "NUM" else rng.choice(_POOLS[slot])
+        return str(rng.randrange(1, 10 ** rng.randint(1, 4))) if slot == "NUM" else rng.choice(POOLS[slot])
 
     return _SLOT.sub(value, template)
 
@@ -88,7 +88,7 @@ def _fill(template: str, rng: random.Random) -> str:
 def filler_sentences(rng: random.Random) -> Iterator[str]:
     """Endless grammatical sentences, each ending in "."; a share of :data:`HARD_SHARE` looks a little like a needle."""
     while True:
-        yield _fill(rng.choice(_HARD_TEMPLATES if rng.random() < HARD_SHARE else _TEMPLATES), rng)
+        yield _fill(rng.choice(HARD_TEMPLATES if rng.random() < HARD_SHARE else TEMPLATES), rng)
 
 
 def make_value(rng: random.Random, kind: Kind = "number") -> str:
@@ -96,7 +96,7 @@ def make_value(rng: random.Random, kind: Kind = "number") -> str:
     if kind == "number":
         return str(rng.randrange(10**6, 10**7))
     if kind == "word":
-        return rng.choice(_POOLS["NOUN"])
+        return rng.choice(POOLS["NOUN"])
     if kind == "uuid":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KEY_KINDS)}")
@@ -126,14 +126,6 @@ def join_list(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def intro_text(kind: Kind = "number") -> str:
-    """An optional first paragraph that tells a model what is coming (as RULER's prompt does)."""
-    return (
-        f"Some special magic {kind}s are hidden in the following text. "
-        f"Remember the {kind}s because you will be asked about them."
-    )
-
-
 def needle_text(key: str, value: str, kind: Kind = "number") -> str:
     """One needle sentence; ``kind`` is the value's. Several values of a key are several needles."""
     return f"One of the special magic {kind}s for {key} is: {value}."
@@ -151,11 +143,6 @@ def answer_prefix(keys: Sequence[str], kind: Kind = "number", n_values: int = 1)
     verb, plural = ("is", "") if len(keys) == 1 and n_values == 1 else ("are", "s")
     space = " " if kind == "number" else ""
     return f"The special magic {kind}{plural} for {join_list(keys)} {verb}:{space}"
-
-
-def answer_text(values: Sequence[str]) -> str:
-    """The expected continuation of :func:`answer_prefix`, without the space in front: ``v.`` or ``v1, v2 and v3.``"""
-    return join_list(values) + "."
 
 
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -183,24 +170,9 @@ def recall(answer: str, values: Sequence[str]) -> float:
 
 def value_words() -> tuple[str, ...]:
     """The words that serve as values of kind "word" (common nouns of the filler)."""
-    return _POOLS["NOUN"]
+    return POOLS["NOUN"]
 
 
 def common_words() -> tuple[str, ...]:
     """Nouns, adjectives, verbs and adverbs of the filler: further keys to train on, none of them held out."""
-    return tuple(word for pool in ("NOUN", "ADJ", "VERB", "ADV") for word in _POOLS[pool])
-
-
-def vocabulary() -> list[str]:
-    """Every word of the grammar as it is tokenized, sorted: with its leading space, and bare where it starts a text."""
-    keys, values = ["KEY", "KEY", "KEY"], ["NOUN"]
-    kinds: list[Kind] = ["word", "number", "uuid"]
-    texts = [*_TEMPLATES, *_HARD_TEMPLATES]
-    for kind in kinds:
-        texts += [intro_text(kind), needle_text(keys[0], values[0], kind)]
-        for n in (1, 2):
-            texts += [question_text(keys[:n], kind), answer_prefix(keys[:n], kind)]
-    plain = {word for text in texts for word in re.findall(r"[A-Za-z]+", text)} - {*_POOLS, "NUM"}
-    starters = {word for word in plain if word[0].isupper()}
-    pools = {word for pool in _POOLS.values() for word in pool}
-    return sorted({" " + word for word in plain | pools} | starters)
+    return tuple(word for pool in ("NOUN", "ADJ", "VERB", "ADV") for word in POOLS[pool])

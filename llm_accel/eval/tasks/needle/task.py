@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from llm_accel.common.loading import load_text_model
+from llm_accel.common.statistics import wilson
 from llm_accel.eval.grid import Place
 from llm_accel.eval.prompts.maker import Prompt, PromptMaker
 from llm_accel.eval.prompts.needles import NeedleBuilder
 from llm_accel.eval.prompts.puzzle import Puzzle
 from llm_accel.eval.records import Record
-from llm_accel.eval.tasks.needle import table
+from llm_accel.eval.summary import mean_of
+from llm_accel.eval.table import NONE, by_length, missing
 from llm_accel.eval.tasks.needle.scoring import score
 from llm_accel.eval.tasks.needle.settings import Settings
-from llm_accel.eval.tasks.needle.summary import summarize
 from llm_accel.eval.text_task import TextTask, prepare
 
 _MARGIN, _MARGIN_WITHOUT_PREFIX = 4, 64  # new tokens beyond the answer's own
@@ -56,11 +56,7 @@ class NeedleMaker(PromptMaker):
 
 
 def make_prompts(settings: Settings, tokenizer: Any) -> tuple[NeedleMaker, Settings]:
-    """The prompt maker, and the settings with what the tokenizer decides filled in.
-
-    Raises:
-        ConfigError: no room for the needles at the shortest length, an unreadable haystack, no chat template.
-    """
+    """See :meth:`TextTask.make_prompts`."""
     settings, encoder, frame, haystack = prepare(settings, tokenizer)
     new_tokens = NeedleMaker(encoder, frame, haystack, settings).max_new_tokens
     settings = replace(settings, max_new_tokens=new_tokens)
@@ -79,14 +75,9 @@ class NeedleTask(TextTask):
     plots = ("heatmap.png",)
     open_settings = ("chat_template", "max_new_tokens", "dtype", "device")
     row_label, score_label = "needle depth in %", "exact match"
+    measures = ("exact", "rouge1_recall", "recall")
+    make_prompts = staticmethod(make_prompts)
     settings: Settings
-
-    @classmethod
-    def load(cls, settings: Settings, palette: str = "classic") -> NeedleTask:
-        """With model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
-        model, tokenizer, settings = load_text_model(settings)
-        maker, settings = make_prompts(settings, tokenizer)
-        return cls(settings, model, tokenizer, maker, palette)
 
     def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
         return {
@@ -95,11 +86,29 @@ class NeedleTask(TextTask):
             "needle_tokens": list(prompt.needles),
         }
 
-    def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
-        return summarize(self.settings, records, self.wanted, **about)
+    def column(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Means, and of exact matches the 95 % Wilson interval."""
+        hits = sum(record["exact"] for record in records)
+        means = {name: mean_of([record[name] for record in records]) for name in self.measures}
+        return {**means, "ci95": [round(end, 4) for end in wilson(hits, len(records))]}
+
+    def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
+        return {"task": self.settings.task}
 
     def title(self) -> str:
-        return table.title(self.settings, self.name)
+        """Model, task, kinds, and whether the question was seen during compression."""
+        settings, plural = self.settings, "s" if self.settings.needles > 1 else ""
+        needles = f"{settings.needles} needle{plural}"
+        if settings.distractors:
+            needles += f" + {settings.distractors} distractors"
+        kinds = f"{settings.key_kind} -> {settings.value_kind}"
+        return f"needle: {self.name}, {settings.task}, {needles}, {kinds}, {self.aware}"
 
     def render(self, summary: dict[str, Any]) -> str:
-        return table.render(self.settings, summary, self.name)
+        """Exact match per length with 95 % Wilson intervals below, mean, difference to dense, memory and speed."""
+        methods: dict[str, Any] = summary["methods"]
+        more, below = {"ROUGE-1 recall": "rouge1_recall"}, ("95 % interval", "ci95")
+        table = by_length("exact match", methods, self.settings.lengths, "exact", more, below)
+        counts = sorted({column["n"] for m in methods.values() for column in m["lengths"].values()})
+        n = NONE if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return "\n".join([self.title(), *table, f"samples per length: {n}{missing(summary)}"])

@@ -8,22 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llm_accel.common.loading import load_text_model
 from llm_accel.eval.grid import Place
+from llm_accel.eval.lengths import length_label
 from llm_accel.eval.prompts.maker import Prompt, PromptMaker
 from llm_accel.eval.prompts.needles import NeedleBuilder
 from llm_accel.eval.prompts.puzzle import Builder, Puzzle
 from llm_accel.eval.prompts.words import read_words
 from llm_accel.eval.records import Record
-from llm_accel.eval.tasks.ruler import table
+from llm_accel.eval.summary import DENSE, mean_of
+from llm_accel.eval.table import aligned, by_length, missing, number
 from llm_accel.eval.tasks.ruler.chains import ChainBuilder
 from llm_accel.eval.tasks.ruler.documents import load_questions
 from llm_accel.eval.tasks.ruler.lists import CodedBuilder, ListBuilder
 from llm_accel.eval.tasks.ruler.scoring import score
 from llm_accel.eval.tasks.ruler.settings import Settings
-from llm_accel.eval.tasks.ruler.summary import summarize
 from llm_accel.eval.tasks.ruler.tasks import QA, TASKS, Task
 from llm_accel.eval.text_task import TextTask, prepare
+
+VOID = 0.5  # a task that the dense model solves less than half of says nothing about a method
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,7 @@ class RulerMaker(PromptMaker):
 
 
 def make_prompts(settings: Settings, tokenizer: Any) -> tuple[RulerMaker, Settings]:
-    """The prompt maker, and the settings with what the tokenizer decides filled in.
-
-    Raises:
-        ConfigError: no room for a task at the shortest length, an unreadable file, no chat template.
-    """
+    """See :meth:`TextTask.make_prompts`."""
     settings, encoder, frame, haystack = prepare(settings, tokenizer)
     maker = RulerMaker(encoder, frame, haystack, settings)
     for task in settings.tasks:  # a question's own documents may be longer than the others'
@@ -86,14 +84,9 @@ class RulerTask(TextTask):
     open_settings = ("chat_template", "dtype", "device")
     score = "score"
     row_label, score_label = "", "RULER's score"
+    measures = ("score",)
+    make_prompts = staticmethod(make_prompts)
     settings: Settings
-
-    @classmethod
-    def load(cls, settings: Settings, palette: str = "classic") -> RulerTask:
-        """With model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
-        model, tokenizer, settings = load_text_model(settings)
-        maker, settings = make_prompts(settings, tokenizer)
-        return cls(settings, model, tokenizer, maker, palette)
 
     def alike(self, place: Place) -> Any:
         return place.length, place.row
@@ -102,11 +95,45 @@ class RulerTask(TextTask):
         task = TASKS[prompt.place.row]
         return {"wording": self.settings.wording, "score": score(task, answer, prompt.expected)}
 
-    def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
-        return summarize(self.settings, records, self.wanted, **about)
+    def column(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The mean of each task, and over tasks: each weighs the same."""
+        means = {task: mean_of([r["score"] for r in records if r["task"] == task]) for task in self.settings.tasks}
+        scores = {task: score for task, score in means.items() if score is not None}
+        return {"score": mean_of(list(scores.values())), "tasks": scores}
+
+    def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
+        """With ``void``: of each length the tasks on which dense stays below one half."""
+        dense, settings = methods.get(DENSE, {"lengths": {}})["lengths"], self.settings
+        return {
+            "wording": settings.wording,
+            "haystack": settings.haystack,
+            "tasks": list(settings.tasks),
+            "void": {n: [t for t, score in column["tasks"].items() if score < VOID] for n, column in dense.items()},
+        }
 
     def title(self) -> str:
-        return table.title(self.settings, self.name)
+        """Model, tasks, haystack, and whether compression saw the question."""
+        settings = self.settings
+        prose = "built-in sentences" if settings.haystack == "grammar" else settings.haystack
+        wording = "" if settings.wording == "ruler" else f", {settings.wording} model's wording"
+        tasks = f"{len(settings.tasks)} of {len(TASKS)} tasks"
+        return f"RULER: {self.name}, {tasks}, prose: {prose}{wording}, {self.aware}"
 
     def render(self, summary: dict[str, Any]) -> str:
-        return table.render(self.settings, summary, self.name)
+        """Score per length with cost, then per task at each length; tasks that say nothing are named below."""
+        methods, settings = summary["methods"], self.settings
+        lengths = [n for n in settings.lengths if any(str(n) in entry["lengths"] for entry in methods.values())]
+        blocks = [self.title(), "\n".join(by_length("score", methods, lengths, "score"))]
+        blocks += [self._by_task(methods, length) for length in lengths]
+        void = [f"{length_label(int(n))}: {', '.join(tasks)}" for n, tasks in summary["void"].items() if tasks]
+        if void:
+            blocks.append(f"void, dense answers less than half of them: {'; '.join(void)}")
+        blocks.append(f"samples per task and length: {settings.samples}{missing(summary)}")
+        return "\n\n".join(blocks)
+
+    def _by_task(self, methods: dict[str, Any], length: int) -> str:
+        rows = [[length_label(length), *(task.removeprefix("niah_") for task in self.settings.tasks)]]
+        for name, entry in methods.items():
+            scores = entry["lengths"].get(str(length), {"tasks": {}})["tasks"]
+            rows.append([name, *(number(scores.get(task)) for task in self.settings.tasks)])
+        return "\n".join(aligned(rows))

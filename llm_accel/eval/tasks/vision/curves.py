@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import replace
 from typing import Any
 
-from llm_accel.eval.plots import INK, MUTED, series
+from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
 from llm_accel.eval.tasks.vision.settings import parse_method
 from llm_accel.methods.visual import VisualBudget
 from llm_accel.registry import spec_of
@@ -27,9 +27,6 @@ def family(spec: str) -> str:
 def draw(summary: dict[str, Any], title: str) -> Any:
     """A matplotlib figure. Dense, blind and blank are lines across, which have no choice of tokens; bars and the band
     around dense are 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     methods = {spec: entry for spec, entry in summary["methods"].items() if entry["n"]}
     tasks = list(dict.fromkeys(task for entry in methods.values() for task in entry["tasks"]))
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -38,8 +35,7 @@ def draw(summary: dict[str, Any], title: str) -> Any:
             lines.setdefault(family(spec), []).append(entry)
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(1.2 + 3.3 * columns, 1.6 + 2.6 * rows), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.2 + 3.3 * columns, 1.6 + 2.6 * rows, layout="constrained")
     width = 30 * columns
     figure.suptitle(textwrap.fill(title, width), fontsize=10.5, color=INK, weight="bold", x=0.01, ha="left")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -87,6 +83,4 @@ def _panel(axes: Any, task: str, methods: dict[str, Any], lines: dict[str, list[
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlim(0, 1.04 * max(entry["visual_before"] for entry in methods.values()) or 1)
     axes.grid(color="#E6E8EA", linewidth=0.6)
-    axes.tick_params(labelsize=7.5, length=0, colors=MUTED)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    plain(axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,26 +43,6 @@ class Example:
     def key(self) -> tuple[int, str, int]:
         """What records tell it by."""
         return self.sample, self.task, self.number
-
-
-class Source(Protocol):
-    """Images with questions."""
-
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    def examples(self, sample: int) -> list[Example]:
-        """All questions about one image."""
-
-    def keys(self, sample: int) -> list[tuple[int, str, int]]:
-        """What records tell the questions about an image by."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """What the longest answer needs."""
-
-    def digest(self) -> tuple[int, str]:
-        """How many questions there are, and a hash of them, 16 hex digits."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_accel.eval.plots import INK, MUTED
+from llm_accel.eval.plots import INK, MUTED, new_figure
 from llm_accel.eval.records import Record
 from llm_accel.eval.tasks.vision.examples import Example
 
@@ -28,12 +28,8 @@ def draw(method: str, shown: Sequence[tuple[Example, Record]]) -> Any:
     Args:
         shown: examples with ``patches``, and records with as many ``kept`` shares.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     wide, head = 2.1, 0.75
-    figure = Figure(figsize=(0.3 + wide * len(shown), head + 2 * wide + 0.65), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(0.3 + wide * len(shown), head + 2 * wide + 0.65)
     width, height = figure.get_size_inches()
     figure.text(0.15 / width, 1 - 0.25 / height, method, fontsize=10.5, color=INK, weight="bold", va="center")
     legend = "patches that reach the last layer; framed: a thing is there"

@@ -114,7 +114,6 @@ def _skewed(boost: float = 12.0) -> Prior:
 
 SKEWED = _skewed()
 """The most frequent pair has ten times the weight of the rarest, and a partner twelve times the weight it has alone."""
-UNIFORM = Prior(np.full(PAIRS, 1 / PAIRS), np.ones((PAIRS, PAIRS)))
 
 
 def draw_scene(rng: np.random.Generator, count: int, prior: Prior = SKEWED) -> Scene:
@@ -147,13 +146,6 @@ def draw_scene(rng: np.random.Generator, count: int, prior: Prior = SKEWED) -> S
         things.append(Thing(SHAPES[shape], COLOURS[colour], row, column, box))
     image += 0.04 * rng.standard_normal(image.shape)
     return Scene(tuple(things), np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), owner)
-
-
-def draw_scenes(number: int, seed: int, split: SplitName = "standard", prior: Prior = SKEWED) -> list[Scene]:
-    """``number`` scenes of a split, each count of things equally likely; the same seed draws the same scenes."""
-    rng = np.random.default_rng(seed)
-    low, high = SPLITS[split]
-    return [draw_scene(rng, int(rng.integers(low, high + 1)), prior) for _ in range(number)]
 
 
 def _background(rng: np.random.Generator) -> Floats:

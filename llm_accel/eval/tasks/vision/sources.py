@@ -12,7 +12,7 @@ from typing import Any
 from llm_accel.errors import ConfigError
 from llm_accel.eval.rows import FORMS, read_rows
 from llm_accel.eval.tasks.vision.coco import categories, objects_in
-from llm_accel.eval.tasks.vision.examples import Example
+from llm_accel.eval.tasks.vision.examples import Example, SceneSource
 from llm_accel.eval.tasks.vision.questions import POPE_SPLITS
 
 YES_NO_SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -60,6 +60,9 @@ class RowSource:
         every = [row for group in self.groups for row in group]
         plain = [[(key, value) for key, value in row.items() if isinstance(value, str | list)] for row in every]
         return len(every), hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
+
+
+Source = SceneSource | RowSource
 
 
 def load_rows(data: str, limit: int | None) -> RowSource:

@@ -16,13 +16,13 @@ from llm_accel.eval.tasks.vision import curves, pictures, table
 from llm_accel.eval.tasks.vision.coco import objects_in
 from llm_accel.eval.tasks.vision.controls import InputControl
 from llm_accel.eval.tasks.vision.engine import Engine, Outcome
-from llm_accel.eval.tasks.vision.examples import Example, SceneSource, Source
+from llm_accel.eval.tasks.vision.examples import Example, SceneSource
 from llm_accel.eval.tasks.vision.questions import Task
 from llm_accel.eval.tasks.vision.reader import Reader
 from llm_accel.eval.tasks.vision.scenes import SplitName
 from llm_accel.eval.tasks.vision.scoring import pairs, score
 from llm_accel.eval.tasks.vision.settings import SCENES, Settings, parse_method
-from llm_accel.eval.tasks.vision.sources import load_rows
+from llm_accel.eval.tasks.vision.sources import Source, load_rows
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.methods import DyVTE, MethodConfig
 
