@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from llm_accel.eval.tasks.vision.engine import Engine
 from llm_accel.eval.tasks.vision.examples import SceneSource
 from llm_accel.eval.tasks.vision.reader import Reader, blank
 from llm_accel.eval.tasks.vision.settings import parse_method, sweep
+from llm_accel.eval.tasks.vision.sources import load_rows
 from llm_accel.eval.tasks.vision.watch import kept_patches, prefill_flops
 from tests.eval.vision_kit import tiny_model
 from training.vision_init import build_processor
@@ -117,3 +119,16 @@ def test_tokens_of_the_answer_are_no_patches():
     kept = torch.tensor([[[0, 2, 5, -1], [1, 2, 7, 9]]])  # positions from 5 on follow a prompt of five tokens
     ids, mask = torch.tensor([[1, 8, 8, 1, 1]]), torch.ones(1, 5, dtype=torch.long)
     assert kept_patches(SimpleNamespace(kept=kept), ids, mask, image_token=8) == [[0.5, 1.0]]
+
+
+def test_keys_of_questions_are_known_without_asking_them(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pope = [{"image": "a.png", "question": "is there a cat?", "answer": answer} for answer in ("yes", "no")]
+    chair = [{"image": "a.png", "objects": ["cat"]}]
+    sources = [SceneSource(2, seed=0)]
+    for kind, rows in (("pope", pope), ("chair", chair)):
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sources.append(load_rows(f"{kind}:{tmp_path / kind}.jsonl", None))
+    for source in sources:
+        for sample in range(len(source)):
+            assert source.keys(sample) == [example.key for example in source.examples(sample)]
