@@ -56,9 +56,10 @@ class Launch:
             print(text, file=sys.stderr)
 
     def meet(self) -> None:
-        """Waits until all have come here. The group is one of gloo, on GPUs too: gloo notices at once that a process has
-        died, where NCCL waits for its timeout; and it is made here and not earlier, so that what is wrong with the
-        options is said without waiting for anybody.
+        """Waits until all have come here.
+
+        The group is one of gloo, on GPUs too: gloo notices at once that a process has died, where NCCL waits for its
+        timeout. It is made here and not earlier, so that wrong options are named without waiting for anybody.
 
         Raises:
             LlmAccelError: one of them has ended before.
