@@ -26,11 +26,17 @@ PIP     := -m pip install -qq --no-compile --disable-pip-version-check
 SHARE      ?= 5
 MODEL_TESTS = $(wildcard tests/contracts tests/patches)
 
+# The sweep over all model families takes longer than all other tests: a share of them, another every day. What failed is
+# run again by its name, or by the TURN that pytest prints; `make families` judges all of them and writes their page.
+FAMILY_SHARE ?= 12
+TURN         ?= $(shell date +%j | sed 's/^0*//')
+FAMILY_TESTS  = $(wildcard tests/families)
+
 # The workers of pytest share the cores; threads inside them would only wait for each other.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
-.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary kernels \
-        kernel-table kernel-table-check docs clean FORCE
+.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
+        families-share kernels kernel-table kernel-table-check docs clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -39,7 +45,7 @@ help:
 needle: $(VENV)/.ready
 	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
 
-test: lint types layers readme-check lengths docs tests tests-old kernels kernel-table-check
+test: lint types layers readme-check lengths docs tests families-share tests-old kernels kernel-table-check
 
 check: lint types layers readme-check lengths
 
@@ -70,15 +76,24 @@ lengths: $(VENV)/.ready
 	$(BIN)/python scripts/file_length.py
 
 tests: $(VENV)/.ready
-	$(call PYTEST,$(BIN)) $(ARGS)
+	$(call PYTEST,$(BIN)) --ignore tests/families $(ARGS)
+
+families-share: $(VENV)/.ready
+	$(if $(FAMILY_TESTS),$(call PYTEST,$(BIN)) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS))
+
+# Every family of the installed transformers; writes docs/families.json and docs/families.md.
+families: $(VENV)/.ready
+	$(BIN)/python scripts/families.py --jobs $(WORKERS) $(ARGS)
 
 tests-old: $(VENV_OLD)/.ready
 	$(if $(MODEL_TESTS),$(call PYTEST,$(BIN_OLD)) $(MODEL_TESTS) --share $(SHARE) $(ARGS))
+	$(if $(FAMILY_TESTS),$(call PYTEST,$(BIN_OLD)) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS))
 
 # On the newest transformers that there is, whatever the pin says; no part of `make test`, which must not change by itself.
 tests-canary: $(VENV_NEWEST)/.ready
 	$(VENV_NEWEST)/bin/python $(PIP) -c $(VENV_NEWEST)/constraints.txt --upgrade "transformers<6"
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(MODEL_TESTS) --share $(SHARE) $(ARGS)
+	$(call PYTEST,$(VENV_NEWEST)/bin) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS)
 
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready

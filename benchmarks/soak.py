@@ -109,7 +109,8 @@ def main() -> int:
     args = parser.parse_args()
     seconds = 30 * args.minutes
     results = {"model": soak(seconds, os.getpid(), model_step())}
-    with started({"port": 0, "method": "snapkv:budget=128", "max-sessions": 16, "max-session-mib": 8}) as (url, pid):
+    options = {"method": "snapkv:budget=128", "allow-methods": "h2o,streaming_llm", "max-sessions": 16}
+    with started({"port": 0, "max-session-mib": 8, **options}) as (url, pid):
         results["server"] = soak(seconds, pid, server_step(url))
     found = {"flat": {name: flat(result) for name, result in results.items()}, **results}
     print(json.dumps(found))

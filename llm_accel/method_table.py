@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from llm_accel.methods.base import to_text
+from llm_accel.methods.base import ENTRIES, INT64, to_text
 from llm_accel.registry import methods
 
 _COLUMNS = ("method", "paper", "what it cuts", "question in the prompt", "frees memory", "models")
@@ -32,12 +32,17 @@ def describe() -> dict[str, Any]:
         | {
             "class": config.__name__,
             "options": {
-                field.name: {"default": field.default, "help": field.metadata["help"]}
-                for field in dataclasses.fields(config)
+                field.name: {"default": field.default, "help": _help(field)} for field in dataclasses.fields(config)
             },
         }
         for name, config in methods().items()
     }
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """What an option says of itself, and its upper bound where that is not merely the size of any context."""
+    help, most = field.metadata["help"], field.metadata.get("most", INT64)
+    return f"{help} (at most {most:g})" if most < ENTRIES else str(help)
 
 
 def markdown() -> str:

@@ -20,6 +20,7 @@ class LayerReport:
         dense_kv_bytes: bytes that the dense model would hold.
         evicted: entries gone per KV head: logical minus physical length, which counts on average over the heads of a
             row where they hold different numbers of entries.
+        state_bytes: bytes of a linear-attention state, which stays as it is.
         sparse_calls: attention calls that a sparse attention method computed; the others were dense.
         skipped_reason: why the layer was left as it is, or None.
         kept: with ``trace=True``, original positions of the entries kept when the prompt was compressed, int64
@@ -32,6 +33,7 @@ class LayerReport:
     kv_bytes: int = 0
     dense_kv_bytes: int = 0
     evicted: int = 0
+    state_bytes: int = 0
     sparse_calls: int = 0
     skipped_reason: str | None = None
     kept: Tensor | None = None

@@ -23,20 +23,14 @@ from llm_accel.patches.compiled import call
 from llm_accel.registry import methods, parse_all
 from tests.eval.needle_kit import tiny_model as tiny_reader
 from tests.eval.needle_kit import tokenizer
+from tests.pages import DOCS, ROOT, blocks
 from tests.serve.kit import Running, start
 from tests.tiny import tiny_model
 from tests.tiny_vlm import CONFIGS, inputs
 
-ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "http://127.0.0.1:8000"
-DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
 def shell_lines(page: Path) -> list[list[str]]:

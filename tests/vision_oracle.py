@@ -34,40 +34,80 @@ def removed(
 ) -> Tensor:
     """Logits [steps, vocabulary] of greedy decoding without a cache, after the rows ``dropped``, bool [T], were taken
     out of the decoder's inputs; all others keep their positions, or are counted anew."""
-    given, kept = decoder_inputs(model, batch), ~dropped
-    given["inputs_embeds"] = given["inputs_embeds"][:, kept]
-    given["position_ids"] = torch.arange(int(kept.sum()))[None] if compact else given["position_ids"][..., kept]
-    if "visual_pos_masks" in given:
-        rows = kept[given["visual_pos_masks"][0]]
-        given["visual_pos_masks"] = given["visual_pos_masks"][:, kept]
-        given["deepstack_visual_embeds"] = [features[rows] for features in given["deepstack_visual_embeds"]]
-    return _greedy(model, given, steps)
+
+    def take_out(decoder: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        length = kwargs["inputs_embeds"].shape[1]
+        kept = ~torch.nn.functional.pad(dropped, (0, length - len(dropped)))
+        given = dict(kwargs)
+        if given.get("position_ids") is None:
+            given["position_ids"] = torch.arange(length)[None]
+        given["position_ids"] = torch.arange(int(kept.sum()))[None] if compact else given["position_ids"][..., kept]
+        if given.get("visual_pos_masks") is not None:
+            rows = kept[given["visual_pos_masks"][0]]
+            given["deepstack_visual_embeds"] = [features[rows] for features in given["deepstack_visual_embeds"]]
+        for name in ("inputs_embeds", "attention_mask", "visual_pos_masks", "moe_mm_token_type_ids"):
+            if given.get(name) is not None:
+                given[name] = given[name][:, kept]
+        return args, given
+
+    hook = model.get_decoder().register_forward_pre_hook(take_out, with_kwargs=True)
+    try:
+        return _greedy(model, batch, steps)
+    finally:
+        hook.remove()
 
 
 def hidden(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, behind: int, steps: int = 6) -> Tensor:
     """The same with all rows in place, where layers behind ``behind`` do not see the keys of the dropped ones."""
-    given = decoder_inputs(model, batch)
     with hiding(model, dropped, behind):
-        return _greedy(model, given, steps)
+        return _greedy(model, batch, steps)
 
 
-def _greedy(model: PreTrainedModel, given: dict[str, Any], steps: int) -> Tensor:
+def left_behind(model: PreTrainedModel, batch: dict[str, Any], dropped: Tensor, behind: int, steps: int = 6) -> Tensor:
+    """The same where the rows ``dropped`` go on to layer ``behind`` and no further, for layers without keys to hide."""
+
+    def leave(block: object, args: tuple[Any, ...], output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        states = states[:, ~torch.nn.functional.pad(dropped, (0, states.shape[1] - len(dropped)))]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def fewer(block: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cos, sin = kwargs["position_embeddings"]
+        kept = ~torch.nn.functional.pad(dropped, (0, cos.shape[-2] - len(dropped)))
+        changed = {"position_embeddings": (cos[..., kept, :], sin[..., kept, :]), "attention_mask": None}
+        return args, kwargs | changed
+
+    layers = layers_of(model)
+    hooks = [layers[behind].register_forward_hook(leave)]
+    hooks += [layer.register_forward_pre_hook(fewer, with_kwargs=True) for layer in layers[behind + 1 :]]
+    try:
+        return _greedy(model, batch, steps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _greedy(model: PreTrainedModel, batch: dict[str, Any], steps: int) -> Tensor:
     logits = []
     banned = torch.tensor(model.generation_config.suppress_tokens)
+    batch = dict(batch)
     for _ in range(steps):
-        # a mask, because positions with gaps would be taken for packed sequences without one
-        mask = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
-        output = model.get_decoder()(**given, attention_mask=mask, use_cache=False).last_hidden_state
-        logits.append(model.lm_head(output[:, -1])[0])
+        logits.append(model(**batch, use_cache=False).logits[0, -1])
         token = logits[-1].index_fill(0, banned, float("-inf")).argmax()[None, None]
-        new = model.get_input_embeddings()(token)
-        given["inputs_embeds"] = torch.cat([given["inputs_embeds"], new], dim=1)
-        # where the axes of a position differ, text goes on behind the largest of them; the first may count tokens
-        positions = given["position_ids"]
-        given["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-        if "visual_pos_masks" in given:
-            given["visual_pos_masks"] = torch.nn.functional.pad(given["visual_pos_masks"], (0, 1))
+        batch["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
+        # a mask of ones, because positions with gaps would be taken for packed sequences without one
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        for name in batch:
+            if name.endswith("token_type_ids"):
+                batch[name] = torch.nn.functional.pad(batch[name], (0, 1))
     return torch.stack(logits)
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder's layers, also where the decoder is given together with its head."""
+    decoder = model.get_decoder()
+    return decoder.layers if hasattr(decoder, "layers") else decoder.model.layers
 
 
 @contextmanager
@@ -81,9 +121,7 @@ def hiding(model: PreTrainedModel, dropped: Tensor, behind: int) -> Iterator[Non
         visible = causal & (~gone | torch.eye(length, dtype=torch.bool))  # itself, so that no row is empty
         return args, kwargs | {"attention_mask": visible[None, None]}
 
-    hooks = [
-        layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in model.get_decoder().layers[behind + 1 :]
-    ]
+    hooks = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers_of(model)[behind + 1 :]]
     try:
         yield
     finally:

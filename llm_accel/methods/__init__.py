@@ -13,15 +13,14 @@ from llm_accel.methods.h2o import H2O
 from llm_accel.methods.head_profile import HeadProfile, load_profile
 from llm_accel.methods.head_roles import HeadMask, HeadMethod, HeadSplit, ModelHeads
 from llm_accel.methods.hip import HiP
+from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.pyramidkv import PyramidKV
 from llm_accel.methods.random_kv import RandomKV
 from llm_accel.methods.random_tokens import RandomTokens
 from llm_accel.methods.reply import ReplyDecoding
 from llm_accel.methods.retrieval_heads import RetrievalHeads
 from llm_accel.methods.roles import (
-    Depth,
     PromptCompression,
-    PromptView,
     ScoreAndKeep,
     StepEviction,
     StepView,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.pyramidkv import pyramid_entries
-from llm_accel.methods.roles import Depth, PromptView
-from llm_accel.methods.selection import FIRST, real_slots, slots_of, total_order
+from llm_accel.methods.selection import ABSENT, FIRST, slots_of
 from llm_accel.methods.shard import HeadShard
 from llm_accel.methods.snapkv import SnapKV
 
@@ -31,8 +31,8 @@ class AdaKV(SnapKV):
     )
     normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
     base: Literal["snapkv", "pyramidkv"] = option("how layers are budgeted: all alike, or as in pyramidkv", "snapkv")
-    beta: int = option("steepness of base=pyramidkv", _BETA)
-    page: int = option("entries per page of the store, whose pages belong to one row and head", 64)
+    beta: int = option("steepness of base=pyramidkv", _BETA, most=10_000)
+    page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096)
 
     name: ClassVar[str] = "adakv"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -64,17 +64,17 @@ class AdaKV(SnapKV):
             return average
         return pyramid_entries(lengths, average, self.window, self.beta, depth)
 
-    def select(self, view: PromptView) -> Tensor:
-        pooled, raw = self.votes(view)
-        if self.normalize:
-            mass = raw.sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
-            pooled, raw = pooled / mass, raw / mass
-        valid = real_slots(view.start, view.slots, raw.device)
-        window_columns = (0, self.window)
-        tie_break = F.pad(raw, window_columns) if self.tie == "raw" else None
-        own = total_order(F.pad(pooled, window_columns), valid, self.always_kept(view), tie_break)
-        rank = of_all_heads(own, view.heads)
-        heads, stored = rank.shape[1], (rank >= 0).sum((1, 2))
+    def votes(self, view: PromptView) -> tuple[Tensor, Tensor]:
+        pooled, raw = super().votes(view)
+        if not self.normalize:
+            return pooled, raw
+        mass = raw.sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
+        return pooled / mass, raw / mass
+
+    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
+        """What the heads keep, each a number of its own."""
+        rank = of_all_heads(rank, view.heads)
+        heads, stored = rank.shape[1], (rank > ABSENT).sum((1, 2))
         average = self.row_entries((stored + heads - 1) // heads, view)
         kept = self.shared(rank, average, torch.minimum(stored, heads * average))
         return slots_of(view.heads.mine(kept)[..., -view.slots :])
@@ -83,7 +83,7 @@ class AdaKV(SnapKV):
         """The entries that the heads keep when they share ``totals``.
 
         Args:
-            rank: order of the entries, higher is better, :data:`FIRST` where forced, -1 where empty, int64 [B, H, S].
+            rank: order of the entries as of :func:`~llm_accel.methods.selection.total_order`, int64 [B, H, S].
             average: entries per head, window included, int64 [B].
             totals: entries of all heads of a row, int64 [B].
 
@@ -95,22 +95,22 @@ class AdaKV(SnapKV):
         if self.rule == "floor":
             sure = torch.minimum(chosen, (chosen * share // _SHARES).clamp(min=int(share > 0)))[:, None]
         else:
-            won = best_of_all(rank, totals).sum(-1) - (rank >= 0).sum(-1).clamp(max=self.window)
+            won = best_of_all(rank, totals).sum(-1) - (rank > ABSENT).sum(-1).clamp(max=self.window)
             sure = blended(won.clamp(min=0), share)
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         steps = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
         place = torch.empty_like(order).scatter_(-1, order, steps)
-        secured = (place < self.window + sure[..., None]) & (rank >= 0)
+        secured = (place < self.window + sure[..., None]) & (rank > ABSENT)
         return best_of_all(rank.masked_fill(secured, FIRST), totals)
 
 
 def of_all_heads(rank: Tensor, heads: HeadShard) -> Tensor:
-    """The order of the entries of all heads, those in other processes too; right-aligned, -1 where heads hold fewer.
-    int64 [B, h, S] -> [B, H, longest S]."""
+    """The order of the entries of all heads, those in other processes too; right-aligned, :data:`ABSENT` where heads
+    hold fewer. int64 [B, h, S] -> [B, H, longest S]."""
     if heads.count == 1:
         return rank
     longest = int(heads.max(torch.tensor(rank.shape[-1], device=rank.device)))
-    return heads.every(F.pad(rank, (longest - rank.shape[-1], 0), value=-1))
+    return heads.every(F.pad(rank, (longest - rank.shape[-1], 0), value=ABSENT))
 
 
 def best_of_all(rank: Tensor, totals: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def best_of_all(rank: Tensor, totals: Tensor) -> Tensor:
     order = rank.transpose(1, 2).reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices
     taken = torch.arange(heads * slots, device=rank.device) < totals[:, None]
     mask = torch.zeros_like(taken).scatter_(-1, order, taken)
-    return mask.view(batch, slots, heads).transpose(1, 2) & (rank >= 0)
+    return mask.view(batch, slots, heads).transpose(1, 2) & (rank > ABSENT)
 
 
 def blended(won: Tensor, share: int) -> Tensor:

@@ -6,15 +6,27 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from llm_accel.errors import ConfigError, unknown_name
 
+ENTRIES = 2**30  # tokens, cache entries, and periods counted in them: more than any context holds
+LAYERS = 4096  # layers, and layer indices: more than any model has
+INT64 = 2**63 - 1  # what seeds fit in, and every integer without a bound of its own
+_MOST_ITEMS = 2**16  # of a tuple
+_SHOWN = 100  # characters of a value in a message
 
-def option(help: str, default: Any) -> Any:
-    """A dataclass field with a one-line help, used by Python, the command line and the docs alike."""
-    return dataclasses.field(default=default, metadata={"help": help})
+
+def option(help: str, default: Any, most: float = INT64) -> Any:
+    """A dataclass field with a one-line help, used by Python, the command line and the docs alike.
+
+    Args:
+        most: the largest magnitude of a number, or of each one in a tuple: beyond what makes sense, and before work,
+            memory or integers of a tensor would run out.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "most": most})
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class MethodConfig:
                 self.fail(field.name, _described(hints[field.name]))
             if type(value) is int and float in _alternatives(hints[field.name]):
                 object.__setattr__(self, field.name, float(value))  # ratio=1 and ratio=1.0 have one text form
+            self._check_size(field.name, value, field.metadata.get("most", INT64))
         self.validate()
 
     def validate(self) -> None:
@@ -59,7 +72,14 @@ class MethodConfig:
 
     def fail(self, field: str, allowed: str) -> typing.NoReturn:
         """Raises the error for one option: what was given and what is allowed."""
-        raise ConfigError(f"{self.name}: {field}={getattr(self, field)!r} is not allowed; give {allowed}.")
+        raise ConfigError(f"{self.name}: {field}={_shown(getattr(self, field))} is not allowed; give {allowed}.")
+
+    def _check_size(self, field: str, value: Any, most: float) -> None:
+        if isinstance(value, tuple) and len(value) > _MOST_ITEMS:
+            self.fail(field, f"at most {_MOST_ITEMS} items")
+        largest = max(_numbers(value), key=abs, default=0)
+        if abs(largest) > most:
+            self.fail(field, f"at most {most}" if largest > 0 else f"at least {-most}")
 
     @classmethod
     def build(cls, **options: Any) -> Self:
@@ -120,6 +140,24 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = f"(an integer of {value.bit_length()} bits)" if isinstance(value, int) else "(a tuple of huge integers)"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers of an option; those of each item of a tuple."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
@@ -173,7 +211,7 @@ def _from_text(method: str, key: str, text: str, hint: Any) -> Any:
             hints = _items(kind, len(parts))
             if len(hints) == len(parts):
                 return tuple(_from_text(method, key, part, item) for part, item in zip(parts, hints, strict=True))
-    raise ConfigError(f"{method}: {key}={text!r} is not allowed; give {_described(hint)}.")
+    raise ConfigError(f"{method}: {key}={_shown(text)} is not allowed; give {_described(hint)}.")
 
 
 def to_text(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import ENTRIES, MethodConfig, option
 
 DEFAULT_BUDGET = 2048
 
@@ -18,7 +18,9 @@ DEFAULT_BUDGET = 2048
 class Budgeted(MethodConfig):
     """Entries kept per KV head and layer, counted with everything that is always kept (window, sinks, recent)."""
 
-    budget: int | None = option(f"KV entries kept per KV head and layer; {DEFAULT_BUDGET} when no ratio is given", None)
+    budget: int | None = option(
+        f"KV entries kept per KV head and layer; {DEFAULT_BUDGET} when no ratio is given", None, most=2 * ENTRIES
+    )
     ratio: float | None = option(
         "fraction of the prompt (earlier turns included) kept, in (0, 1]; not with budget", None
     )

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import LAYERS, MethodInfo, option
 from llm_accel.methods.exit_profile import MAKE, load_exit_profile
 from llm_accel.methods.routers import load_routers
 from llm_accel.methods.visual import Cut, CutModel, CutView, LayerCut
@@ -29,6 +29,7 @@ class DyVTE(LayerCut):
         "(0, 1); or calibrated. None: by routers or calibrated where such a file is given or comes with the model, "
         f"else {FIXED}, which was validated on no model",
         None,
+        most=LAYERS,
     )
     calibration: str | None = option("dyvte.json of `llm-accel calibrate dyvte`, or its folder", None)
     routers: str | None = option(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import LAYERS, MethodInfo, option
 from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery, LayerCut, VisualBudget
 
 
@@ -22,7 +22,9 @@ from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery, LayerCut
 class FastV(VisualBudget, LayerCut):
     """Keeps, from layer ``layer`` on, the visual tokens that the end of the prompt attends to most."""
 
-    layer: int = option("the first layer that sees fewer tokens; ranked by the attention of the one before it", 2)
+    layer: int = option(
+        "the first layer that sees fewer tokens; ranked by the attention of the one before it", 2, most=LAYERS
+    )
 
     default_ratio: ClassVar[float] = 0.5
     name: ClassVar[str] = "fastv"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import LAYERS, MethodInfo, option
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.tower import TowerCut, TowerView, probabilities, relation
 from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery
@@ -41,7 +41,7 @@ class FlowCut(TowerCut):
     """Cuts patches inside the vision tower, those that least information flows from."""
 
     ema: float = option("weight of the newest layer in the accumulated score, in (0, 1]", 0.5)
-    cut_every: int = option("layers between two cuts", 2)
+    cut_every: int = option("layers between two cuts", 2, most=LAYERS)
     schedule: Literal["adaptive", "static"] = option(
         f"adaptive: how much is cut follows the entropy of attention, per image; static: as for entropy "
         f"{STATIC_ENTROPY}, without waiting for the device",
@@ -52,8 +52,12 @@ class FlowCut(TowerCut):
         "lets visual tokens leave between layers",
         "auto",
     )
-    llm_layer: int = option("the layer after which the second stage cuts, or the first one that the model allows", 1)
-    vision_factor: float = option("times the target that enters the language model before a second stage", 2.0)
+    llm_layer: int = option(
+        "the layer after which the second stage cuts, or the first one that the model allows", 1, most=LAYERS
+    )
+    vision_factor: float = option(
+        "times the target that enters the language model before a second stage", 2.0, most=1000.0
+    )
 
     name: ClassVar[str] = "flowcut"
     info: ClassVar[MethodInfo] = MethodInfo(

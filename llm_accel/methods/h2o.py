@@ -12,9 +12,10 @@ from llm_accel.errors import ConfigError
 from llm_accel.kernels import column_votes, slot_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET
-from llm_accel.methods.roles import PromptView, StepEviction, StepView
+from llm_accel.methods.prompt_view import PromptView
+from llm_accel.methods.roles import StepEviction, StepView
 from llm_accel.methods.selection import select_top
 
 
@@ -23,9 +24,13 @@ class H2O(StepEviction):
     """Heavy hitters and recent entries per KV head, during the whole generation. Each decode step attends to a full
     budget and the new token, adds the attention to the scores, and frees the slot of the lowest old entry."""
 
-    heavy: int | None = option("heavy hitters kept; what the recent entries leave of the budget when not given", None)
-    recent: int | None = option("newest entries, always kept; half of the budget when not given", None)
-    sinks: int = option("first real tokens, always kept; 0 in the paper", 4)
+    heavy: int | None = option(
+        "heavy hitters kept; what the recent entries leave of the budget when not given", None, most=ENTRIES
+    )
+    recent: int | None = option(
+        "newest entries, always kept; when not given half of the budget, or what sinks leave", None, most=ENTRIES
+    )
+    sinks: int = option("first real tokens, always kept; 0 in the paper", 4, most=ENTRIES)
     norm: Literal["sum", "mean"] = option(
         "rank by attention received: its sum, or its mean per query that could see it", "sum"
     )
@@ -106,19 +111,25 @@ class H2O(StepEviction):
         return self.decay
 
     def recent_of(self, entries: Tensor) -> Tensor:
-        """Recent entries within a budget of ``entries``, int64 of the same shape."""
-        return torch.full_like(entries, self.recent) if self.recent is not None else entries // 2
+        """Recent entries within a budget of ``entries``, int64 of the same shape: half of it, or what sinks leave."""
+        if self.recent is not None:
+            return torch.full_like(entries, self.recent)
+        return torch.minimum(entries // 2, (entries - self.sinks).clamp(min=0))
 
-    def select(self, view: PromptView) -> Tensor:
-        if self.hides:
-            return self._shown(view)
+    def score(self, view: PromptView) -> Tensor:
+        """Attention received, or its mean per query that could see the entry."""
+        assert view.scores is not None
+        if self.norm == "sum":
+            return view.scores
+        return view.scores / (view.lengths[:, None] - view.ranks).clamp(min=1)[:, None]
+
+    def always_keep(self, view: PromptView) -> Tensor:
         rank, lengths = view.ranks, view.lengths
         counts = self.row_entries(lengths, view)
-        forced = (rank < self.sinks) | (rank >= (lengths - self.recent_of(counts))[:, None])
-        if view.protected is not None:
-            forced = forced | view.protected
-        width = self.widest(counts, view)
-        return select_top(self._ranked_by(view), counts, width=width, valid=rank >= 0, forced=forced)
+        return (rank < self.sinks) | (rank >= (lengths - self.recent_of(counts))[:, None])
+
+    def select(self, view: PromptView) -> Tensor:
+        return self._shown(view) if self.hides else super().select(view)
 
     def _shown(self, view: PromptView) -> Tensor:
         """What the next token sees beside itself in the simulation: it counts among the recent entries, and the one
@@ -131,14 +142,7 @@ class H2O(StepEviction):
         if view.protected is not None:
             forced = forced | view.protected
         width = int(counts.max()) - 1
-        return select_top(self._ranked_by(view), counts - 1, width=width, valid=(rank >= 0) & ~leaving, forced=forced)
-
-    def _ranked_by(self, view: PromptView) -> Tensor:
-        """The score of each entry of a prompt, fp32 [B, kv_heads, S]."""
-        assert view.scores is not None
-        if self.norm == "sum":
-            return view.scores
-        return view.scores / (view.lengths[:, None] - view.ranks).clamp(min=1)[:, None]
+        return select_top(self.score(view), counts - 1, width=width, valid=(rank >= 0) & ~leaving, forced=forced)
 
     def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
         scores = {"scores": column_votes.OP.explain(problem)}
@@ -173,4 +177,7 @@ class H2O(StepEviction):
 
     def _recent_slots(self, view: StepView) -> int:
         """Recent entries of a full cache, which has a slot beyond the budget."""
-        return (view.positions.shape[-1] - 1) // 2 if self.recent is None else self.recent
+        if self.recent is not None:
+            return self.recent
+        budget: int = view.positions.shape[-1] - 1
+        return min(budget // 2, max(0, budget - self.sinks))

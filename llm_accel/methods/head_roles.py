@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import LAYERS, MethodConfig, option
 from llm_accel.methods.head_profile import Head, HeadProfile
 from llm_accel.methods.roles import PromptCompression, StepEviction
 
@@ -74,7 +74,7 @@ class HeadMethod(MethodConfig):
     heads: str | None = option(
         "heads.json of `llm-accel heads` or a DuoAttention pattern; None: the bundled model's own profile", None
     )
-    skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", ())
+    skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", (), most=LAYERS)
 
     @property
     @abstractmethod

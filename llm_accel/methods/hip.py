@@ -22,7 +22,7 @@ from llm_accel.kernels.hip_select import (
     TreeSearch,
 )
 from llm_accel.methods.attend import Attend, AttentionView, FixedStep, Memory
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
 from llm_accel.methods.hip_decode import DecodeMemory, decode_step
 from llm_accel.methods.hip_fixed import FixedMemory
 from llm_accel.methods.shard import WHOLE, HeadShard
@@ -38,23 +38,26 @@ BREAK_EVEN = {"cpu": 16384, "cuda": 32768}
 class HiP(Attend):
     """Prefill and decode read a part of the cache; all of it stays, so that nothing is lost for later queries."""
 
-    sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256)
-    window: int = option("recent tokens that every query sees", 1024)
-    budget: int = option("tokens chosen beside sink and window, for each query block and KV head", 2048)
-    budget_edge: int | None = option("budget of the edge layers; None: twice the budget", None)
-    edge_layers: tuple[int, ...] = option("layers with the edge budget; below 0 counted from the last", (0, 1, 2, -1))
-    dense_layers: tuple[int, ...] = option("layers left dense; below 0 counted from the last", ())
+    sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256, most=ENTRIES)
+    window: int = option("recent tokens that every query sees", 1024, most=ENTRIES)
+    budget: int = option("tokens chosen beside sink and window, for each query block and KV head", 2048, most=ENTRIES)
+    budget_edge: int | None = option("budget of the edge layers; None: twice the budget", None, most=ENTRIES)
+    edge_layers: tuple[int, ...] = option(
+        "layers with the edge budget; below 0 counted from the last", (0, 1, 2, -1), most=LAYERS
+    )
+    dense_layers: tuple[int, ...] = option("layers left dense; below 0 counted from the last", (), most=LAYERS)
     stages: tuple[tuple[int, int | None, int], ...] = option(
         "pruning stages chunk:tokens:stride, coarse to fine: keys of a chunk, keys that enter (None: all), "
         "queries averaged into one",
         ((256, None, 4), (32, 32768, 4), (8, 8192, 1)),
+        most=ENTRIES,
     )
     last_stage_exact: bool = option("the last stage reads every key of its chunks instead of bisecting them", True)
-    block_q: int = option("queries that share a choice", 64)
+    block_q: int = option("queries that share a choice", 64, most=ENTRIES)
     share_heads: Literal["group", "all"] = option("heads that share a choice: those of a KV head, or all", "group")
-    refresh: tuple[int, ...] = option("decode steps between two choices of each stage", (16, 8, 4))
+    refresh: tuple[int, ...] = option("decode steps between two choices of each stage", (16, 8, 4), most=ENTRIES)
     min_prefill_len: int | Literal["auto"] = option(
-        "prompts shorter than this are dense; auto: where the default settings break even", "auto"
+        "prompts shorter than this are dense; auto: where the default settings break even", "auto", most=ENTRIES
     )
     selector: Literal["stages", "tree", "exact"] = option(
         "stages: pruning in stages; tree: halving tree; exact: reads every key, to see what the others miss", "stages"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import Depth, PromptView
+from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.snapkv import SnapKV
 
 
@@ -17,7 +17,9 @@ from llm_accel.methods.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """Early layers, whose attention is broad, keep more entries and late ones fewer: the budget is their average."""
 
-    beta: int = option("steepness: the last layer keeps 1/beta of the average beside the window; 1 is uniform", 20)
+    beta: int = option(
+        "steepness: the last layer keeps 1/beta of the average beside the window; 1 is uniform", 20, most=10_000
+    )
 
     name: ClassVar[str] = "pyramidkv"
     info: ClassVar[MethodInfo] = MethodInfo(

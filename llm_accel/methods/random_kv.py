@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptCompression, PromptView
-from llm_accel.methods.selection import select_top, uniform
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
+from llm_accel.methods.prompt_view import PromptView
+from llm_accel.methods.roles import PromptCompression
+from llm_accel.methods.selection import uniform
 
 
 @dataclass(frozen=True)
 class RandomKV(PromptCompression):
     """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
 
-    window: int = option("last entries of the prompt, always kept", 32)
+    window: int = option("last entries of the prompt, always kept", 32, most=ENTRIES)
     seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
 
     name: ClassVar[str] = "random"
@@ -38,17 +38,10 @@ class RandomKV(PromptCompression):
     def reserved_for(self) -> str:
         return f"the last {self.window} entries are always kept and count"
 
-    def select(self, view: PromptView) -> Tensor:
-        rank, counts = view.ranks, self.row_entries(view.lengths, view)
-        forced = torch.arange(view.slots, device=rank.device)[None] >= view.slots - self.window
-        if view.protected is not None:
-            forced = forced | view.protected
-        head = view.heads.numbers(view.kv_heads, rank.device)[None, :, None]
-        draw = uniform(rank[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
-        return select_top(
-            draw.expand(len(counts), -1, -1),
-            counts=counts,
-            width=self.widest(counts, view),
-            valid=rank >= 0,
-            forced=forced,
-        )
+    def score(self, view: PromptView) -> Tensor:
+        head = view.heads.numbers(view.kv_heads, view.key.device)[None, :, None]
+        draw = uniform(view.ranks[:, None], (self.seed * 4099 + view.layer) * 1031 + head)
+        return draw.expand(view.key.shape[0], -1, -1)
+
+    def always_keep(self, view: PromptView) -> Tensor:
+        return view.newest(self.window)

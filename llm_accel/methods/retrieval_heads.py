@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
 from llm_accel.methods.head_profile import Head, HeadProfile
 from llm_accel.methods.head_roles import HeadMask, HeadMethod, HeadSplit, ModelHeads, per_layer
 from llm_accel.methods.snapkv import SnapKV
@@ -27,14 +27,16 @@ class RetrievalHeads(HeadMethod):
         "stream: non-retrieval heads keep sinks and window; mask: ablation", "stream"
     )
     head_list: tuple[str, ...] = option("heads given by hand as layer.head, for example 3.0+3.2, instead of scores", ())
-    sinks: int = option("first real tokens that a streaming head keeps", 64)
-    recent: int = option("newest entries that a streaming head keeps, the current token included", 256)
+    sinks: int = option("first real tokens that a streaming head keeps", 64, most=ENTRIES)
+    recent: int = option("newest entries that a streaming head keeps, the current token included", 256, most=ENTRIES)
     full: float | None = option("stream: share of all KV heads that keep everything, by score", None)
-    full_budget: int | None = option("stream: SnapKV budget of the heads that keep everything", None)
+    full_budget: int | None = option("stream: SnapKV budget of the heads that keep everything", None, most=ENTRIES)
     prefill: Literal["dense", "chunk", "lambda"] = option(
         "stream: all see the whole prompt; cut after each chunk; or sinks and window at every position", "dense"
     )
-    k: int | None = option("mask: query heads masked, the best by score; None: all that were detected", None)
+    k: int | None = option(
+        "mask: query heads masked, the best by score; None: all that were detected", None, most=LAYERS * LAYERS
+    )
     mask_mode: Literal["zero", "uniform", "window"] = option(
         "mask: no output; equal weight on all entries; or sinks and window only", "zero"
     )

@@ -12,24 +12,10 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
 from llm_accel.methods.budget import Budgeted
-from llm_accel.methods.shard import WHOLE, HeadShard
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Where a layer stands among those that a method acts on.
-
-    Attributes:
-        rank: its position, 0 for the first.
-        layers: how many there are; layers without a full cache and skipped ones do not count.
-        later: whether the layer has evicted before, so that its entries are fewer than the tokens it has seen.
-    """
-
-    rank: int = 0
-    layers: int = 1
-    later: bool = False
+from llm_accel.methods.prompt_view import Depth, PromptView
+from llm_accel.methods.selection import best_slots, per_head, total_order, without
 
 
 @dataclass(frozen=True)
@@ -40,6 +26,7 @@ class WholeCache(MethodConfig):
         "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
         "and longer calls: as many as needed, in buckets",
         None,
+        most=ENTRIES,
     )
 
     def validate(self) -> None:
@@ -48,72 +35,10 @@ class WholeCache(MethodConfig):
 
 
 @dataclass(frozen=True)
-class PromptView:
-    """What a method sees of one layer once the prompt is complete. Slots are right-aligned: row ``b`` holds real
-    entries in ``[start[b], S)``, oldest first; everything left of ``start[b]`` is padding.
-
-    Attributes:
-        query: the last observed queries, post-RoPE, [B, Hq, W, D]; row ``i`` belongs to slot ``S - W + i``.
-        key: all keys as attention sees them, post-RoPE, [B, H, S, D]; H is Hk, or Hq where the model expands latents.
-        kv_heads: heads that the cache stores and that decide on their own (1 for latent caches).
-        start: first real slot of each row, int64 [B]; None when no row is padded. [B, kv_heads] where earlier
-            evictions left the heads of a row with different numbers of entries.
-        scaling: softmax scale.
-        softcap: logit soft cap, or None.
-        sinks: learned sink logits per query head [Hq], or None.
-        layer: index of the layer.
-        layers: number of layers of the model.
-        protected: slots that must stay, bool [B, S], or None.
-        scores: attention that each entry has received so far, fp32 [B, kv_heads, S], for methods that ask for it.
-        depth: where the layer stands among those that the method acts on.
-        slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
-        seen: tokens that each row has seen, int64 [B or 1]; None where none of them was evicted before.
-        entries: entries that each row may keep, int64 [B], where the prompt has fixed that; None: the method's own.
-        heads: what the heads here say to those in other processes, and hear from them.
-    """
-
-    query: Tensor
-    key: Tensor
-    kv_heads: int
-    start: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    layer: int
-    layers: int
-    protected: Tensor | None = None
-    scores: Tensor | None = None
-    depth: Depth = Depth()
-    slack: int = 1
-    seen: Tensor | None = None
-    entries: Tensor | None = None
-    heads: HeadShard = WHOLE
-
-    @property
-    def slots(self) -> int:
-        """Stored slots S, padding included."""
-        return self.key.shape[2]
-
-    @property
-    def lengths(self) -> Tensor:
-        """Real entries of each row, int64 [B]; [B, kv_heads] where heads differ."""
-        if self.start is None:
-            return torch.full(self.key.shape[:1], self.slots, device=self.key.device)
-        return self.slots - self.start
-
-    @property
-    def ranks(self) -> Tensor:
-        """Rank of each slot among the real ones of its row, int64 [B or 1, S], below 0 for padding; [B, kv_heads, S]
-        where heads differ. It is the original position until something is evicted."""
-        index = torch.arange(self.slots, device=self.key.device)
-        return index[None] if self.start is None else index - self.start[..., None]
-
-
-@dataclass(frozen=True)
 class ScoreAndKeep(Budgeted):
     """Role: decides, once the prompt is complete, which KV entries stay (per row, KV head and layer)."""
 
-    skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", ())
+    skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", (), most=LAYERS)
 
     def validate(self) -> None:
         super().validate()
@@ -165,10 +90,65 @@ class ScoreAndKeep(Budgeted):
         first_cut = view.seen is None and view.slack <= 1
         return self.layer_entries(view.slots, view.depth) if first_cut else int(counts.max())
 
-    @abstractmethod
+    def score(self, view: PromptView) -> Tensor:
+        """What each entry is worth, [B, kv_heads, S]: of any sign, compared as fp32, the higher ones stay. Padding may
+        have any score."""
+        raise NotImplementedError(f"{type(self).__name__} has no score(view), which says what each entry is worth.")
+
+    def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
+        """:meth:`score`, and what decides where it is equal, of the same shape; None: the older entry stays."""
+        return self.score(view), None
+
+    def always_keep(self, view: PromptView) -> Tensor | None:
+        """Entries that stay whatever their score, bool [B or 1, S] or [B, kv_heads, S], or None. ``reserved`` must
+        count them. What the user protects stays without being named here."""
+        return None
+
     def select(self, view: PromptView) -> Tensor:
         """Slots to keep: int64 [B, kv_heads, n], ascending; -1 first where a row or head keeps fewer than n. Asked
-        only when some row keeps fewer entries than it has."""
+        only when some row keeps fewer entries than it has.
+
+        Raises:
+            ConfigError: a score or mask has another shape, or more entries are always kept than the budget has.
+        """
+        score, tie_break = self.score_and_tie_break(view)
+        forced = self.always_keep(view)
+        self._check_shapes(view, score, tie_break, forced)
+        if view.protected is not None:
+            forced = view.protected if forced is None else per_head(forced) | per_head(view.protected)
+        kept = self.share_out(total_order(score, view.valid, forced, tie_break), view)
+        if forced is not None and view.depth.rank == 0:  # one layer tells, and the device is waited for only once
+            self._check_room(kept, forced, view)
+        return kept
+
+    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
+        """What :meth:`select` returns, for entries in the order ``rank``, int64 [B, kv_heads, S], of
+        :func:`~llm_accel.methods.selection.total_order`: every head of a row keeps the same number."""
+        counts = self.row_entries(view.lengths, view)
+        return best_slots(rank, counts, self.widest(counts, view))
+
+    def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None, forced: Tensor | None) -> None:
+        rows, shape = view.key.shape[0], (view.key.shape[0], view.kv_heads, view.slots)
+        for name, given in (("score", score), ("tie_break", tie_break)):
+            if given is not None and tuple(given.shape) != shape:
+                raise ConfigError(
+                    f"{self.name}: {name} is {tuple(given.shape)}; give {shape}, [batch, KV heads, entries]."
+                )
+        masks = [(1, view.slots), (rows, view.slots), shape]
+        if forced is not None and (forced.dtype != torch.bool or tuple(forced.shape) not in masks):
+            raise ConfigError(
+                f"{self.name}: always_keep is {forced.dtype} {tuple(forced.shape)}; give bool {masks[1]}, [batch, "
+                f"entries], or {shape}, [batch, KV heads, entries]."
+            )
+
+    def _check_room(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
+        lost = without(kept, forced, view.valid)
+        if bool(lost.any()):
+            row = int(lost.long().argmax())
+            raise ConfigError(
+                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than there is room "
+                f"for in row {row}: its `reserved` is {self.reserved} and must count them all; raise the budget."
+            )
 
 
 @dataclass(frozen=True)
@@ -186,6 +166,7 @@ class PromptCompression(ScoreAndKeep):
     recompress_every: int | None = option(
         "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
         None,
+        most=ENTRIES,
     )
 
     def validate(self) -> None:

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 FIRST = torch.iinfo(torch.int64).max
+ABSENT = torch.iinfo(torch.int64).min
+_UNORDERED = -0x7F800002  # NaN, one below the number of -inf
+
+
+def per_head(mask: Tensor) -> Tensor:
+    """A mask of rows, [B, S], or of heads, [B, H, S], with a dimension for the heads."""
+    return mask[:, None] if mask.ndim == 2 else mask
 
 
 def real_slots(start: Tensor | None, slots: int, device: torch.device) -> Tensor:
@@ -29,31 +36,50 @@ def select_top(
     then the lower index.
 
     Args:
-        score: fp32 >= 0, [B, H, S].
+        score: of any sign, [B, H, S]; compared as fp32, with -0.0 equal to 0.0 and NaN below everything else.
         counts: entries that each row keeps, int64 [B]; at most ``width``.
         width: n, entries in the longest row.
-        valid: bool [B or 1, S], slots that may be kept at all.
-        forced: bool [B or 1, S], slots that are kept before any other.
-        tie_break: fp32 >= 0, [B, H, S], compared where ``score`` is equal.
+        valid: bool [B or 1, S] or [B, H, S], slots that may be kept at all.
+        forced: bool of such a shape, slots that are kept before any other.
+        tie_break: as ``score``, compared where that is equal.
 
     Returns:
         int64 [B, H, width], ascending, -1 first where a row keeps fewer than ``width``.
     """
-    rank = total_order(score, valid, forced, tie_break)
-    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    surplus = torch.arange(width, device=score.device)[None] >= counts[:, None]
-    return best.masked_fill(surplus[:, None], -1).sort(dim=-1).values
+    return best_slots(total_order(score, valid, forced, tie_break), counts, width)
 
 
 def total_order(score: Tensor, valid: Tensor, forced: Tensor | None, tie_break: Tensor | None) -> Tensor:
-    """The order of :func:`select_top` as numbers: int64 [B, H, S], higher is better, :data:`FIRST` where forced, -1
-    where not valid; equal numbers are settled by the lower index. Masks are [B or 1, S] or [B, H, S]."""
-    rank = _ordered_bits(score) << 31
+    """The order of :func:`select_top` as numbers: int64 [B, H, S], higher is better, :data:`FIRST` where forced and
+    :data:`ABSENT` where not valid, between which all others lie; equal numbers are settled by the lower index."""
+    rank = _ordered_bits(score) << 32
     if tie_break is not None:
-        rank = rank | _ordered_bits(tie_break)
+        rank = rank + (_ordered_bits(tie_break) + 2**31)  # the lower half counts from 0
     if forced is not None:
-        rank = rank.masked_fill(_per_head(forced), FIRST)
-    return rank.masked_fill(~_per_head(valid), -1)
+        rank = rank.masked_fill(per_head(forced), FIRST)
+    return rank.masked_fill(~per_head(valid), ABSENT)
+
+
+def best_slots(rank: Tensor, counts: Tensor, width: int) -> Tensor:
+    """The ``counts``, int64 [B], best slots of each row and head in a :func:`total_order` [B, H, S]; returned as by
+    :func:`select_top`."""
+    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    surplus = torch.arange(width, device=rank.device)[None] >= counts[:, None]
+    return best.masked_fill(surplus[:, None], -1).sort(dim=-1).values
+
+
+def without(kept: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+    """Rows that keep fewer slots than they must: bool [B].
+
+    Args:
+        kept: slots as :func:`select_top` returns them, int64 [B, H, n].
+        wanted: slots that must be among them, bool [B or 1, S] or [B, H, S].
+        valid: as for :func:`select_top`; others are never wanted.
+    """
+    missing = (per_head(wanted) & per_head(valid)).expand(*kept.shape[:2], -1)
+    found = torch.zeros(*kept.shape[:2], missing.shape[-1] + 1, dtype=torch.bool, device=kept.device)
+    found = found.scatter(2, kept.where(kept >= 0, missing.shape[-1]), True)[..., :-1]
+    return (missing & ~found).any(-1).any(-1)
 
 
 def slots_of(kept: Tensor) -> Tensor:
@@ -66,7 +92,7 @@ def slots_of(kept: Tensor) -> Tensor:
 
 
 def top_tokens(score: Tensor, count: int) -> Tensor:
-    """The ``count`` best of one line of scores, fp32 >= 0 [n]; ties by the lower index. int64 [count], ascending."""
+    """The ``count`` best of one line of scores [n], ordered as by :func:`select_top`; int64 [count], ascending."""
     best = _ordered_bits(score).sort(descending=True, stable=True).indices[:count]
     return best.sort().values
 
@@ -86,12 +112,8 @@ def uniform(position: Tensor, stream: Tensor) -> Tensor:
     return (mixed & 0xFFFFFF).float() / float(1 << 24)
 
 
-def _per_head(mask: Tensor) -> Tensor:
-    """A mask of rows or of heads with a dimension for the heads."""
-    return mask[:, None] if mask.ndim == 2 else mask
-
-
 def _ordered_bits(score: Tensor) -> Tensor:
-    """int64 in [0, 2**31) with the order of the non-negative fp32 values; NaN counts as 0."""
-    clean = torch.nan_to_num(score.float(), nan=0.0).clamp(min=0.0) + 0.0
-    return clean.view(torch.int32).long()
+    """int64 with the order of all fp32 values, from -2**31 + 2**23 - 2 for NaN to 2**31 - 2**23 for infinity."""
+    bits = (score.float() + 0.0).view(torch.int32)  # adding turns -0.0 into 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the larger the magnitude of a negative value, the smaller its number
+    return bits.masked_fill(score.isnan(), _UNORDERED).long()

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptCompression, PromptView
-from llm_accel.methods.selection import real_slots, select_top
+from llm_accel.methods.prompt_view import PromptView
+from llm_accel.methods.roles import PromptCompression
+from llm_accel.methods.selection import per_head
 
 
 @dataclass(frozen=True)
 class SnapKV(PromptCompression):
     """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
-    window: int = option("observation window: last queries of the prompt, always kept", 32)
-    kernel: int = option("pooling kernel over neighbouring positions, odd", 7)
+    window: int = option("observation window: last queries of the prompt, always kept", 32, most=8192)
+    kernel: int = option("pooling kernel over neighbouring positions, odd", 7, most=255)
     pool: Literal["max", "avg"] = option("pooling of the votes: max or avg", "max")
     gqa: Literal["mean", "max"] = option(
         "reduction of the votes over the query heads of a KV head: mean or max", "mean"
@@ -70,37 +70,26 @@ class SnapKV(PromptCompression):
             group=self.gqa,
             round_to=rounding,
         )[..., : view.slots - self.window]
-        inside = real_slots(view.start, view.slots, raw.device)[..., : raw.shape[-1]]
-        inside = inside[:, None] if inside.ndim == 2 else inside
+        inside = per_head(view.valid)[..., : raw.shape[-1]]
         return pooled_votes(raw, inside, self.kernel, self.pool), raw
 
-    def always_kept(self, view: PromptView) -> Tensor:
-        """bool [B or 1, S]: the observation window and what the user protects."""
-        window = torch.arange(view.slots, device=view.key.device)[None] >= view.slots - self.window
-        return window if view.protected is None else window | view.protected
-
-    def select(self, view: PromptView) -> Tensor:
-        slots = view.slots
-        pooled, raw = self.votes(view)
-        valid = real_slots(view.start, slots, raw.device)
-        lengths = valid.sum(-1).expand(view.key.shape[0])
-        counts = self.row_entries(lengths, view)
+    def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
         window_columns = (0, self.window)
-        return select_top(
-            F.pad(pooled, window_columns),
-            counts=counts,
-            width=self.widest(counts, view),
-            valid=valid,
-            forced=self.always_kept(view),
-            tie_break=F.pad(raw, window_columns) if self.tie == "raw" else None,
-        )
+        pooled, raw = (F.pad(votes, window_columns) for votes in self.votes(view))
+        return pooled, raw if self.tie == "raw" else None
+
+    def score(self, view: PromptView) -> Tensor:
+        return self.score_and_tie_break(view)[0]
+
+    def always_keep(self, view: PromptView) -> Tensor:
+        return view.newest(self.window)
 
 
 def pooled_votes(votes: Tensor, inside: Tensor, kernel: int, pool: str) -> Tensor:
     """Votes pooled over ``kernel`` neighbours; padding takes part in neither maximum nor average.
 
     Args:
-        votes: fp32 >= 0, [B, H, n], zero where ``inside`` is False.
+        votes: of any sign, [B, H, n].
         inside: bool [B or 1, H or 1, n], True for real entries.
         kernel: odd width; stride 1, length preserved.
         pool: "max" or "avg".
@@ -109,7 +98,7 @@ def pooled_votes(votes: Tensor, inside: Tensor, kernel: int, pool: str) -> Tenso
         return votes
     margin = kernel // 2
     if pool == "max":
-        return F.max_pool1d(votes, kernel, stride=1, padding=margin)
-    total = F.avg_pool1d(votes, kernel, stride=1, padding=margin, count_include_pad=True)
+        return F.max_pool1d(votes.masked_fill(~inside, float("-inf")), kernel, stride=1, padding=margin)
+    total = F.avg_pool1d(votes.masked_fill(~inside, 0.0), kernel, stride=1, padding=margin, count_include_pad=True)
     share = F.avg_pool1d(inside.to(votes.dtype), kernel, stride=1, padding=margin, count_include_pad=True)
     return total / share.clamp(min=1.0 / kernel)

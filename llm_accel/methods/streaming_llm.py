@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.roles import PromptView, StepEviction, StepView
-from llm_accel.methods.selection import select_top
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
+from llm_accel.methods.prompt_view import PromptView
+from llm_accel.methods.roles import StepEviction, StepView
 
 
 @dataclass(frozen=True)
 class StreamingLLM(StepEviction):
     """Only the sinks and the last entries stay, in the prompt and at every decode step: the floor for other methods."""
 
-    sinks: int = option("first real tokens of the prompt, always kept", 4)
+    sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES)
     positions: Literal["original", "cache"] = option(
         "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
         "original",
@@ -48,19 +48,11 @@ class StreamingLLM(StepEviction):
     def relative_positions(self) -> bool:
         return self.positions == "cache"
 
-    def select(self, view: PromptView) -> Tensor:
-        rank, counts = view.ranks, self.row_entries(view.lengths, view)
-        forced = rank < self.sinks
-        if view.protected is not None:
-            forced = forced | view.protected
-        recency = rank.clamp(min=0).float()[:, None].expand(len(counts), view.kv_heads, -1)
-        return select_top(
-            recency,
-            counts=counts,
-            width=self.widest(counts, view),
-            valid=rank >= 0,
-            forced=forced,
-        )
+    def score(self, view: PromptView) -> Tensor:
+        return view.ranks.float()[:, None].expand(view.key.shape[0], view.kv_heads, -1)
+
+    def always_keep(self, view: PromptView) -> Tensor:
+        return view.ranks < self.sinks
 
     def victims(self, view: StepView) -> Tensor:
         """The oldest entry that is no sink."""

@@ -61,7 +61,7 @@ class TowerTokens(VisualTokens):
 
     @abstractmethod
     def score(self, view: TowerView, before: Tensor | None) -> Tensor:
-        """Scores of the patches after one layer, fp32 >= 0 [B, N]; ``before``: those after the layer before it."""
+        """Scores of the patches after one layer, fp32 [B, N]; ``before``: those after the layer before it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TowerMerge(TowerTokens):
     @abstractmethod
     def split(self, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         """The tokens of one image that stay, ``kept`` of them, in two parts, int64, each ascending: those that keep
-        their features, and those that take others in. ``scores``: fp32 >= 0 [n]."""
+        their features, and those that take others in. ``scores``: fp32 [n]."""
 
     @abstractmethod
     def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], traits: Tensor) -> Tensor:

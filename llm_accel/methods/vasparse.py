@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm_accel.kernels import column_votes
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.clusters import cluster_centres
 from llm_accel.methods.reply import ReplyDecoding
 from llm_accel.methods.selection import select_top, uniform
@@ -30,16 +30,22 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VASparse(ReplyDecoding):
     """Aims at fewer hallucinations, not at speed. ``alpha=0``, ``beta=0`` and ``keep=1`` switch its three parts off."""
 
-    alpha: float = option("weight of the contrast with the second path; 0: no contrast", 0.1)
-    beta: float = option("weight of the penalty on entries that draw attention; 0: no penalty", 0.1)
-    lam: float = option("weight of the attention paid to the image against that of the newest query; 0: none", 0.1)
+    alpha: float = option("weight of the contrast with the second path; 0: no contrast", 0.1, most=100.0)
+    beta: float = option("weight of the penalty on entries that draw attention; 0: no penalty", 0.1, most=100.0)
+    lam: float = option(
+        "weight of the attention paid to the image against that of the newest query; 0: none", 0.1, most=1e6
+    )
     keep: float = option("fraction of the generated tokens kept as they are, in (0, 1]; 1: all", 0.9)
-    merge: int | None = option("discarded tokens per entry that they are summed into; None: they are dropped", 10)
+    merge: int | None = option(
+        "discarded tokens per entry that they are summed into; None: they are dropped", 10, most=ENTRIES
+    )
     mask_rate: float = option("share of the visual tokens that the second path does not see, in [0, 1]", 0.5)
     plausibility: float = option("least probability of a token against the likeliest one, in [0, 1]; 0: any", 0.1)
-    prune_every: int = option("generated tokens between two selections", 16)
-    protect_last: int = option("newest tokens that always stay", 4)
-    sink_window: int | None = option("last queries of a prompt that count as attention received; None: all", 32)
+    prune_every: int = option("generated tokens between two selections", 16, most=ENTRIES)
+    protect_last: int = option("newest tokens that always stay", 4, most=ENTRIES)
+    sink_window: int | None = option(
+        "last queries of a prompt that count as attention received; None: all", 32, most=ENTRIES
+    )
     saliency_head: Literal["last", "mean"] = option("attention to the image: of the last head, or the mean", "last")
     seed: int = option("which visual tokens the second path does not see", 0)
 

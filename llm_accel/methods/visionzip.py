@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.selection import evenly_spaced, top_tokens
 from llm_accel.methods.tower import TowerMerge, TowerView, received, relation
 
@@ -29,8 +29,12 @@ from llm_accel.methods.tower import TowerMerge, TowerView, received, relation
 class VisionZip(TowerMerge):
     """Keeps the visual tokens that the class token looks at, and merges the others into a few."""
 
-    dominant: int = option("tokens kept for the attention they get; a share, where target or keep_ratio is given", 54)
-    contextual: int = option("tokens that the others are merged into; a share, where target or keep_ratio is given", 10)
+    dominant: int = option(
+        "tokens kept for the attention they get; a share, where target or keep_ratio is given", 54, most=ENTRIES
+    )
+    contextual: int = option(
+        "tokens that the others are merged into; a share, where target or keep_ratio is given", 10, most=ENTRIES
+    )
 
     name: ClassVar[str] = "visionzip"
     info: ClassVar[MethodInfo] = MethodInfo(

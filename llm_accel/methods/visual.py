@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import MethodConfig, option
+from llm_accel.methods.base import ENTRIES, MethodConfig, option
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.shard import WHOLE, HeadShard
 
@@ -22,7 +22,7 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VisualBudget(MethodConfig):
     """How many visual tokens of an image a method keeps. An image with fewer passes through untouched."""
 
-    target: int | None = option("visual tokens kept per image; not with keep_ratio", None)
+    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES)
     keep_ratio: float | None = option("fraction of the visual tokens kept, in (0, 1]; not with target", None)
 
     default_ratio: ClassVar[float] = 1 / 3
@@ -114,7 +114,7 @@ class VisualTokens(VisualInput):
 
         Args:
             count: visual tokens of the image, in raster order, newline rows left out.
-            scores: fp32 >= 0 of each token, [count], for methods that look at the vision tower; None otherwise.
+            scores: fp32 of each token, [count], for methods that look at the vision tower; None otherwise.
             device: where the result is wanted.
         """
 
@@ -126,7 +126,7 @@ class CutView:
     Attributes:
         visual: bool [B, n], which rows are visual tokens.
         real: bool [B, n], which rows are no padding.
-        scores: what :attr:`Cut.rank` made of each row in this layer, fp32 >= 0 [B, n]; None without one.
+        scores: what :attr:`Cut.rank` made of each row in this layer, fp32 [B, n]; None without one.
         hidden: the layer's output, [B, n, C].
         layer: index of the layer.
         surplus: visual tokens of each row beyond its target, which a first stage let through, int64 [B], or None.
@@ -205,7 +205,7 @@ class Cut:
         layers: the layers after which tokens may leave, ascending; they do after the first one where ``keep`` drops
             any, and after no other one in the same call. Empty: none ever leaves.
         keep: which rows go on, bool [B, n]; rows that are no visual tokens always do.
-        rank: scores of all entries for ``keep`` to look at, fp32 >= 0 [B, S], from the last query; None: none.
+        rank: scores of all entries for ``keep`` to look at, fp32 [B, S], from the last query; None: none.
         surplus_only: whether it leaves prompts alone of which a first stage let nothing through beyond the target.
         origin: (what was chosen, why) for the report; None where the configuration says it all.
     """

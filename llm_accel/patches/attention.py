@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from llm_accel.errors import UnsupportedCallError
+from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.patches.base_attention import base_function
 from llm_accel.patches.compiled.cache import FixedCache
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
-from llm_accel.patches.layers import GroupedLayer, ReplyLayer
+from llm_accel.patches.layers import AccelLayer, GroupedLayer, ReplyLayer
 from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
@@ -56,68 +57,87 @@ class AccelAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
-        index: int | None = getattr(module, "layer_idx", None)
         if isinstance(llm_accel, FixedCache | Replay):
-            assert index is not None
+            index: Any = getattr(module, "layer_idx", None)
             return llm_accel.attend(index, self.base, module, query, key, value, **kwargs), None
-        if llm_accel is not None:
-            check_heads(llm_accel.plan.heads, query)
-        mask = None if llm_accel is None else llm_accel.plan.mask
-        if llm_accel is None or index is None or mask is None or not mask.heads[index]:
-            return self._unmasked(module, query, key, value, attention_mask, llm_accel, index, **kwargs)
-        heads, rows = mask.heads[index], masked_rows(mask, llm_accel, query.shape[2])
+        if llm_accel is None:
+            return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
+        check_heads(llm_accel.plan.heads, query)
+        index, layer = llm_accel.entries_for(module, key, value, attention_mask)
 
         def attention(query: Tensor) -> Tensor:
-            return self._unmasked(module, query, key, value, attention_mask, llm_accel, index, **kwargs)[0]
+            if index is None or layer is None:
+                return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)[0]
+            return self._over(layer, module, query, key, value, llm_accel, index, **kwargs)
 
-        if rows == 0:
+        mask = llm_accel.plan.mask
+        heads = mask.heads[index] if mask is not None and index is not None else ()
+        rows = masked_rows(mask, llm_accel, query.shape[2]) if mask is not None and heads else 0
+        if mask is None or rows == 0:
             return attention(query), None
         if mask.mode != "window":
             return attend_without(mask, heads, rows, query, attention), None
-        output, layer = attention(query), llm_accel.ours.get(index)
+        output = attention(query)
         if layer is not None:  # other layers have windows of their own
             tensors = (query, key, value)
             output = attend_window(mask, heads, rows, self.base, module, tensors, layer, output, kwargs)
         return output, None
 
-    def _unmasked(
+    def _over(
         self,
+        layer: AccelLayer,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
-        llm_accel: Session | None,
-        index: int | None,
+        session: Session,
+        index: int,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        layer = llm_accel.ours.get(index) if llm_accel is not None and index is not None else None
-        if llm_accel is None or index is None or layer is None:
-            return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
+    ) -> Tensor:
+        """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
+        if layer.attended:
+            return self._again(layer, module, query, index, **kwargs)
         layer.attended = True
-        if llm_accel.padding is not None:
-            layer.pad(llm_accel.padding.to(key.device), query.shape[2])
-        split = llm_accel.plan.split
+        if session.padding is not None:
+            layer.pad(session.padding.to(key.device), query.shape[2])
+        split = session.plan.split
         if split is not None and isinstance(layer, GroupedLayer):
-            return GroupedAttention(llm_accel, split, layer, index, self.base)(module, query, key, value, kwargs), None
-        key = layer.turned_keys(llm_accel.rotary, key, llm_accel.arrived_at)
-        watch(llm_accel, index, (query, key, value), layer.start, kwargs)
-        reply = llm_accel.plan.reply
+            layer.given = None
+            return GroupedAttention(session, split, layer, index, self.base)(module, query, key, value, kwargs)
+        key = layer.turned_keys(session.rotary, key, session.arrived_at)
+        watch(session, index, (query, key, value), layer.start, kwargs)
+        reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
-            return ReplyStep(llm_accel, reply, layer, kwargs).attend(self.base, module, query, key, value), None
-        keeper = llm_accel.plan.keeper if index not in llm_accel.plan.skipped else None
+            layer.given = None
+            return ReplyStep(session, reply, layer, kwargs).attend(self.base, module, query, key, value)
+        keeper = session.plan.keeper if index not in session.plan.skipped else None
+        readers = session.plan.reader_count(index)
         if keeper is None:
-            if llm_accel.closing:
-                layer.own_storage()
-            return layer.attend(self.base, module, query, key, value, **kwargs), None
-        eviction = Eviction(llm_accel, keeper, layer, index, kwargs)
-        if llm_accel.flushing:
-            key, value = eviction.before_attention(query, key, value)
-        output = eviction.attended(query, key, value)
-        if output is None:
             output = layer.attend(self.base, module, query, key, value, **kwargs)
-            eviction.after_attention(query, key)
-        return output, None
+            layer.after_readers(readers, key, value, layer.own_storage if session.closing else None)
+            return output
+        eviction = Eviction(session, keeper, layer, index, kwargs)
+        if session.flushing:
+            key, value = eviction.before_attention(query, key, value)
+        fused = eviction.attended(query, key, value)
+        if fused is not None:
+            layer.after_readers(readers, key, value, None)
+            return fused
+        output = layer.attend(self.base, module, query, key, value, **kwargs)
+        layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key))
+        return output
+
+    def _again(self, layer: AccelLayer, module: nn.Module, query: Tensor, index: int, **kwargs: Any) -> Tensor:
+        """Attention of a later layer's queries over the entries of ``layer``, of which nothing is evicted before."""
+        reading = layer.reading
+        if reading is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends more than once to the same keys in layer {index}, where entries may "
+                "have been evicted in between. Remove the plug-in and report the model class."
+            )
+        output = layer.attend_again(self.base, module, query, reading.key, reading.value, **kwargs)
+        layer.read_once()
+        return output
 
 
 class AccelMask:

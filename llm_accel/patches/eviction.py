@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.roles import Depth, PromptView, ScoreAndKeep, StepEviction
+from llm_accel.methods.prompt_view import Depth, PromptView
+from llm_accel.methods.roles import ScoreAndKeep, StepEviction
+from llm_accel.methods.selection import without
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.patches.session import Session
@@ -67,12 +70,11 @@ class Eviction:
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
         if isinstance(self.keeper, StepEviction):
-            with torch.no_grad():  # as a decorator it would break every compiled graph
-                if isinstance(self.layer, HidingLayer):
-                    self._hide(self.keeper, self.layer, query, key)
-                else:
-                    assert isinstance(self.layer, SlotLayer)
-                    self._step(self.keeper, self.layer, query, key)
+            if isinstance(self.layer, HidingLayer):
+                self._hide(self.keeper, self.layer, query, key)
+            else:
+                assert isinstance(self.layer, SlotLayer)
+                self._step(self.keeper, self.layer, query, key)
         elif self.session.closing:
             self._close(query, key)
         elif self.session.observing:
@@ -132,7 +134,8 @@ class Eviction:
     def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
         """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
         softmax = softmax_of(self.kwargs, key.shape[-1])
-        return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
+        with torch.no_grad():  # as a decorator it would break every compiled graph
+            return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
 
     def _decay(self, keeper: StepEviction, query: Tensor) -> float:
         return keeper.score_decay if query.shape[2] == 1 else 1.0
@@ -179,4 +182,17 @@ class Eviction:
             **softmax_of(self.kwargs, key.shape[-1]),
         )
         with torch.no_grad():
-            return self.keeper.select(view)
+            kept = self.keeper.select(view)
+            if view.protected is not None:
+                self._check_protected(kept, view.protected, view.valid)
+        return kept
+
+    def _check_protected(self, kept: Tensor, protected: Tensor, valid: Tensor) -> None:
+        """Refuses what a method that chooses in a way of its own has not kept."""
+        lost = without(kept, protected, valid)
+        if bool(lost.any()):
+            raise UnsupportedCallError(
+                f"protect_mask: {self.keeper.spec()} let protected tokens of row {int(lost.long().argmax())} go in "
+                f"layer {self.index}. {type(self.keeper).__name__} overrides `select`, which is what keeps them: have "
+                "it give a `score(view)` instead, or call without protect_mask."
+            )

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
+from llm_accel.patches.layers.hybrid import beside_state, own_state
+from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
@@ -174,14 +176,16 @@ def adopt(cache: Any, plan: Plan, config: Any) -> Session:
     if not cache.layers:
         cache.layers.extend(DynamicCache(config=config).layers)
         cache.layer_class_to_replicate = None
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if not is_full(layer):
+            layers[index] = own_state(layer)
             continue
         if layer.get_seq_length() > 0:
             raise UnsupportedCallError(
                 "this cache was filled before llm_accel.apply; start with an empty one (handle.new_cache())."
             )
-        cache.layers[index] = plan.make_layer(index)
+        layers[index] = beside_state(plan.make_layer(index), layer)
     session = Session(plan, cache)
     cache.llm_accel = session  # type: ignore[attr-defined]
     return session

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods import Attend, MethodConfig, ReplyDecoding, ScoreAndKeep, StepEviction
+from llm_accel.patches.acceptance import check_positions, check_readers, decoder_of, skipped_layers
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED, stores_latents
 from llm_accel.patches.compiled.call import arm, disarm
@@ -24,8 +24,8 @@ from llm_accel.patches.hook import DecoderExit, DecoderHook
 from llm_accel.patches.mlp_chunks import arm_mlps, check_mlps, disarm_mlps
 from llm_accel.patches.plan import Decode, Plan, check_composition
 from llm_accel.patches.ranks import head_shard, notes
-from llm_accel.patches.rotary import why_no_rotary
 from llm_accel.patches.vision.install import drop_hooks, install_vision, plan_visual, uninstall_vision
+from llm_accel.patches.wiring import wiring_of
 
 
 def unwrapped(model: Any) -> Any:
@@ -51,7 +51,7 @@ def make_plan(
 ) -> Plan:
     """Checks model and methods against each other, touching nothing; raises what ``apply`` documents."""
     check_composition(configs)
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     hook = hook_of(model)
     if hook is not None:
         raise AlreadyAppliedError(
@@ -65,8 +65,11 @@ def make_plan(
             f"{type(model).__name__} runs attn_implementation={base!r}; supported: {', '.join(SUPPORTED)}. "
             "Load it with one of them or call model.set_attn_implementation(...)."
         )
-    skipped = _skipped_layers(model, decoder.config, configs, strict)
-    _check_positions(decoder, configs, skipped)
+    wiring = wiring_of(decoder)
+    skipped = skipped_layers(decoder, wiring, configs, strict)
+    if wiring.problem is not None:
+        raise UnsupportedModelError(f"{decoder.config.model_type} cannot be accelerated: {wiring.problem}.")
+    check_positions(decoder, configs, skipped)
     check_mlps(decoder, mlp_chunk)
     layers = int(decoder.config.num_hidden_layers)
     backends = {"attention": (base, "the model's own implementation")}
@@ -81,9 +84,21 @@ def make_plan(
             backends |= config.backends(_problem(decoder))
     shard = head_shard(model)
     heads, visual = plan_heads(model, configs, skipped, shard), plan_visual(model, configs, skipped, trace)
+    check_readers(decoder, wiring, configs, splits=heads.get("split") is not None)
     backends |= heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)
     plan = Plan(
-        tuple(configs), layers, base, skipped, trace, backends, heads=shard, mlp_chunk=mlp_chunk, **heads, **visual
+        tuple(configs),
+        layers,
+        base,
+        skipped,
+        trace,
+        backends,
+        heads=shard,
+        mlp_chunk=mlp_chunk,
+        readers=wiring.readers,
+        derived=wiring.derived,
+        **heads,
+        **visual,
     )
     return plan if decode == "eager" else _compiled(plan, decoder, decode)
 
@@ -114,9 +129,19 @@ def _problem(decoder: Any) -> Problem:
 
 
 def install(model: Any, plan: Plan) -> DecoderHook:
-    """Hooks the decoder, names our attention in its configuration, shadows ``generate``."""
-    decoder = model.get_decoder()
+    """Hooks the decoder, names our attention in its configuration, shadows ``generate``. What has been done by then is
+    undone where anything fails."""
     hook = DecoderHook(plan)
+    try:
+        _put_on(model, hook)
+    except BaseException:
+        _take_off(model, hook)
+        raise
+    return hook
+
+
+def _put_on(model: Any, hook: DecoderHook) -> None:
+    decoder, plan = model.get_decoder(), hook.plan
     name = register(plan.base)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(DecoderExit(), with_kwargs=True)
@@ -130,15 +155,25 @@ def install(model: Any, plan: Plan) -> DecoderHook:
                 setattr(model, entry, RefusingProxy(entry))
     if plan.family is not None:
         install_vision(model, hook)
-    return hook
 
 
 def uninstall(model: Any) -> None:
     """Exact undo; a no-op on a model without a plug-in."""
     hook = hook_of(model)
     if hook is not None:
-        _unhook(model.get_decoder(), hook)
-        uninstall_vision(model, hook.plan)
+        _take_off(model, hook)
+    else:
+        _drop_proxies(model)
+
+
+def _take_off(model: Any, hook: DecoderHook) -> None:
+    """Undoes all that :func:`install` does, or as much of it as has been done."""
+    _unhook(model.get_decoder(), hook)
+    uninstall_vision(model, hook.plan)
+    _drop_proxies(model)
+
+
+def _drop_proxies(model: Any) -> None:
     for entry in ("generate", *SHADOWED):
         if isinstance(getattr(model, "__dict__", {}).get(entry), GenerateProxy | RefusingProxy):
             delattr(model, entry)
@@ -151,91 +186,3 @@ def _unhook(decoder: Any, hook: DecoderHook) -> None:
     drop_hooks(decoder, DecoderHook, DecoderExit)
     if decoder.config._attn_implementation == accel_name(hook.plan.base):
         decoder.config._attn_implementation_internal = hook.plan.base
-
-
-def _decoder(model: Any) -> Any:
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"model is a {type(model).__name__}; give the transformers model itself (for a PEFT model "
-            "model.get_base_model())."
-        )
-    family = getattr(model.config, "model_type", type(model).__name__)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{family} is an encoder-decoder model; supported are decoder-only models.")
-    decoder = model.get_decoder()
-    config = getattr(decoder, "config", None)
-    if not isinstance(decoder, PreTrainedModel) or not hasattr(config, "num_hidden_layers"):
-        raise UnsupportedModelError(f"{family} has no decoder that can be hooked; supported are decoder-only models.")
-    if not decoder._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{family} does not call its attention through transformers' AttentionInterface; supported are families "
-            "that do, such as llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3, gpt_oss, glm4, deepseek_v3."
-        )
-    if any(getattr(part, "is_causal", True) is False for part in decoder.modules() if hasattr(part, "layer_idx")):
-        raise UnsupportedModelError(
-            f"{family} attends in both directions or to another model; only causal decoders work."
-        )
-    return decoder
-
-
-def _skipped_layers(model: Any, config: Any, configs: Sequence[MethodConfig], strict: bool) -> dict[int, str]:
-    """Layer index -> reason; raises if nothing is left, or with ``strict`` if a model layer is left out."""
-    cache_layers = DynamicCache(config=config).layers
-    skipped = {
-        index: _why_not(layer, config) for index, layer in enumerate(cache_layers) if type(layer) is not DynamicLayer
-    }
-    if cache_layers and len(skipped) == len(cache_layers):
-        reasons = "; ".join(sorted(set(skipped.values())))
-        raise UnsupportedModelError(
-            f"{config.model_type}: there is nothing to compress, none of the {len(cache_layers)} layers holds a full "
-            f"KV cache ({reasons})."
-        )
-    if strict and skipped:
-        raise UnsupportedModelError(
-            f"strict=True: layers {sorted(skipped)} of {config.model_type} would be left as they are "
-            f"({'; '.join(sorted(set(skipped.values())))}); use strict=False to accept that."
-        )
-    for method in configs:
-        for index in getattr(method, "skip_layers", ()):
-            if index >= config.num_hidden_layers:
-                raise ConfigError(
-                    f"{method.name}: skip_layers={method.skip_layers} names layer {index}; "  # type: ignore[attr-defined]
-                    f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
-                )
-            skipped.setdefault(index, "named in skip_layers")
-        if isinstance(method, Attend):
-            for index in range(len(cache_layers)):
-                dense = method.dense_layer(index, config.num_hidden_layers)
-                if dense is not None and len(configs) == 1:  # another method may act on a layer that this one leaves
-                    skipped.setdefault(index, dense)
-        if cache_layers and skipped.keys() >= set(range(len(cache_layers))):
-            option = "dense_layers" if isinstance(method, Attend) else "skip_layers"
-            raise ConfigError(
-                f"{method.name}: {option}={getattr(method, option)} leaves no layer to act on; "
-                f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1} "
-                f"({'; '.join(sorted(set(skipped.values())))}). Name fewer layers."
-            )
-    return skipped
-
-
-def _check_positions(decoder: Any, configs: Sequence[MethodConfig], skipped: dict[int, str]) -> None:
-    """Positions as ranks in the cache need keys that can be turned, in every layer."""
-    ranked = next((c for c in configs if isinstance(c, StepEviction) and c.relative_positions), None)
-    if ranked is None:
-        return
-    reason = why_no_rotary(decoder)
-    if reason is None and skipped:
-        reason = f"its layers {sorted(skipped)} keep their own positions ({'; '.join(sorted(set(skipped.values())))})"
-    if reason is None and stores_latents(decoder):
-        reason = "its cache holds latents, not keys"
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"{ranked.spec()} turns keys to their rank in the cache, which {decoder.config.model_type} does not allow: "
-            f"{reason}. Use positions='original'."
-        )
-
-
-def _why_not(layer: Any, config: Any) -> str:
-    if getattr(layer, "is_sliding", False):
-        return f"sliding window of {getattr(config, 'sliding_window', '?')} tokens bounds its cache already"
-    return f"{type(layer).__name__} is not a full-attention cache"

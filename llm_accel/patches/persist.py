@@ -16,6 +16,7 @@ from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.patches.hook import adopt, session_of
 from llm_accel.patches.identity import identity
 from llm_accel.patches.layers import AccelLayer
+from llm_accel.patches.layers.hybrid import restore_states, states_of
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.ranks import own_file
 from llm_accel.patches.replay import is_waiting
@@ -109,14 +110,16 @@ def _check(path: str | Path, metadata: dict[str, str], model: PreTrainedModel, p
 def _state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(layer, AccelLayer):
         return layer.state()
-    tensors = {name: getattr(layer, name) for name in _STOCK_TENSORS if getattr(layer, name) is not None}
-    return tensors, {name: getattr(layer, name) for name in _STOCK_VALUES if hasattr(layer, name)}
+    tensors = {name: getattr(layer, name) for name in _STOCK_TENSORS if getattr(layer, name, None) is not None}
+    return tensors | states_of(layer), {name: getattr(layer, name) for name in _STOCK_VALUES if hasattr(layer, name)}
 
 
 def _restore(layer: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     if isinstance(layer, AccelLayer):
         layer.restore(tensors, values)
-    elif tensors:
+        return
+    tensors = restore_states(layer, tensors)
+    if tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
         for name, content in (tensors | values).items():
             setattr(layer, name, content)

@@ -58,6 +58,8 @@ class Plan:
         family: what is declared of the model's family, where a method must know its visual tokens.
         decode: how decode steps were asked to run.
         compiles: whether they run as a compiled graph wherever a call allows it.
+        readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
+        derived: layers whose attention is given what is computed from the cached entries (latents), not these.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attender: the method that computes attention, if any; worked out from ``configs``.
@@ -76,6 +78,8 @@ class Plan:
     mask: HeadMask | None = None
     kv_heads: int = 0
     heads: HeadShard = WHOLE
+    readers: Mapping[int, int] = field(default_factory=dict, compare=False)
+    derived: frozenset[int] = field(default=frozenset(), compare=False)
     family: VisionFamily | None = None
     cut: Cut | None = field(default=None, compare=False)
     decode: Decode = field(default="eager", compare=False)
@@ -155,6 +159,10 @@ class Plan:
             kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
             return kind(self.keeper.vacancies)
         return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size, self.heads)
+
+    def reader_count(self, index: int) -> int:
+        """How many later layers read the entries of this one."""
+        return sum(source == index for source in self.readers.values())
 
     def depth(self, index: int, later: bool) -> Depth:
         """Where a layer stands among those that the methods act on; ``later``: it has evicted before."""

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.hook import DecoderHook, adopt
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, SlotLayer
-from llm_accel.patches.layers.append import joined
+from llm_accel.patches.layers.hybrid import join_states
+from llm_accel.patches.layers.joining import joined
+from llm_accel.patches.layers.stock import has_linear_state, is_full
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import ReadCache
 
@@ -110,7 +112,8 @@ def why_whole(plan: Plan, config: Any) -> str | None:
         return "it hides entries and evicts none"
     if plan.keeper is not None and plan.keeper.deferred:
         return "compress='deferred' evicts at the first decode step, and prompts must be compressed at once"
-    others = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    stock = [layer for layer in DynamicCache(config=config).layers if not is_full(layer)]
+    others = {type(layer) for layer in stock if isinstance(layer, CacheLayerMixin)} - {DynamicSlidingWindowLayer}
     if others:
         names = ", ".join(sorted(kind.__name__ for kind in others))
         return f"what a {names} holds of one prompt cannot be joined with that of another"
@@ -137,7 +140,10 @@ def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
         layer.values = joined([part.values for part in parts], -2, 0)
         layer.cumulative_length = length
         return
-    assert isinstance(layer, AccelLayer)
+    if not isinstance(layer, AccelLayer):
+        if has_linear_state(layer):
+            join_states(layer, parts)
+        return
     layer.join(parts, length)
     if isinstance(layer, GroupedLayer):
         assert plan.split is not None

@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.errors import AlreadyAppliedError, UnsupportedModelError
 from llm_accel.patches.base_attention import SUPPORTED, base_function, softmax_of
+from llm_accel.patches.wiring import wiring_of
 
 _PREFIX = "llm_accel_probe_"
 
@@ -80,11 +81,14 @@ def observe_attention(model: Any, callback: Callback) -> Iterator[None]:
     config, before = decoder.config, decoder.config._attn_implementation
     if before.startswith("llm_accel"):
         raise AlreadyAppliedError(f"{type(model).__name__} runs a plug-in; call llm_accel.remove(model) first.")
-    if before not in SUPPORTED or not decoder._supports_attention_backend:
+    if before not in SUPPORTED:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs attn_implementation={before!r}, which cannot be watched; "
-            f"supported: {', '.join(SUPPORTED)}, on models that use transformers' AttentionInterface."
+            f"supported: {', '.join(SUPPORTED)}."
         )
+    problem = wiring_of(decoder).problem
+    if problem is not None:
+        raise UnsupportedModelError(f"the attention of {type(model).__name__} cannot be watched: {problem}.")
     base = "sdpa" if before.startswith("flash") else before
     AttentionInterface.register(_PREFIX + base, _ProbeAttention(base))
     AttentionMaskInterface.register(_PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.vision.state import VisualState
 
 
@@ -35,7 +36,7 @@ class ReadCache(DynamicCache):
     @property
     def inputs(self) -> dict[str, Any]:
         """What ``model.generate(**cache.inputs)`` continues from."""
-        return {"input_ids": self.ids, "attention_mask": self.mask, CACHE: self}
+        return {"input_ids": thawed(self.ids), "attention_mask": thawed(self.mask), CACHE: self}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length, without the token that is still to be given."""
@@ -83,7 +84,8 @@ class Replay(DynamicCache):
 
     def hand_over(self, output: Any) -> None:
         """Puts what was remembered in place of what was computed."""
-        output.last_hidden_state, self.cache.outcome = self.cache.outcome, None
+        assert self.cache.outcome is not None
+        output.last_hidden_state, self.cache.outcome = thawed(self.cache.outcome), None
         setattr(output, CACHE, self.cache)
 
 

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
+from llm_accel.kernels.gradient import without_gradient
 from llm_accel.methods import ReplyDecoding
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.base_attention import softmax_of
@@ -65,14 +66,18 @@ class ReplyStep:
         decoding = self.layer.pictured and not self.session.in_prompt
         weights = self._weights(query, key) if decoding else None
         if weights is not None and self.method.penalises:
-            output = self._mixed(weights, value).to(query.dtype)
+            # the attention received until now counts as a constant in the penalty, which it is not
+            mixed = self._mixed(weights, value).to(query.dtype)
+            (output,) = without_gradient(f"the penalty of {self.method.name}", lambda: (mixed,), mixed)
         else:
             output = self.layer.attend(base, module, query, key, value, **self.kwargs)
-        with torch.no_grad():
-            if weights is not None:
-                self._spoke(weights, query, key)
-            elif self.session.in_prompt:
-                self._heard(query, key)
+        if weights is not None:
+            with torch.no_grad():
+                into = self._spoke(weights, query, key)
+            if into is not None:
+                self.layer.prune(into, self.session.plan.trace)
+        elif self.session.in_prompt:
+            self._heard(query, key)
         return output
 
     def _heard(self, query: Tensor, key: Tensor) -> None:
@@ -88,27 +93,28 @@ class ReplyStep:
         if self.method.penalises and (width is None or (self.session.closing and layer.pictured)):
             watched = query if layer.window is None else layer.window
             softmax = softmax_of(self.kwargs, key.shape[-1])
-            layer.receive(column_votes(watched, key, layer.start, heads=query.shape[1], **softmax))
+            with torch.no_grad():
+                layer.receive(column_votes(watched, key, layer.start, heads=query.shape[1], **softmax))
         if self.session.closing:
             layer.window = None
             layer.received = layer.received if layer.pictured else None
 
-    def _spoke(self, weights: Tensor, query: Tensor, key: Tensor) -> None:
-        """A token of the reply: what it looked at, and every so often which entries of the reply go."""
+    def _spoke(self, weights: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+        """A token of the reply: what it looked at, and every so often where the entries of the reply go, int64
+        [B, Hk, held]."""
         layer, method = self.layer, self.method
         if method.penalises:
             layer.receive(weights)
         if not method.prunes:
-            return
+            return None
         assert layer.visual is not None
         layer.spoke(method.saliency(weights, layer.visual, self.session.plan.heads))
         count = method.entries(layer.held, layer.generated)
         if count == layer.held:
-            return
+            return None
         assert layer.saliency is not None
         products = self._products(query, layer.reply(layer.all_keys(key)))
-        into = method.destinations(products, layer.reply(layer.saliency), layer.reply(layer.keys), count)
-        layer.prune(into, self.session.plan.trace)
+        return method.destinations(products, layer.reply(layer.saliency), layer.reply(layer.keys), count)
 
     def _products(self, query: Tensor, key: Tensor) -> Tensor:
         """Inner products of one query per row with keys [B, H, n, D], fp32 [B, Hq, n]."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError
+from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
+from llm_accel.patches.layers.hybrid import LinearLayer, state_bytes
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
@@ -75,6 +76,37 @@ class Session:
         begun = first.cumulative_length > 0 and first.attended
         return begun and not self._awaiting_decode and not self._prompt_open(first.get_seq_length())
 
+    def entries_for(
+        self, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[int | None, AccelLayer | None]:
+        """Which layer of the model an attention call belongs to, and which layer of ours holds the entries it reads:
+        None where that is not ours. A layer that keeps none of its own reads those of an earlier one.
+
+        Raises:
+            UnsupportedModelError: attention was given what the cache does not hold, or adds something to the mask.
+        """
+        index: int | None = getattr(module, "layer_idx", None)
+        own = None if index is None else self.ours.get(index)
+        found = None if index is None or own is None or not self._gave(index, own, key, value) else (index, own)
+        if found is None:
+            found = next(((i, layer) for i, layer in self.ours.items() if self._gave(i, layer, key, value)), None)
+        if found is None and own is None:
+            return index, None
+        if found is None or mask is not None:
+            why = "is not given the keys and values that its cache holds" if found is None else "adds a mask of its own"
+            raise UnsupportedModelError(
+                f"the attention of layer {index} ({type(module).__name__}) {why}, so nothing may be evicted there. "
+                "Remove the plug-in and report the model class."
+            )
+        source, layer = found
+        return (index if layer.attended else source), layer
+
+    def _gave(self, index: int, layer: AccelLayer, key: Tensor, value: Tensor) -> bool:
+        """Whether ``key`` and ``value`` come from this layer in the running call."""
+        if layer.given is None:
+            return False
+        return index in self.plan.derived or (layer.given[0] is key and layer.given[1] is value)
+
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
         """Tells the session how long the prompt will be, so that chunks of it can be recognised."""
         if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
@@ -103,6 +135,10 @@ class Session:
                 raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
             layer.expected = True
             layer.missing, layer.arriving = 0, None
+            layer.given = layer.reading = None
+        for held in self.layers:
+            if isinstance(held, AccelLayer | LinearLayer):
+                held.thaw()
         keeper = self.plan.keeper
         if past == 0:
             self._forget()
@@ -214,6 +250,8 @@ class Session:
                     f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
                     "not hidden. Remove the plug-in and report the model class."
                 )
+            if layer.reading is not None:
+                raise EvictionError(f"{layer.reading.left} layers that read the entries of layer {index} never did.")
         if not (self.closing or self.flushing):
             return
         for index, layer in self.ours.items():
@@ -239,7 +277,7 @@ class Session:
         return [self._layer_report(index, layer) for index, layer in enumerate(self.layers)]
 
     def _layer_report(self, index: int, layer: object) -> LayerReport:
-        report = LayerReport(index, skipped_reason=self.plan.skipped.get(index))
+        report = LayerReport(index, skipped_reason=self.plan.skipped.get(index), state_bytes=state_bytes(layer))
         if isinstance(layer, AccelLayer):
             if layer.physical_length():
                 report.logical_length = layer.get_seq_length()

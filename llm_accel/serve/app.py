@@ -10,16 +10,16 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from llm_accel.serve.answers import Answer
+from llm_accel.serve.body import parse_body
 from llm_accel.serve.desk import Desk
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import ApiError, late
 from llm_accel.serve.gate import Gate
 from llm_accel.serve.loading import Served
-from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request, complaint, parse_body
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
 from llm_accel.serve.reply import Reply
 from llm_accel.serve.schema import describer
 from llm_accel.serve.settings import ServeSettings
@@ -50,17 +50,25 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[Gate, Engine]:
     keys = settings.keys()
     app.openapi = describer(app, served.name, settings, bool(keys))  # type: ignore[method-assign]
     max_inside = settings.max_queue + 2 * settings.max_batch  # all that wait, all that run, and some on their way
-    return Gate(app, keys, int(settings.max_body_mib * 2**20), max_inside, engine.metrics), engine
+    gate = Gate(app, keys, int(settings.max_body_mib * 2**20), desk.max_values, max_inside, engine.metrics)
+    return gate, engine
 
 
 def _add_answers(app: FastAPI, engine: Engine, desk: Desk) -> None:
     async def answer(request: HttpRequest, kind: type[Request], make: Any) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError("bad_request", "send JSON with 'Content-Type: application/json'.")
-        body = parse_body(kind, await request.body())
+        begin = asyncio.get_running_loop().time()
+        body = await asyncio.to_thread(parse_body, kind, await request.body())
         desk.check_model(body.model)
-        ready: Answer = await make(body, request.state.key)
-        return Reply(engine, ready, body.stream, body.stream_options.include_usage)
+        until = begin + desk.seconds(body)
+        with engine.queue.place():
+            try:
+                async with asyncio.timeout_at(until):
+                    ready: Answer = await make(body, request.state.key)
+            except TimeoutError:
+                raise late(desk.seconds(body)) from None
+        return Reply(engine, ready, body.stream, body.stream_options.include_usage, until)
 
     @app.post("/v1/chat/completions")
     async def chat(request: HttpRequest) -> Response:
@@ -100,10 +108,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: HttpRequest, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, error.headers)
-
-    @app.exception_handler(ValidationError)
-    async def invalid(request: HttpRequest, error: ValidationError) -> JSONResponse:
-        return JSONResponse(ApiError("bad_request", complaint(error)).body(), 400)
 
     @app.exception_handler(404)
     @app.exception_handler(405)

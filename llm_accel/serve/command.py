@@ -8,14 +8,19 @@ import importlib.util
 import json
 import logging
 import signal
+import socket
 import sys
 import typing
+from typing import TYPE_CHECKING
 
 from llm_accel.errors import ConfigError
 from llm_accel.serve.settings import ServeSettings, flag
 
+if TYPE_CHECKING:
+    from llm_accel.serve.server import Server
+
 _GROUPS = {
-    "model": ("model", "method", "name", "device", "dtype", "attn", "decode", "trust_remote_code"),
+    "model": ("model", "method", "allow_methods", "name", "device", "dtype", "attn", "decode", "trust_remote_code"),
     "address": ("host", "port", "api_key_file"),
     "queue": ("max_batch", "max_batch_tokens", "window_ms", "max_queue", "deadline_s", "drain_s"),
     "limits": ("max_body_mib", "max_prompt_tokens", "max_new_tokens", "max_images", "max_image_pixels"),
@@ -56,17 +61,23 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install them with: pip install 'llm_accel[serve]'")
     settings.keys()  # what is wrong with them is known before the model is loaded
+    from llm_accel.serve.connections import bind, listen
     from llm_accel.serve.loading import load
     from llm_accel.serve.server import Server
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    served = load(settings)
-    server = Server(served, settings)
-    listener = server.config.bind_socket()
+    with bind(settings.host, settings.port) as listener:  # a taken port is known before the model is loaded
+        served = load(settings)
+        server = Server(served, settings)
+        listen(listener, server.config.backlog)
+        _serve(server, served.name, listener)
+
+
+def _serve(server: Server, name: str, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens to them; at its end it raises them again
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    print(json.dumps({"url": f"http://{_bracketed(host)}:{port}/v1", "model": served.name}), flush=True)
+    print(json.dumps({"url": f"http://{_bracketed(host)}:{port}/v1", "model": name}), flush=True)
     server.run(sockets=[listener])
 
 

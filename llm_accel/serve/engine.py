@@ -11,11 +11,11 @@ from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModel
 from llm_accel.registry import parse_all
 from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversations
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import ApiError, shutting_down
 from llm_accel.serve.jobs import Job
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.queue import JobQueue, shutting_down
+from llm_accel.serve.queue import JobQueue
 from llm_accel.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class Engine:
         self.queue = JobQueue(settings)
         conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
         self._runner = Runner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
-        self._runner.use(parse_all(settings.method))
+        self._own = parse_all(settings.method)
+        self._runner.use(self._own)
         self._failed = 0
         self._running: list[Job] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
@@ -50,9 +51,14 @@ class Engine:
         """ "ok", or why a load balancer should send requests elsewhere."""
         if self.queue.closed:
             return "shutting down"
-        if not self._thread.is_alive():
+        if not self.working:
             return "not running"
         return "failing" if self._failed >= FAILING else "ok"
+
+    @property
+    def working(self) -> bool:
+        """Whether there is a thread that serves; after :meth:`drain` it ends with the last accepted request."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -96,7 +102,8 @@ class Engine:
         except _REFUSALS as error:
             self._fail(jobs, ApiError("bad_request", str(error)))
         except Exception as error:
-            self._failed += 1
+            if jobs[0].methods in ((), self._own):  # what clients made of other methods says nothing about the server
+                self._failed += 1
             self.metrics.failed_batches.inc()
             frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
             # torch's own errors speak of memory and shapes; others may quote the prompt

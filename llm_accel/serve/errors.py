@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_MOST = 600  # characters of a message
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 STATUS = {
     "bad_request": 400,
@@ -24,13 +28,15 @@ class ApiError(Exception):
 
     Attributes:
         outcome: which of :data:`STATUS` it is; also its label in the metrics.
-        message: one sentence for the client.
+        message: one sentence for the client, cut where it quotes too much; no addresses of objects.
         headers: further headers of the response.
     """
 
     def __init__(self, outcome: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.outcome, self.message, self.headers = outcome, message, headers or {}
+        plain = _ADDRESS.sub("", message)
+        self.message = plain if len(plain) <= _MOST else plain[:_MOST] + "..."
+        super().__init__(self.message)
+        self.outcome, self.headers = outcome, headers or {}
 
     @property
     def status(self) -> int:
@@ -41,3 +47,13 @@ class ApiError(Exception):
         """The JSON body."""
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.outcome}}
+
+
+def shutting_down() -> ApiError:
+    """What requests get that a stopping server does not finish."""
+    return ApiError("shutting_down", "the server is shutting down; try another one or come back later.")
+
+
+def late(seconds: float) -> ApiError:
+    """What a request gets that is not answered in time."""
+    return ApiError("deadline", f"not finished within {seconds:g} s.")

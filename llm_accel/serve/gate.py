@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from llm_accel.serve.body import Census
 from llm_accel.serve.errors import STATUS, ApiError
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.settings import is_loopback
@@ -29,6 +30,7 @@ _OPEN = ("/health",)  # needs no key
 _UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _BODY_SECONDS = 30.0
+_DIGITS = 18  # of a length
 _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
 _PORT = re.compile(r":\d+$")
 
@@ -41,12 +43,16 @@ class Gate:
         keys: bearer keys; with none, requests must name a loopback address as their host, so that no page in a browser
             reaches the server under a name of its own.
         max_body: bytes of a request at most.
+        max_values: values in the JSON of a request at most.
         max_inside: requests inside at a time at most, so that bodies together are bounded too.
         metrics: where requests are counted.
     """
 
-    def __init__(self, app: Any, keys: Sequence[str], max_body: int, max_inside: int, metrics: Metrics) -> None:
-        self._app, self._max_body, self._max_inside, self._metrics = app, max_body, max_inside, metrics
+    def __init__(
+        self, app: Any, keys: Sequence[str], max_body: int, max_values: int, max_inside: int, metrics: Metrics
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_body, self._max_values, self._max_inside = max_body, max_values, max_inside
         self._inside = 0
         self._digests = [_digest(key.encode()) for key in keys]
 
@@ -116,10 +122,10 @@ class Gate:
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         too_large = ApiError("too_large", f"a request may have {self._max_body} bytes.", {"Connection": "close"})
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body:
+        if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
             await self._discard(receive)
             raise too_large
-        body = bytearray()
+        body, census = bytearray(), Census(self._max_values)
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 more = True
@@ -127,14 +133,23 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError("client_left", "the connection was closed before the request was complete.")
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    body += piece
                     more = message.get("more_body", False)
                     if len(body) > self._max_body:
-                        body.clear()
-                        await self._discard(receive)
                         raise too_large
+                    census.add(piece)
+        except ApiError:
+            body.clear()
+            if more:
+                await self._discard(receive)
+            raise
         except TimeoutError:
-            raise ApiError("body_timeout", f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.") from None
+            raise ApiError(
+                "body_timeout",
+                f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.",
+                {"Connection": "close"},
+            ) from None
         return bytes(body)
 
     async def _discard(self, receive: Receive) -> None:

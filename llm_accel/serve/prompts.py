@@ -1,4 +1,5 @@
-"""From texts, chats and images to token ids, in a thread of its own: the event loop goes on meanwhile."""
+"""From texts, chats and images to token ids, in a thread of its own: the event loop goes on meanwhile. A text that
+cannot fit is refused by its length, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.images import decode
 from llm_accel.serve.loading import Served
-from llm_accel.serve.protocol import Message
+from llm_accel.serve.protocol import Message, TextPart
 from llm_accel.serve.settings import ServeSettings
 
 Result = TypeVar("Result")
+
+CHARACTERS = 16  # of a token, on average over a prompt, at most: several times what texts and code have
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,25 @@ class Prompt:
 
 
 class Reader:
-    """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads."""
+    """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads.
 
-    def __init__(self, served: Served, settings: ServeSettings) -> None:
+    Args:
+        limit: tokens of a prompt at most.
+        vocabulary: token ids are below it.
+    """
+
+    def __init__(self, served: Served, settings: ServeSettings, limit: int, vocabulary: int) -> None:
         self._processor = copy.deepcopy(served.processor)
         self.tokenizer: Any = copy.deepcopy(served.tokenizer) if self._processor is None else self._processor.tokenizer
-        self._settings = settings
+        self._settings, self._limit, self._vocabulary = settings, limit, vocabulary
+        ids = {getattr(served.model.config, name, None) for name in _PLACEHOLDERS}
+        self._placeholders = {number for number in ids if isinstance(number, int)}
         self._thread = ThreadPoolExecutor(1, "llm-accel-read")
 
     async def texts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
         """Prompts as they are, with the special tokens that the tokenizer puts around texts."""
+        for prompt in prompts:
+            self._check_size(len(prompt), CHARACTERS if isinstance(prompt, str) else 1)
         return await self._apart(lambda: [Prompt(self._ids(one)) for one in prompts])
 
     async def chat(self, messages: Sequence[Message]) -> Prompt:
@@ -51,16 +64,40 @@ class Reader:
         template = getattr(self._processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if not template:
             raise ApiError("bad_request", "this model has no chat template; use /v1/completions.")
+        said = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+        self._check_size(said, CHARACTERS)
         return await self._apart(lambda: self._chat(messages))
 
+    def _check_size(self, size: int, per_token: int = 1) -> None:
+        """Refuses a prompt of more tokens than are allowed, or more characters than so many tokens can have."""
+        if size <= self._limit * per_token:
+            return
+        unit = "tokens" if per_token == 1 else f"characters, which is over {per_token} for each token that may be"
+        raise ApiError("bad_request", f"the prompt has {size} {unit}; {self._limit} are allowed.")
+
     def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
-        return tuple(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        return self._checked(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+
+    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a prompt without images that the model can read."""
+        if len(ids) == 0:
+            raise ApiError("bad_request", "the prompt is empty.")
+        self._check_size(len(ids))
+        if max(ids) >= self._vocabulary:
+            raise ApiError("bad_request", f"token ids are below {self._vocabulary}.")
+        if not self._placeholders.isdisjoint(ids):
+            raise ApiError(
+                "bad_request", "a token of the prompt stands for an image or the like; send images in a chat."
+            )
+        return tuple(ids)
 
     async def _apart(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _chat(self, messages: Sequence[Message]) -> Prompt:
         urls = [url for message in messages for url in message.images]
+        if len(urls) > self._settings.max_images:
+            raise ApiError("bad_request", f"{len(urls)} images; {self._settings.max_images} are allowed in a request.")
         if self._processor is None:
             if urls:
                 raise ApiError("bad_request", "this model reads text only; leave the images out.")
@@ -68,17 +105,18 @@ class Reader:
         else:
             self._check_placeholders(messages)
             text = self._render(self._processor, [message.mixed() for message in messages])
+        self._check_size(len(text), CHARACTERS)
         if not urls:
-            return Prompt(tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        if len(urls) > self._settings.max_images:
-            raise ApiError("bad_request", f"{len(urls)} images; {self._settings.max_images} are allowed in a request.")
+            return Prompt(self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         images = [decode(url, self._settings.max_image_pixels) for url in urls]
         try:
             made = dict(self._processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False))
         except ValueError as error:
-            raise ApiError("bad_request", f"the model's processor does not take these images: {error}") from error
+            raise ApiError("bad_request", "the model's processor does not take these images.") from error
         made.pop("attention_mask", None)
-        return Prompt(tuple(made.pop("input_ids")[0].tolist()), made)
+        ids = tuple(made.pop("input_ids")[0].tolist())
+        self._check_size(len(ids))
+        return Prompt(ids, made)
 
     def _check_placeholders(self, messages: Sequence[Message]) -> None:
         """A placeholder in a text would be taken for an image that is not there."""
@@ -90,5 +128,7 @@ class Reader:
         try:
             text: str = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
-            raise ApiError("bad_request", f"the model's chat template does not take these messages: {error}") from error
+            # what a template says itself is meant for whoever sent the messages; other errors speak of its insides
+            told = f": {error}" if type(error) is TemplateError else "."
+            raise ApiError("bad_request", f"the model's chat template does not take these messages{told}") from error
         return text

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from llm_accel.methods.base import INT64
 
 # Fields of OpenAI's API that are not supported, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -28,13 +31,38 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
 
 
-def _encodable(text: str) -> str:
-    text.encode()  # JSON may carry half of a surrogate pair, which is no character
-    return text
+MOST_MESSAGES, MOST_PARTS_OF_A_MESSAGE = 4096, 1024
+_MOST_FIELDS = 64  # of an object
+_MOST_METADATA = 16
 
-
-Text = Annotated[str, AfterValidator(_encodable)]
+Count = Annotated[int, Field(ge=1, le=INT64)]
 Id = Annotated[int, Field(ge=0)]
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+def _form(value: Any) -> str | None:
+    """Which alternative of a field is meant: a text, or a list by its first item."""
+    if isinstance(value, list):
+        first = value[0] if value else ""
+        return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else "list"
+    return "text" if isinstance(value, str) else None
+
+
+def _text_or_list(value: Any) -> str | None:
+    """The same where all lists are of one kind."""
+    return "list" if isinstance(value, list) else _form(value)
+
+
+def _by_form(form: Callable[[Any], str | None], allowed: str) -> Discriminator:
+    """Each value is tried for the one alternative that it means, so that there is one complaint."""
+    return Discriminator(form, custom_error_type="told_form", custom_error_message=f"give {allowed}")
+
+
+def _few(value: Any) -> Any:
+    """Before anything in it is looked at."""
+    if isinstance(value, dict) and len(value) > _MOST_METADATA:
+        raise PydanticCustomError("told_size", "give at most {most} entries", {"most": _MOST_METADATA})
+    return value
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -58,16 +86,21 @@ def _tell(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], Non
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
-def _without_neutral(data: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
-    """Null is the same as not given, and so is a value that asks for nothing."""
-    if not isinstance(data, dict):
-        return data
-    return {
-        key: value
-        for key, value in data.items()
-        if value is not None and not any(_same(value, nothing) for nothing in neutral.get(key, ()))
-    }
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        """Null is the same as not given, and so is a value that asks for nothing."""
+        if not isinstance(data, dict):
+            return data
+        if len(data) > _MOST_FIELDS:
+            raise PydanticCustomError("told_size", "give at most {most} fields", {"most": _MOST_FIELDS})
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None and not any(_same(value, nothing) for nothing in cls.neutral.get(key, ()))
+        }
 
 
 class Extension(_Body):
@@ -80,8 +113,8 @@ class Extension(_Body):
         deadline_s: seconds for this request; the server's own limit holds as well.
     """
 
-    method: Annotated[Text, Field(max_length=500)] | None = None
-    session: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
+    method: Annotated[str, Field(max_length=500)] | None = None
+    session: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -95,28 +128,31 @@ class Request(_Body):
     """What both endpoints share."""
 
     model_config = ConfigDict(json_schema_extra=_tell(_NEUTRAL))
+    neutral = _NEUTRAL
 
-    model: Text
-    n: Annotated[int, Field(ge=1)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    model: Annotated[str, Field(max_length=500)]
+    n: Count = 1
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    seed: int | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1, max_length=500)]
-        | Annotated[list[Annotated[Text, Field(min_length=1, max_length=500)]], Field(max_length=16)]
-    ) = []
+    top_k: Count | None = None
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    stop: Annotated[
+        Annotated[Stop, Tag("text")] | Annotated[list[Stop], Field(max_length=16, fail_fast=True), Tag("list")],
+        _by_form(_text_or_list, "a text or a list of texts"),
+    ] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: Text | None = None
-    metadata: dict[str, Text] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=_MOST_METADATA),
+            BeforeValidator(_few),
+        ]
+        | None
+    ) = None
     llm_accel: Extension = Extension()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        return _without_neutral(data, _NEUTRAL)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -128,13 +164,13 @@ class TextPart(_Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class ImageUrl(_Body):
     """Where an image is: inside the URL itself."""
 
-    url: Text
+    url: str
     detail: Literal["auto"] = "auto"
 
 
@@ -149,15 +185,19 @@ class Message(_Body):
     """One turn of a chat."""
 
     model_config = ConfigDict(json_schema_extra=_tell(_NEUTRAL_IN_MESSAGES))
+    neutral = _NEUTRAL_IN_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        return _without_neutral(data, _NEUTRAL_IN_MESSAGES)
+    content: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[
+            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+            Field(max_length=MOST_PARTS_OF_A_MESSAGE, fail_fast=True),
+            Tag("list"),
+        ],
+        _by_form(_text_or_list, "a text or a list of parts"),
+    ]
+    name: Annotated[str, Field(max_length=512)] | None = None
 
     @property
     def parts(self) -> Sequence[TextPart | ImagePart]:
@@ -187,8 +227,8 @@ class Message(_Body):
 class ChatRequest(Request):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -206,12 +246,17 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """``POST /v1/completions``; prompts are texts or token ids."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("list")]
+        | Annotated[list[Id], Field(min_length=1, fail_fast=True), Tag("ids")]
+        | Annotated[
+            list[Annotated[list[Id], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, fail_fast=True),
+            Tag("id lists"),
+        ],
+        _by_form(_form, "a text, a list of token ids, or a list of texts or of such lists"),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -230,18 +275,3 @@ class CompletionRequest(Request):
         given: Any = self.prompt
         single = isinstance(given, str) or isinstance(given[0], int)
         return [given] if single else given
-
-
-def parse_body(kind: type[Request], body: bytes) -> Any:
-    """A checked request; pydantic's :class:`ValidationError` otherwise."""
-    return kind.model_validate_json(body)
-
-
-def complaint(error: ValidationError) -> str:
-    """What is wrong, where, in one line; nothing of the request's text."""
-    parts = []
-    for one in error.errors(include_url=False, include_context=False, include_input=False)[:3]:
-        place = ".".join(str(step) for step in one["loc"])
-        text = "unknown, or not supported with this value" if one["type"] == "extra_forbidden" else one["msg"]
-        parts.append(f"{place}: {text}" if place else text)
-    return "; ".join(parts)

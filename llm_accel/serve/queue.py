@@ -6,15 +6,12 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import ApiError, shutting_down
 from llm_accel.serve.jobs import Job
 from llm_accel.serve.settings import ServeSettings
-
-
-def shutting_down() -> ApiError:
-    """What requests get that a stopping server does not finish."""
-    return ApiError("shutting_down", "the server is shutting down; try another one or come back later.")
 
 
 class JobQueue:
@@ -31,6 +28,7 @@ class JobQueue:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._reading = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -40,22 +38,42 @@ class JobQueue:
         """Whether it takes no more requests."""
         return self._closed
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for a request whose prompt is still to be read: reading costs time too.
+
+        Raises:
+            ApiError: queue_full or shutting_down.
+        """
+        with self._changed:
+            self._check(len(self._jobs) + self._reading)
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reading -= 1
+
     def put(self, job: Job) -> None:
         """Accepts a request, or raises :class:`ApiError`: queue_full or shutting_down."""
         with self._changed:
-            if self._closed:
-                raise shutting_down()
-            if len(self._jobs) >= self._settings.max_queue:
-                batches = 1 + len(self._jobs) / self._settings.max_batch
-                seconds = max(1, math.ceil(batches * self.batch_seconds))
-                raise ApiError(
-                    "queue_full",
-                    f"{len(self._jobs)} requests are waiting, which is all that may; try again in {seconds} s.",
-                    {"Retry-After": str(seconds)},
-                )
+            self._check(len(self._jobs))
             job.accepted_at = time.monotonic()
             self._jobs.append(job)
             self._changed.notify_all()
+
+    def _check(self, waiting: int) -> None:
+        """Whether there is a place behind so many."""
+        if self._closed:
+            raise shutting_down()
+        if waiting < self._settings.max_queue:
+            return
+        seconds = max(1, math.ceil((1 + waiting / self._settings.max_batch) * self.batch_seconds))
+        raise ApiError(
+            "queue_full",
+            f"{waiting} requests are waiting, which is all that may; try again in {seconds} s.",
+            {"Retry-After": str(seconds)},
+        )
 
     def discard(self, job: Job) -> None:
         """Takes out a request that nobody waits for; nothing happens when it has left the queue."""

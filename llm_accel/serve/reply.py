@@ -12,17 +12,17 @@ from starlette.responses import JSONResponse, Response
 
 from llm_accel.serve.answers import Answer
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import ApiError, late
 from llm_accel.serve.gate import Message, Receive, Send
 
 
 class Reply(Response):
     """Submits the job when it is called. Errors before the first byte leave as :class:`ApiError`, later ones end the
-    stream with an event that says so."""
+    stream with an event that says so. ``until``: the deadline, as the loop counts time."""
 
-    def __init__(self, engine: Engine, answer: Answer, stream: bool, usage: bool) -> None:
+    def __init__(self, engine: Engine, answer: Answer, stream: bool, usage: bool, until: float) -> None:
         super().__init__()
-        self._engine, self._answer, self._stream, self._usage = engine, answer, stream, usage
+        self._engine, self._answer, self._stream, self._usage, self._until = engine, answer, stream, usage, until
         self._started = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -30,10 +30,10 @@ class Reply(Response):
         job = self._answer.job
         try:
             self._engine.submit(job)
-            async with asyncio.timeout(job.deadline_s):
+            async with asyncio.timeout_at(self._until):
                 await _unless_gone(receive, self._streamed(send) if self._stream else self._whole(scope, receive, send))
         except TimeoutError:
-            await self._refuse(ApiError("deadline", f"not finished within {job.deadline_s:g} s."), scope, send)
+            await self._refuse(late(job.deadline_s), scope, send)
         except ApiError as error:
             await self._refuse(error, scope, send)
         finally:

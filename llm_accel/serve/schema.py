@@ -82,6 +82,8 @@ def _describe(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> 
         _bound(properties["n"], settings.max_batch)
         _bound(properties["max_tokens"], settings.max_new_tokens)
     _bound(schemas["ChatRequest"]["properties"]["max_completion_tokens"], settings.max_new_tokens)
+    methods = ", ".join(sorted(settings.allowed()))
+    schemas["Extension"]["properties"]["method"]["description"] = f"with options, and joined by +: {methods}"
     found["components"] = {"schemas": schemas}
     for path, (request, answer) in _BODIES.items():
         operation = found["paths"][path]["post"]

@@ -8,10 +8,24 @@ import socket
 import uvicorn
 
 from llm_accel.serve.app import create_app
+from llm_accel.serve.connections import Connection, bind
 from llm_accel.serve.loading import Served
 from llm_accel.serve.settings import ServeSettings
 
+_TICK_S = 0.02
 _GRACE_S = 5.0  # what the answers of abandoned requests have to leave
+
+
+class _Config(uvicorn.Config):
+    """uvicorn's, with sockets that answers leave without delay."""
+
+    def bind_socket(self) -> socket.socket:
+        """A socket at the address.
+
+        Raises:
+            ConfigError: nobody can listen there.
+        """
+        return bind(self.host, self.port)
 
 
 class Server(uvicorn.Server):
@@ -24,10 +38,11 @@ class Server(uvicorn.Server):
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         app, self.engine = create_app(served, settings)
         self._drain_s = settings.drain_s
-        config = uvicorn.Config(
+        config = _Config(
             app,
             host=settings.host,
             port=settings.port,
+            http=Connection,
             ws="none",
             lifespan="on",
             access_log=False,
@@ -39,8 +54,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finishes accepted requests within the time for it, and fails the others."""
+        """Finishes accepted requests within the time for it, and fails the others. New ones are told so until then."""
+        loop = asyncio.get_running_loop()
         self.engine.drain()
-        late = asyncio.get_running_loop().call_later(self._drain_s, self.engine.abandon)
+        end = loop.time() + self._drain_s
+        late = loop.call_at(end, self.engine.abandon)
+        while self.engine.working and loop.time() < end and not self.force_exit:
+            await asyncio.sleep(_TICK_S)
         await super().shutdown(sockets)
         late.cancel()

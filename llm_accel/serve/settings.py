@@ -11,10 +11,12 @@ from typing import Any
 
 from llm_accel.common.arguments import DTYPES
 from llm_accel.common.options import one_of
-from llm_accel.errors import ConfigError
+from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.patches.plan import DECODES
+from llm_accel.registry import methods, parse_all
 
 KEY_VARIABLE = "LLM_ACCEL_API_KEY"
+_ALL = "all"
 
 
 def _option(help: str, default: Any, metavar: str = "N") -> Any:
@@ -30,6 +32,11 @@ class ServeSettings:
 
     model: str | None = _option("HuggingFace model, or bundled:vision (default: bundled:needle)", None, "ID|PATH")
     method: str = _option("method of requests that name none; dense is the plain model", "dense", "NAME[:OPTION=...]")
+    allow_methods: str | None = _option(
+        "methods that requests may use beside that of --method and dense (default: none); all: every one",
+        None,
+        "NAME,...",
+    )
     name: str | None = _option("what the API calls the model (default: its id or folder)", None, "NAME")
     device: str = _option("cpu, cuda, cuda:1, ... (default: cuda if there is one)", "auto", "NAME")
     dtype: str = _option("default: the checkpoint's; bundled model on a CPU: float32", "auto", "|".join(DTYPES))
@@ -47,7 +54,9 @@ class ServeSettings:
     max_batch_tokens: int = _option("rows times longest prompt and answer; a request that is larger runs alone", 65536)
     window_ms: float = _option("how long a request waits for others to share its batch", 5.0)
     max_queue: int = _option("requests that may wait; further ones get status 429", 64)
-    deadline_s: float = _option("time that a request has, waiting included; requests may ask for less", 120.0)
+    deadline_s: float = _option(
+        "time that a request has, reading and waiting included; requests may ask for less", 120.0
+    )
     drain_s: float = _option("time that accepted requests have to finish after SIGTERM", 30.0)
 
     max_body_mib: float = _option("size of a request", 8.0)
@@ -70,6 +79,20 @@ class ServeSettings:
             raise ConfigError(f"--port {self.port}: give a number from 0 to 65535.")
         one_of(DECODES, decode=self.decode)
         one_of(DTYPES, dtype=self.dtype)
+        self.allowed()
+
+    def allowed(self) -> frozenset[str]:
+        """Names of the methods that requests may use.
+
+        Raises:
+            LlmAccelError: ``method`` cannot be used, or there is no method of an allowed name.
+        """
+        own = {"dense", *(config.name for config in parse_all(self.method))}
+        names = [name.strip() for name in (self.allow_methods or "").split(",") if name.strip()]
+        for name in names:
+            if name not in methods() and name != _ALL:
+                raise ConfigError("--allow-methods: " + unknown_name("method", name, [*methods(), _ALL]))
+        return frozenset(methods() if _ALL in names else own.union(names))
 
     def keys(self) -> tuple[str, ...]:
         """The bearer keys; none for a server on loopback that asks for none.

@@ -38,10 +38,10 @@ class HeadOracle:
     ) -> tuple[Tensor, None]:
         shown = None
         if module.layer_idx in self.layers:
-            shown = self._shown(module.layer_idx, query.shape[0], key.shape[1], query.shape[2], key.shape[2])
+            shown = self.shown(module.layer_idx, query.shape[0], key.shape[1], query.shape[2], key.shape[2])
         return attention_output(attention_weights(query, key, attention_mask, shown, kwargs), value), None
 
-    def _shown(self, layer: int, batch: int, heads: int, length: int, columns: int) -> Tensor:
+    def shown(self, layer: int, batch: int, heads: int, length: int, columns: int) -> Tensor:
         """bool [B, Hk, T, P]: what each query may see, causality aside."""
         shown = torch.ones(batch, heads, length, columns, dtype=torch.bool)
         streaming = [head for head in range(heads) if f"{layer}.{head}" not in self.config.head_list]

@@ -45,6 +45,13 @@ def test_ties_keep_the_oldest() -> None:
     assert kept_sets(H2O(heavy=2, recent=1, sinks=0).select(scored([0.5, 1.0, 1.0, 1.0, 1.0]))) == [[{1, 2, 4}]]
 
 
+def test_sinks_that_take_more_than_half_of_the_budget_leave_less_to_recent_entries() -> None:
+    config = H2O(budget=5, sinks=4)
+    assert kept_sets(config.select(scored([1.0] * 9))) == [[{0, 1, 2, 3, 8}]]
+    held = StepView(torch.tensor([[[0, 1, 2, 3, 7, 8]]]), torch.full((1, 1, 6), 1.0))
+    assert config.victims(held).tolist() == [[4]]
+
+
 def with_scores(problem: Problem) -> PromptView:
     """A random prompt with random scores, zeros and ties among them."""
     view = view_of(problem)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from llm_accel import ConfigError, RandomKV, SnapKV, StreamingLLM
 from llm_accel.methods import PromptView
-from llm_accel.methods.selection import real_slots, select_top
+from llm_accel.methods.selection import ABSENT, FIRST, real_slots, select_top, top_tokens, total_order, without
 
 # few distinct values, so that ties are the rule
-SCORES = st.sampled_from([0.0, 1e-38, 0.25, 0.5, 1.0, 3.0])
+NAN = float("nan")
+SCORES = st.sampled_from([NAN, -math.inf, -3e38, -2.5, -1e-45, -0.0, 0.0, 1e-38, 0.25, 1.0, 3e38, math.inf])
 
 
 @st.composite
@@ -43,6 +44,10 @@ def choices(draw: st.DrawFn) -> dict[str, Tensor | int]:
 
 def oracle(case: dict[str, Tensor | int]) -> list[list[list[int]]]:
     """The documented order as a sort of tuples."""
+
+    def above(value: float) -> tuple[bool, float]:
+        return (True, 0.0) if math.isnan(value) else (False, -value)
+
     score, tie, valid, forced = (case[name].tolist() for name in ("score", "tie_break", "valid", "forced"))
     rows = []
     for row, count in enumerate(case["counts"].tolist()):
@@ -50,10 +55,10 @@ def oracle(case: dict[str, Tensor | int]) -> list[list[list[int]]]:
         for head in range(len(score[row])):
             slots = [slot for slot in range(len(valid[row])) if valid[row][slot]]
 
-            def order(slot: int, row: int = row, head: int = head) -> tuple[float, ...]:
+            def order(slot: int, row: int = row, head: int = head) -> tuple[object, ...]:
                 if forced[row][slot]:
-                    return (0.0, 0.0, 0.0, slot)
-                return (1.0, -score[row][head][slot], -tie[row][head][slot], slot)
+                    return (0, slot)
+                return (1, above(score[row][head][slot]), above(tie[row][head][slot]), slot)
 
             best = sorted(sorted(slots, key=order)[:count])
             heads.append([-1] * (case["width"] - count) + best)
@@ -76,11 +81,37 @@ def test_permuted_heads_give_permuted_choices(case: dict[str, Tensor | int], ran
     assert torch.equal(select_top(**case), expected)
 
 
-def test_subnormal_infinite_and_missing_scores() -> None:
-    score = torch.tensor([[[float("nan"), 1e-45, 0.0, float("inf"), -1.0, -0.0]]])
-    valid = torch.ones(1, 6, dtype=torch.bool)
-    order = [select_top(score, torch.tensor([count]), count, valid)[0, 0].tolist() for count in (1, 2, 3, 6)]
-    assert order == [[3], [1, 3], [0, 1, 3], [0, 1, 2, 3, 4, 5]]
+ASCENDING = [NAN, -math.inf, -3.4e38, -1.5, -1.0, -1e-38, -1e-45, 0.0, 1e-45, 1e-38, 1.0, 1.5, 3.4e38, math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_float_has_its_place(dtype: torch.dtype) -> None:
+    """In the score and in the tie-break alike; forced entries lie above infinity and padding below NaN."""
+    values, count = torch.tensor([[ASCENDING]], dtype=dtype), len(ASCENDING)
+    real, flat = torch.ones(1, count, dtype=torch.bool), torch.zeros(1, 1, count)
+    for score, tie_break in ((values, None), (values, values.flip(-1)), (flat, values), (flat + math.inf, values)):
+        rank = total_order(score, real, None, tie_break)[0, 0]
+        assert bool((rank.diff() > 0).all())
+        assert int(rank.min()) > ABSENT and int(rank.max()) < FIRST
+    best = [top_tokens(values[0, 0], kept).tolist() for kept in range(count + 1)]
+    assert best == [list(range(count - kept, count)) for kept in range(count + 1)]
+
+
+def test_zeros_and_nans_tie_whatever_their_bits() -> None:
+    score = torch.tensor([[[0.0, -0.0, NAN, -NAN, -1.0]]])
+    valid = torch.ones(1, 5, dtype=torch.bool)
+    order = [select_top(score, torch.tensor([count]), count, valid)[0, 0].tolist() for count in (1, 2, 3, 4)]
+    assert order == [[0], [0, 1], [0, 1, 4], [0, 1, 2, 4]]
+    first = select_top(score, torch.tensor([1]), 1, valid, tie_break=torch.tensor([[[-2.0, -1.0, 0.0, 0.0, 0.0]]]))
+    assert first.tolist() == [[[1]]]
+
+
+def test_without_finds_rows_that_lost_an_entry() -> None:
+    kept = torch.tensor([[[-1, 2, 3]], [[0, 2, 3]], [[-1, -1, 1]]])
+    valid = torch.tensor([[False, False, True, True], [True] * 4, [False, True, True, True]])
+    wanted = torch.tensor([[True, True, True, True], [False, True, False, False], [True, True, False, False]])
+    assert without(kept, wanted, valid).tolist() == [False, True, False]
+    assert without(kept, wanted[:, None], valid).tolist() == [False, True, False]
 
 
 def test_ranks_and_lengths_count_from_the_first_real_slot() -> None:

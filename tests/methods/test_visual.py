@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_accel import ConfigError, DyVTE, FastV, FlowCut, RandomTokens, StrideTokens
+from llm_accel import ConfigError, DyVTE, FastV, FlowCut, RandomTokens, StrideTokens, VisionZip
 from llm_accel.methods import CutView
 
 CPU = torch.device("cpu")
@@ -92,3 +92,14 @@ def test_fastv_keeps_text_and_the_best_of_each_row() -> None:
     attention = torch.tensor([[9, 0.1, 0.4, 0.4, 0.2, 9], [9, 9, 0.3, 0.5, 9, 9]])
     kept = FastV(keep_ratio=0.5).keep(CutView(visual, real, attention))
     assert kept.tolist() == [[True, False, True, True, False, True], [False, True, False, True, True, True]]
+
+
+def test_scores_of_any_sign_are_ordered() -> None:
+    visual = torch.tensor([[False, True, True, True, True, False]])
+    attention = torch.tensor([[9, -0.1, -0.4, -0.3, -2.0, 9]])
+    kept = FastV(keep_ratio=0.5).keep(CutView(visual, torch.ones_like(visual), attention))
+    assert kept.tolist() == [[True, True, False, True, False, True]]
+    scores = attention[0, 1:5]
+    assert FlowCut(target=2).choose(4, scores, CPU).tolist() == [0, 2]
+    dominant, contextual = VisionZip(dominant=2, contextual=1).split(scores, 3)
+    assert dominant.tolist() == [0, 2] and contextual.tolist() == [3]

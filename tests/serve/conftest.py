@@ -25,6 +25,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = start(
         *load_needle_model(),
         method="snapkv:budget=128",
+        allow_methods="streaming_llm, retrieval_heads, fastv, random, vasparse",
         api_key_file=str(keys),
         window_ms=100,
         max_batch=4,

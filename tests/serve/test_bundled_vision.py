@@ -28,7 +28,7 @@ METHOD = "flowcut:keep_ratio=0.33"
 def seeing() -> Iterator[Running]:
     served = load(ServeSettings(model="bundled:vision"))
     assert served.name == "vision"
-    running = start(served.model, served.tokenizer, served.processor, max_new_tokens=64)
+    running = start(served.model, served.tokenizer, served.processor, allow_methods="flowcut", max_new_tokens=64)
     yield running
     running.stop()
 

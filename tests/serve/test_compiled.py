@@ -19,7 +19,14 @@ from tests.serve.test_answers import generated, needle_prompts
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     monkeypatch.setattr(call, "backend", lambda: "eager")  # captured, and run as it is
-    running = start(*load_needle_model(), method="snapkv:budget=128", decode="compiled", window_ms=200, max_batch=2)
+    running = start(
+        *load_needle_model(),
+        method="snapkv:budget=128",
+        decode="compiled",
+        allow_methods="vasparse",
+        window_ms=200,
+        max_batch=2,
+    )
     yield running
     running.stop()
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError, UndefinedError
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -42,7 +43,9 @@ def processor() -> LlavaProcessor:
 
 @pytest.fixture(scope="module")
 def seeing(processor: LlavaProcessor) -> Iterator[Running]:
-    running = start(tiny_vlm(), processor.tokenizer, processor, max_images=2, max_image_pixels=2000)
+    running = start(
+        tiny_vlm(), processor.tokenizer, processor, allow_methods="all", max_images=2, max_image_pixels=2000
+    )
     yield running
     running.stop()
 
@@ -116,6 +119,34 @@ def test_text_alone_is_served_too(seeing: Running) -> None:
 def test_images_that_are_refused(seeing: Running, parts: list[str], says: str) -> None:
     response = chat(seeing, *parts)
     assert response.status_code == 400 and says in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize("prompt", ["w5 <image> w6", [5, IMAGE], [[5], [IMAGE, 6]]])
+def test_placeholders_without_their_image_are_refused(seeing: Running, prompt: Any) -> None:
+    """The model would fail on them, which would count against the server's health."""
+    response = seeing.complete(prompt)
+    assert response.status_code == 400 and "stands for an image" in response.text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (TemplateError("roles must alternate"), "roles must alternate"),
+        (UndefinedError("'dict object' has no attribute 'role'"), None),
+        (TypeError("<Made object at 0x7f00> cannot be joined"), None),
+    ],
+)
+def test_templates_say_what_they_mean_to_say_and_no_more(
+    seeing: Running, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str | None
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LlavaProcessor, "apply_chat_template", fail)
+    response = chat(seeing, "w5")
+    message = response.json()["error"]["message"]
+    expected = "the model's chat template does not take these messages" + ("." if told is None else f": {told}")
+    assert response.status_code == 400 and message == expected
 
 
 def test_one_row_and_no_session(seeing: Running) -> None:

@@ -50,6 +50,9 @@ def test_the_description_is_complete_and_needs_a_key(schema: Any, server: Runnin
     chat = schema.raw_schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert chat["model"] == {"enum": ["needle"]} and chat["tools"] == {"enum": [None, []]}
     assert {"maximum": 4, "minimum": 1, "type": "integer"} in chat["max_tokens"]["anyOf"]
+    assert chat["messages"]["maxItems"] == 4096 and chat["seed"]["anyOf"][0]["maximum"] == 2**63 - 1
+    extension = schema.raw_schema["components"]["schemas"]["Extension"]["properties"]
+    assert extension["method"]["description"].endswith(": dense")
 
 
 @pytest.mark.parametrize(

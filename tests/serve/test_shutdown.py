@@ -32,13 +32,17 @@ def test_stopping_finishes_or_fails_what_was_accepted(drain_s: float, monkeypatc
             wait_for(lambda: running.brake.permits == 0 and len(running.server.engine.queue) == 2)
             running.server.should_exit = True
             wait_for(lambda: running.server.engine.status == "shutting down")
-            with pytest.raises(httpx.HTTPError):
-                running.complete()
+            if drain_s > 1:  # there is time: whoever comes now is told, and so is a load balancer
+                refused = running.complete()
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+                assert httpx.get(f"{running.url}/health").json() == {"status": "shutting down"}
             if drain_s < 1:  # the model hangs: everything fails, in time
                 results = [future.result() for future in futures]
         results = [future.result() for future in futures]
     assert {response.status_code for response in results} == ({503} if drain_s < 1 else {200})
     running.stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{running.url}/health")
 
 
 @pytest.mark.parametrize("method", ["dense", "snapkv:budget=64"])

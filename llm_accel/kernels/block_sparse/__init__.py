@@ -8,6 +8,7 @@ from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse.launch import block_sparse_attention_triton
 from llm_accel.kernels.block_sparse.reference import block_sparse_attention_reference
 from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
+from llm_accel.kernels.gradient import without_gradient
 
 OP = Op(
     "block_sparse_attention",
@@ -48,7 +49,9 @@ def block_sparse_attention(
     """
     _check(query, key, value, blocks)
     run = OP.choose(Problem.of(query, key, value)).run
-    return run(query, key, value, blocks, start, scaling, softcap, sinks)  # type: ignore[no-any-return]
+    arguments = (query, key, value, blocks, start, scaling, softcap, sinks)
+    output, lse = without_gradient("block-sparse attention", lambda: run(*arguments), query, key, value, sinks)
+    return output, lse
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, blocks: BlockList) -> None:

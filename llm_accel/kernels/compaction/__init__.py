@@ -7,6 +7,7 @@ from torch import Tensor
 from llm_accel.kernels.compaction.launch import gather_entries as gather_entries_triton
 from llm_accel.kernels.compaction.reference import gather_entries_reference
 from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_no_triton
+from llm_accel.kernels.gradient import is_recorded
 
 OP = Op(
     "gather_entries",
@@ -31,5 +32,7 @@ def gather_entries(
         Keys [B, H, n, D], values [B, H, n, Dv] and scores [B, H, n] or None, contiguous, in memory of their own.
     """
     problem = Problem(keys.device, keys.dtype, max(keys.shape[-1], values.shape[-1]))
-    copies = OP.choose(problem).run(indices, keys, values, scores)
+    # a kernel has no gradient, and what is kept is still to be differentiated
+    run = gather_entries_reference if is_recorded(keys, values) else OP.choose(problem).run
+    copies = run(indices, keys, values, scores)
     return copies[0], copies[1], None if scores is None else copies[2]

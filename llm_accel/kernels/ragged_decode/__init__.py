@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_not_triton
+from llm_accel.kernels.gradient import without_gradient
 from llm_accel.kernels.launch import as_node
 from llm_accel.kernels.ragged_decode.launch import new_output
 from llm_accel.kernels.ragged_decode.launch import ragged_attention as ragged_attention_triton
@@ -54,4 +55,6 @@ def ragged_attention(
     run = OP.choose(problem).run
     if torch.compiler.is_compiling() and run is ragged_attention_reference:
         run = _opaque
-    return run(query, keys, values, table, lengths, scaling, softcap, sinks)  # type: ignore[no-any-return]
+    arguments = (query, keys, values, table, lengths, scaling, softcap, sinks)
+    (output,) = without_gradient("ragged attention", lambda: (run(*arguments),), query, keys, values, sinks)
+    return output

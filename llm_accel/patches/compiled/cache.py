@@ -15,9 +15,11 @@ from llm_accel.patches.compiled.attending import FixedAttending
 from llm_accel.patches.compiled.entries import FixedEntries
 from llm_accel.patches.compiled.fixed import FixedLayer, Shape, bucket, round_up
 from llm_accel.patches.compiled.groups import FixedGroups
+from llm_accel.patches.compiled.linear import FixedLinear
 from llm_accel.patches.compiled.pages import FixedPages
 from llm_accel.patches.compiled.slots import FixedSlots
 from llm_accel.patches.layers import AccelLayer, AttendingLayer, GroupedLayer, RaggedLayer, SlotLayer
+from llm_accel.patches.layers.hybrid import LinearLayer
 from llm_accel.patches.vision.state import VisualState
 
 if TYPE_CHECKING:
@@ -33,13 +35,15 @@ class FixedCache(Cache):
     """What the decoder is given in place of cache and session. Python values in it are constants.
 
     Attributes:
+        fixed: its layers, those aside that hold nothing.
         seen: logical length, int64 []; models whose callers leave out ``position_ids`` count from it.
         visual: that no visual token is under way, for the hooks that ask.
     """
 
-    def __init__(self, layers: Sequence[FixedLayer]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__(layers=[*layers])
-        buffers = [tensor for layer in layers for tensor in layer.tensors()]
+        self.fixed = [layer for layer in layers if isinstance(layer, FixedLayer | FixedLinear)]
+        buffers = [tensor for layer in self.fixed for tensor in layer.tensors()]
         self.seen = torch.zeros((), dtype=torch.long, device=buffers[0].device)
         self.visual = VisualState()
         for tensor in (self.seen, *buffers):
@@ -51,19 +55,16 @@ class FixedCache(Cache):
 
     def begin(self) -> Hashable:
         """What tells the graph of the next step from those of others; Python values of the layers are set for it."""
-        layers: list[Any] = self.layers
-        return tuple(layer.begin() for layer in layers)
+        return tuple(layer.begin() for layer in self.fixed)
 
     def advance(self) -> None:
         """The step that :meth:`begin` announced has been done."""
-        layers: list[Any] = self.layers
-        for layer in layers:
+        for layer in self.fixed:
             layer.advance()
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        layers: list[Any] = self.layers
-        return sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
+        return sum(tensor.nbytes for layer in self.fixed for tensor in layer.tensors())
 
     def attend(
         self, index: int, base: str, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
@@ -87,19 +88,23 @@ class Recipe:
         self.room = room
         self._session, self._config = session, decoder.config
         self._latents = stores_latents(decoder)
-        self._plans = [self._plan(index, layer) for index, layer in session.ours.items()]
-        self.key: Hashable = tuple(self._plans)
+        self._plans = {index: self._plan(index, layer) for index, layer in session.ours.items()}
+        states = [layer for index, layer in enumerate(session.layers) if index not in session.ours]
+        self.key: Hashable = (tuple(self._plans.values()), tuple(FixedLinear.key(layer) for layer in states))
 
     def build(self) -> FixedCache:
-        """An empty cache of this kind."""
-        layers: list[FixedLayer] = []
-        for plans, layer in zip(self._plans, self._session.ours.values(), strict=True):
-            made = [kind(*arguments) for kind, arguments in plans]
-            if isinstance(layer, GroupedLayer):
-                layers.append(FixedGroups(made, layer.groups, int(self._config.num_attention_heads)))
-            else:
-                layers += made
-        return FixedCache(layers)
+        """An empty cache of this kind, for calls in every mode of autograd: it goes from one to the next."""
+        with torch.inference_mode(False), torch.no_grad():
+            return FixedCache([self._fixed(index, layer) for index, layer in enumerate(self._session.layers)])
+
+    def _fixed(self, index: int, layer: Any) -> Any:
+        """The counterpart of one layer; one that holds nothing stands for itself."""
+        if index not in self._plans:
+            return FixedLinear(layer) if isinstance(layer, LinearLayer) else layer
+        made = [kind(*arguments) for kind, arguments in self._plans[index]]
+        if isinstance(layer, GroupedLayer):
+            return FixedGroups(made, layer.groups, int(self._config.num_attention_heads))
+        return made[0]
 
     def _plan(self, index: int, layer: AccelLayer) -> tuple[tuple[type[FixedLayer], tuple[Any, ...]], ...]:
         plan = self._session.plan
@@ -144,14 +149,13 @@ class Recipe:
         return bucket(count)
 
 
-def pairs(cache: FixedCache, session: Session) -> Iterator[tuple[FixedLayer, AccelLayer]]:
-    """Every fixed layer with the layer whose entries it takes."""
-    for fixed, layer in zip(cache.layers, session.ours.values(), strict=True):
+def pairs(cache: FixedCache, session: Session) -> Iterator[tuple[Any, Any]]:
+    """Every fixed layer with the layer whose tensors it takes."""
+    for fixed, layer in zip(cache.layers, session.layers, strict=True):
         if isinstance(layer, GroupedLayer):
             assert isinstance(fixed, FixedGroups)
             yield from zip(fixed.parts, (group.store for group in layer.groups), strict=True)
-        else:
-            assert isinstance(fixed, FixedLayer)
+        elif isinstance(fixed, FixedLayer | FixedLinear):
             yield fixed, layer
 
 
@@ -194,7 +198,7 @@ class Lease:
         self.cache.advance()
         self._steps += 1
         self.room -= 1
-        stores = [layer for _, layer in pairs(self.cache, self._session)]
+        stores = [layer for _, layer in pairs(self.cache, self._session) if isinstance(layer, AccelLayer)]
         for layer in {id(layer): layer for layer in (*self._session.ours.values(), *stores)}.values():
             layer.cumulative_length += 1
             layer.expected = False
@@ -221,6 +225,6 @@ class Lease:
             if layer.lease is self:
                 layer.lease = None
                 fixed.give(layer, self._steps)
-                if layer.positions is not None and "positions" not in fixed.taken:
+                if isinstance(layer, AccelLayer) and layer.positions is not None and "positions" not in fixed.taken:
                     layer.append_positions(self._steps)
         self.sealed, self._steps = False, 0

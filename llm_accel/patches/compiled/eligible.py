@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from llm_accel.kernels import ragged_decode
 from llm_accel.kernels.dispatch import Problem
@@ -31,9 +31,12 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
         return "ratio gives each prompt a cache of its own size; give budget"
     if isinstance(keeper, StepEviction) and keeper.relative_positions:
         return "positions are ranks in the cache"
-    others = {type(layer).__name__ for layer in DynamicCache(config=decoder.config).layers} - {DynamicLayer.__name__}
+    keyed = [layer for layer in DynamicCache(config=decoder.config).layers if isinstance(layer, CacheLayerMixin)]
+    others = {type(layer).__name__ for layer in keyed if type(layer) is not DynamicLayer}
     if others:
         return f"some layers hold a {', '.join(sorted(others))}"
+    if plan.readers:
+        return "some layers read the entries of others"
     if plan.base.startswith("flash") and ragged_decode.OP.choose(problem).name != "triton":
         return f"{plan.base} takes no mask, and the kernel that takes lengths does not run here"
     if isinstance(keeper, StepEviction) and plan.base.startswith("flash"):

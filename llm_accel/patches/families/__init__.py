@@ -7,24 +7,24 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION
+from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from llm_accel.patches.families.base import VisionFamily, attribute
 from llm_accel.patches.families.generic import UNTESTED, generic_family
 from llm_accel.patches.families.internvl import INTERNVL
 from llm_accel.patches.families.llava import LLAVA, VIDEO_LLAVA, VIPLLAVA
-from llm_accel.patches.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from llm_accel.patches.families.qwen import QWEN_LIKE
 from llm_accel.patches.families.resizing import Places
+from llm_accel.patches.families.siglip import SIGLIP
 
-_ALL = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_ONEVISION, VIDEO_LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
+_LLAVA = (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA)
+_ALL = (*_LLAVA, *QWEN_LIKE, INTERNVL, *SIGLIP)
 FAMILIES: Mapping[str, VisionFamily] = MappingProxyType({family.model_type: family for family in _ALL})
 
 _BLOCKS = "its image tokens attend to each other in both directions, and the masks for that are built for whole images"
 _QFORMER = "a Q-Former hands on a fixed number of learned queries, none of which stands for a patch of the image"
 _CROSS = "its image is no part of the token sequence: the decoder reads it through cross attention"
-_REFUSED = {
+REFUSED: Mapping[str, str] = {
     "gemma3": _BLOCKS,
-    "gemma3n": _BLOCKS,
-    "gemma4": _BLOCKS,
     "paligemma": _BLOCKS,
     "mllama": _CROSS,
     "blip-2": _QFORMER,
@@ -41,13 +41,13 @@ def family_of(model: Any, methods: str) -> VisionFamily:
         UnsupportedModelError: visual tokens cannot be taken out of this model.
     """
     kind = model.config.model_type
-    family = FAMILIES.get(kind) or (generic_family(model) if kind not in _REFUSED else None)
+    family = FAMILIES.get(kind) or (generic_family(model) if kind not in REFUSED else None)
     known = ", ".join(FAMILIES)
     if family is None:
         sees = hasattr(model.config, "vision_config")
         default = "its images do not go where placeholders stand" if sees else "it sees no images"
         raise UnsupportedModelError(
-            f"{methods} acts on visual tokens, not for {kind}: {_REFUSED.get(kind, default)}. Supported: {known}."
+            f"{methods} acts on visual tokens, not for {kind}: {REFUSED.get(kind, default)}. Supported: {known}."
         )
     if not callable(getattr(model.base_model, "get_image_features", None)):
         raise UnsupportedModelError(
@@ -63,4 +63,4 @@ def family_of(model: Any, methods: str) -> VisionFamily:
     return family
 
 
-__all__ = ["FAMILIES", "UNTESTED", "Places", "VisionFamily", "attribute", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "UNTESTED", "Places", "VisionFamily", "attribute", "family_of"]

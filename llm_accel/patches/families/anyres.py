@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,9 +48,10 @@ class AnyRes(VisionFamily):
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         stacked, tiles = torch.stack(list(values)), self.tiles(model, call)
         if tiles is None:
-            pooled = model.apply_pooling(stacked)
+            pooled = self.pooled(model, stacked)
             # older versions add the newline of a video later and call the argument as that for images
-            return _frames(pooled, call["pixel_values_videos"].shape[1]) if shows_video(call) else list(pooled)
+            newline = self.counts_images and shows_video(call)
+            return _frames(pooled, call["pixel_values_videos"].shape[1]) if newline else list(pooled)
         given = {name: call.get(name) or getattr(model.config, name) for name in self.packing}
         packed, _ = model.pack_image_features(
             list(stacked.split(tiles)),
@@ -60,6 +61,20 @@ class AnyRes(VisionFamily):
         )
         return list(packed)
 
+    def pooled(self, model: Any, frames: Tensor) -> Tensor:
+        """Numbers of the patches of frames, [frames, patches, c], as the model scales them down."""
+        return cast(Tensor, model.apply_pooling(frames))
+
+
+@dataclass(frozen=True)
+class NextVideo(AnyRes):
+    """LLaVA-NeXT-Video: frames are scaled down by a pooling layer, whatever its kind, before the projector."""
+
+    def pooled(self, model: Any, frames: Tensor) -> Tensor:
+        side, stride = math.isqrt(frames.shape[1]), model.config.spatial_pool_stride
+        grid = frames.transpose(1, 2).unflatten(2, (side, side))
+        return torch.nn.functional.avg_pool2d(grid, stride).flatten(2).transpose(1, 2)
+
 
 def _frames(pooled: Tensor, frames: int) -> list[Tensor]:
     """Numbers of all frames, [videos * frames, n, c], with the newline that stands behind the last frame of a video."""
@@ -68,6 +83,12 @@ def _frames(pooled: Tensor, frames: int) -> list[Tensor]:
 
 
 LLAVA_NEXT = AnyRes("llava_next", packing=("vision_feature_select_strategy",))
+LLAVA_NEXT_VIDEO = NextVideo(
+    "llava_next_video",
+    prunable=False,
+    token_ids=("image_token_id", "video_token_id"),
+    packing=("vision_feature_select_strategy",),
+)
 # tiles of a large image are scaled down behind the tower, which mixes patches: they are chosen after that
 LLAVA_ONEVISION = AnyRes(
     "llava_onevision",

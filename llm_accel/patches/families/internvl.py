@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_accel.methods import SmallerImage
 from llm_accel.patches.families.base import VisionFamily
+from llm_accel.patches.families.qwen import blocks_of
 from llm_accel.patches.families.resizing import Places, smaller_pixels
 
 
@@ -32,9 +33,7 @@ class PixelShuffle(VisionFamily):
         return call | {"pixel_values": pixels}, where
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
-        side = isqrt(self.merge)
-        grids = [one.view(isqrt(len(one)) // side, side, -1, side, one.shape[-1]) for one in values]
-        return [grid.mean((1, 3)).flatten(0, 1) for grid in grids]
+        return [blocks_of(one, isqrt(len(one)), isqrt(self.merge)) for one in values]
 
 
 INTERNVL = PixelShuffle("internvl")

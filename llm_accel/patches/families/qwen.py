@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: no class token; 2 x 2 patches, which follow one another, are one token."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and those built like them (GLM-4V, ERNIE 4.5 VL, VideoLLaMA 3, PaddleOCR-VL): no class
+token; 2 x 2 patches are one token, and follow one another in all but the last."""
 
 from __future__ import annotations
 
@@ -59,6 +60,58 @@ class WindowedQwen(Qwen):
         return list(tokens[order.to(tokens.device).argsort()].split(lengths))
 
 
+@dataclass(frozen=True)
+class PairedFrames(Qwen):
+    """ERNIE 4.5 VL: two frames of a video are one visual token each; an image is its own second frame."""
+
+    tower: str = "vision_tower"
+    resizable: bool = False
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        frames = super().packed(model, call, values)
+        if not shows_video(call):
+            return frames
+        joined, start = [], 0
+        for count in call[_grids(call)][:, 0].tolist():
+            joined += [torch.stack(frames[at : at + 2]).mean(0) for at in range(start, start + count, 2)]
+            start += count
+        return joined
+
+
+@dataclass(frozen=True)
+class MergedBySize(Qwen):
+    """VideoLLaMA 3: the call says how many patches of each image, in each direction, are one token."""
+
+    tower: str = "vision_model"
+    blocks: str = "encoder.layers"
+    resizable: bool = False
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        sides = call["video_merge_sizes" if shows_video(call) else "image_merge_sizes"].tolist()
+        frames = call[_grids(call)][:, 0].tolist()
+        areas = [side * side for side, count in zip(sides, frames, strict=True) for _ in range(count)]
+        return [one.view(-1, area, one.shape[-1]).mean(1) for one, area in zip(values, areas, strict=True)]
+
+
+@dataclass(frozen=True)
+class RasterQwen(Qwen):
+    """PaddleOCR-VL: patches stand line by line, and blocks of them are merged behind the tower."""
+
+    blocks: str = "vision_model.encoder.layers"
+    resizable: bool = False
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        side = model.config.vision_config.spatial_merge_size
+        widths = [columns for frames, _, columns in call[_grids(call)].tolist() for _ in range(frames)]
+        return [blocks_of(one, width, side) for one, width in zip(values, widths, strict=True)]
+
+
+def blocks_of(values: Tensor, width: int, side: int) -> Tensor:
+    """[patches, c] in lines of ``width`` -> [blocks, c]: the mean of each ``side`` x ``side`` patches, line by line."""
+    grid = values.view(-1, side, width // side, side, values.shape[-1])
+    return grid.mean((1, 3)).flatten(0, 1)
+
+
 def _grids(call: dict[str, Any]) -> str:
     """Which argument of the call holds the sizes of its images or videos."""
     return "video_grid_thw" if shows_video(call) else "image_grid_thw"
@@ -67,3 +120,12 @@ def _grids(call: dict[str, Any]) -> str:
 QWEN2_VL = Qwen("qwen2_vl")
 QWEN2_5_VL = WindowedQwen("qwen2_5_vl")
 QWEN3_VL = Qwen("qwen3_vl")
+QWEN3_VL_MOE = Qwen("qwen3_vl_moe")
+GLM4V = Qwen("glm4v")
+GLM4V_MOE = Qwen("glm4v_moe")
+GLM_OCR = Qwen("glm_ocr")
+ERNIE4_5_VL_MOE = PairedFrames("ernie4_5_vl_moe")
+VIDEO_LLAMA_3 = MergedBySize("video_llama_3")
+PADDLEOCR_VL = RasterQwen("paddleocr_vl")
+_ALIKE = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GLM4V_MOE, GLM_OCR)
+QWEN_LIKE: tuple[Qwen, ...] = (*_ALIKE, ERNIE4_5_VL_MOE, VIDEO_LLAMA_3, PADDLEOCR_VL)

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
+from llm_accel.patches.layers.joining import joined, leading
+from llm_accel.patches.layers.lending import Lendable
+from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
 
-if TYPE_CHECKING:
-    from llm_accel.patches.compiled.cache import Lease
+
+@dataclass
+class Reading:
+    """Entries that later layers attend to in the running call, before any of them is evicted.
+
+    Attributes:
+        key, value: what attention is called with, [B, H, P, D].
+        left: how many layers have still to read.
+        then: what is due after the last of them.
+    """
+
+    key: Tensor
+    value: Tensor
+    left: int
+    then: Callable[[], None] | None
 
 
-class AccelLayer(DynamicLayer):
+class AccelLayer(DynamicLayer, Lendable):
     """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
     slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
 
@@ -33,14 +49,15 @@ class AccelLayer(DynamicLayer):
         start: first real slot of each row, int64 [B]; None when every slot is real.
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         expected: whether a call with the plug-in has begun and its entries have not come yet.
+        given: keys and values as :meth:`update` returned them, until attention has seen them, else None.
         attended: whether our attention has seen the newest entries; False while they are on their way to it.
+        reading: what later layers of the running call read in these entries, else None.
         pictured: whether a prompt with visual tokens came here or was taken out on its way.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
         positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
         kept: ``positions`` right after the last eviction.
-        lease: what holds the entries while decoding runs on buffers of fixed size, else None.
     """
 
     is_sliding = False
@@ -66,27 +83,16 @@ class AccelLayer(DynamicLayer):
         self.start: Tensor | None = None
         self.padding: Tensor | None = None
         self.expected = False
+        self.given: tuple[Tensor, Tensor] | None = None
         self.attended = True
+        self.reading: Reading | None = None
         self.pictured = False
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None
         self.positions: Tensor | None = None
         self.kept: Tensor | None = None
-        self.lease: Lease | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """Reached for what is lent to a compiled decode: it comes back before anybody looks at it."""
-        lease: Lease | None = self.__dict__.get("lease")
-        if lease is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        lease.end()
-        return getattr(self, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.lease is not None:
-            self.lease.end()
-        return self.__dict__
+        self.lease = None
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen by the model, the only length that transformers may read."""
@@ -136,6 +142,13 @@ class AccelLayer(DynamicLayer):
             return 0
         return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
 
+    def thaw(self) -> None:
+        """Makes tensors of a call in inference mode usable in a call outside of it."""
+        held = self.__dict__
+        for name, content in held.items():
+            if isinstance(content, Tensor) and content.is_inference():
+                held[name] = thawed(content)
+
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
         if not self.compressed:
@@ -144,6 +157,11 @@ class AccelLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        """Stores new entries [B, Hk, T, D] and returns what attention is called with, as :meth:`add` does."""
+        self.given = self.add(key_states, value_states)
+        return self.given
+
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns all stored ones."""
         self._admit(key_states.shape[-2])
         if not self.is_initialized:
@@ -191,6 +209,34 @@ class AccelLayer(DynamicLayer):
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
         return attend(base, module, query, key, value, self.start, **kwargs)
+
+    def after_readers(self, readers: int, key: Tensor, value: Tensor, then: Callable[[], None] | None) -> None:
+        """Does ``then`` once ``readers`` later layers have attended to these entries too, at once where there are none.
+
+        Args:
+            key, value: what attention was called with, [B, H, P, D].
+        """
+        self.reading = Reading(key, value, readers, then)
+        if not readers:
+            self._finish_reading(then)
+
+    def read_once(self) -> None:
+        """One of the later layers has read."""
+        assert self.reading is not None
+        self.reading.left -= 1
+        if not self.reading.left:
+            self._finish_reading(self.reading.then)
+
+    def _finish_reading(self, then: Callable[[], None] | None) -> None:
+        self.given = self.reading = None
+        if then is not None:
+            then()
+
+    def attend_again(
+        self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Attention of another layer's queries over the same entries, [B, T, Hq, Dv]."""
+        return self.attend(base, module, query, key, value, **kwargs)
 
     def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""
@@ -321,7 +367,7 @@ class AccelLayer(DynamicLayer):
         self._join_entries(parts, stored)
         for name, (dim, empty) in self.slotted.items():
             setattr(self, name, joined([getattr(part, name) for part in parts], dim, empty))
-        self.padding = _leading([length - part.cumulative_length for part in parts], parts, "padding", device)
+        self.padding = leading([length - part.cumulative_length for part in parts], parts, "padding", device)
         self.compressed = any(part.compressed for part in parts)
         self.cumulative_length = length
         self.floor = self.physical_length() if self.compressed else 0
@@ -330,7 +376,7 @@ class AccelLayer(DynamicLayer):
         """The part of :meth:`join` that depends on how entries are stored; ``stored``: slots of the longest part."""
         for name in ("keys", "values"):
             setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
-        self.start = _leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+        self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
 
     def _slot_positions(self) -> Tensor:
         """Original position of each slot of an unevicted prompt, int64 [B, Hk, P], -1 for padding."""
@@ -342,22 +388,3 @@ class AccelLayer(DynamicLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()
-
-
-def joined(parts: Sequence[Tensor | None], dim: int, empty: int) -> Tensor | None:
-    """The rows of all parts in one tensor, padded with ``empty`` at the front of ``dim``; None where they are."""
-    tensors = [part for part in parts if part is not None]
-    if not tensors:
-        return None
-    longest, behind = max(tensor.shape[dim] for tensor in tensors), (0, 0) * (-1 - dim)
-    return torch.cat([F.pad(part, (*behind, longest - part.shape[dim], 0), value=empty) for part in tensors])
-
-
-def _leading(more: Sequence[int], parts: Sequence[AccelLayer], name: str, device: Any) -> Tensor | None:
-    """Leading empty places of each row, int64 [B]: what a part counts as ``name`` and ``more``; None without any."""
-    rows = []
-    for count, part in zip(more, parts, strict=True):
-        own: Tensor | None = getattr(part, name)
-        rows.append(torch.full((part.rows,), count, device=device) + (0 if own is None else own))
-    total = torch.cat(rows)
-    return total if bool(total.any()) else None

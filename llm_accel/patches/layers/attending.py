@@ -48,6 +48,12 @@ class AttendingLayer(AccelLayer):
         self.sparse_calls += 1
         return output
 
+    def attend_again(
+        self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Dense: what the method remembers belongs to this layer's own queries."""
+        return super().attend(base, module, query, key, value, **kwargs)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest ``-tokens_to_remove`` tokens."""
         super().crop(tokens_to_remove)

@@ -32,7 +32,8 @@ class HeadGroup:
     def index(self, device: torch.device, group: int = 1) -> Tensor:
         """Indices of the KV heads, or with ``group`` of the query heads that read them, int64."""
         if self._index is None or self._index.device != device:
-            self._index = torch.tensor(self.heads, dtype=torch.long, device=device)
+            with torch.inference_mode(False):  # it serves later calls, in whichever mode they run
+                self._index = torch.tensor(self.heads, dtype=torch.long, device=device)
         if group == 1:
             return self._index
         return (self._index[:, None] * group + torch.arange(group, device=device)).flatten()
@@ -56,9 +57,7 @@ class GroupedLayer(AccelLayer):
         self.groups = [group for group in (self.full, self.stream) if group.heads]
         super().__init__()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new entries [B, Hk, T, D] and returns just these: :mod:`llm_accel.patches.head_groups` reads the
         stores."""
         if key_states.shape[1] != self.kv_heads:
@@ -70,9 +69,15 @@ class GroupedLayer(AccelLayer):
         for group in self.groups:
             index = group.index(key_states.device)
             group.store.expected = True
-            group.store.update(key_states.index_select(1, index), value_states.index_select(1, index))
+            group.store.add(key_states.index_select(1, index), value_states.index_select(1, index))
         self.is_initialized = True
         return key_states, value_states
+
+    def thaw(self) -> None:
+        """Makes tensors of a call in inference mode usable in a call outside of it."""
+        super().thaw()
+        for group in self.groups:
+            group.store.thaw()
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row; a stream that was cut before the prompt ended may still get some."""

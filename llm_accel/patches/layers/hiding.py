@@ -33,11 +33,9 @@ class HidingLayer(AccelLayer):
         self.entries: Tensor | None = None
         self.capacity: int | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D] and returns those that attention may see, the new ones among them."""
-        super().update(key_states, value_states)
+        super().add(key_states, value_states)
         count, stored = key_states.shape[-2], self.physical_length()
         if self.scores is not None:
             self.scores = F.pad(self.scores, (0, count))

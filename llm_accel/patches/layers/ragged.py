@@ -13,6 +13,7 @@ from llm_accel.kernels.ragged_decode import ragged_attention
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.modes import writable
 
 
 class RaggedLayer(AccelLayer):
@@ -82,13 +83,11 @@ class RaggedLayer(AccelLayer):
         width = self.keys.shape[-1] + self.values.shape[-1]
         return self.table.shape[0] * self.table.shape[1] * width * self.keys.element_size()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new entries [B, Hk, T, D]. Returns all stored ones before the first eviction, afterwards the new ones
         alone: :meth:`attend` reads the pool."""
         if self.table is None:
-            return super().update(key_states, value_states)
+            return super().add(key_states, value_states)
         count = key_states.shape[-2]
         self._admit(count)
         if count > self.room:
@@ -97,6 +96,7 @@ class RaggedLayer(AccelLayer):
         if count > 1:
             entries = entries + torch.arange(count, device=self.keys.device)
         slots = self._slots(self.table, entries)
+        self.keys, self.values = writable(self.keys, key_states), writable(self.values, value_states)
         self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
         self.longest += count

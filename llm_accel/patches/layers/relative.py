@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_accel.patches.layers.modes import writable
 from llm_accel.patches.layers.slots import SlotLayer
 from llm_accel.patches.rotary import Rotary, slot_ranks
 
@@ -36,6 +37,7 @@ class RelativeSlotLayer(SlotLayer):
             return given
         newest = self._newest(arrived_at.shape[1])
         upright = rotary.turn_back(self.keys.gather(2, self._rows(newest)), arrived_at)
+        self.keys = writable(self.keys, upright)
         self.keys.scatter_(2, self._rows(newest), upright)
         return rotary.turn(self.keys, slot_ranks(self.view().positions[:, 0]))
 

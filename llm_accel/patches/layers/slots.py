@@ -12,6 +12,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.methods.roles import StepView
 from llm_accel.patches.layers.append import AccelLayer
+from llm_accel.patches.layers.modes import writable
 
 
 class SlotLayer(AccelLayer):
@@ -41,9 +42,7 @@ class SlotLayer(AccelLayer):
         self.spare: Tensor | None = None
         self.vacant = 0
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Overwrites the spare slot with one new token, or appends where the layer still grows or a turn begins."""
         count = key_states.shape[-2]
         if count == 1 and self.spare is not None:
@@ -51,7 +50,7 @@ class SlotLayer(AccelLayer):
             return self.keys, self.values
         if self.spare is not None:
             self._restore_order()
-        super().update(key_states, value_states)
+        super().add(key_states, value_states)
         if self.scores is not None:
             self.scores = F.pad(self.scores, (0, count))
         return self.keys, self.values
@@ -64,6 +63,7 @@ class SlotLayer(AccelLayer):
         self.positions = self.positions.scatter(2, slot, newest)
         if self.scores is not None:
             self.scores = self.scores.scatter(2, slot, 0.0)
+        self.keys, self.values = writable(self.keys, key_states), writable(self.values, value_states)
         self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, self.keys.shape[-1]), key_states)
         self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, self.values.shape[-1]), value_states)
         if self.start is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from llm_accel.assets import VISION
@@ -13,18 +14,27 @@ from llm_accel.patches.identity import config_hash, weight_hash
 BUNDLED = VISION / "dyvte.json"
 
 
-def plan_cut(model: Any, family: VisionFamily, method: LayerCut | VisualInput) -> Cut | None:
-    """The cut of a method on this model, or that of its second stage, if any.
+def plan_cut(
+    model: Any, family: VisionFamily, method: LayerCut | VisualInput, recurrent: Collection[int]
+) -> Cut | None:
+    """The cut of a method on this model, or that of its second stage, if any. ``recurrent``: layers without attention.
 
     Raises:
         ConfigError: it has no such layer, adds features to visual tokens behind it, or is not the one that a file of
             the method was made for.
     """
     about = cut_model(model, family)
-    if isinstance(method, VisualInput):
-        return method.second_stage(about)
-    cut = method.cut(about)
-    if cut.layers and cut.layers[0] < about.first:
+    cut = method.second_stage(about) if isinstance(method, VisualInput) else method.cut(about)
+    if cut is None:
+        return None
+    blind = [layer for layer in cut.layers if layer in recurrent]
+    if cut.rank is not None and blind:
+        others = [layer for layer in range(about.layers) if layer not in recurrent]
+        raise ConfigError(
+            f"{method.spec()} goes by the attention of layer {blind[0]}, but that layer of {about.name} has none: its "
+            f"state is recurrent; layers with attention: {', '.join(map(str, others))}."
+        )
+    if not isinstance(method, VisualInput) and cut.layers and cut.layers[0] < about.first:
         raise ConfigError(
             f"{method.spec()} lets visual tokens leave after layer {cut.layers[0]}, but {about.name} adds features to "
             f"them up to layer {about.first}; choose that layer or a later one."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import Cut, CutView, LastQuery
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.vision.rows import columns, gathered
+from llm_accel.patches.vision.rows import columns, gathered, per_token
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
@@ -59,19 +59,27 @@ class CutHook:
 class BehindCutHook:
     """Forward pre-hook of the layers behind it: what was made for all rows is cut to those that are left."""
 
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Cuts rotary phases and position ids."""
+        """Cuts rotary phases, position ids, the mask of a recurrent layer."""
         session: Session | None = kwargs.get("llm_accel")
         cut = None if session is None else session.visual.cut
-        if cut is None:
+        if session is None or cut is None:
             return None
-        changed: dict[str, Any] = {}
-        if kwargs.get("position_embeddings") is not None:
-            changed["position_embeddings"] = tuple(columns(part, cut, -2) for part in kwargs["position_embeddings"])
+        changed = per_token(kwargs, cut)
+        phases = kwargs.get("position_embeddings")
+        if isinstance(phases, Tensor):
+            changed["position_embeddings"] = columns(phases, cut, -2)
+        elif phases is not None:
+            changed["position_embeddings"] = tuple(columns(part, cut, -2) for part in phases)
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = columns(kwargs["position_ids"], cut, -1)
+        if self.layer not in session.ours:  # it has no length per row, and must not read padding
+            changed["attention_mask"] = (cut >= 0).long()
         return args, kwargs | changed
 
 

@@ -6,6 +6,9 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.hook import DecoderHook, named
 
@@ -20,13 +23,27 @@ class VisualMaskHook:
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Adds bool [B, T] where the call brings token ids."""
-        ids = named(type(model).forward, args, kwargs).get("input_ids")
-        if ids is None or not self.hook.enabled:
+        """Adds bool [B, T] where the call brings token ids, or embeddings among which placeholders stand."""
+        call = named(type(model).forward, args, kwargs)
+        ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+        if not self.hook.enabled or (ids is None and embeddings is None):
             return args, kwargs
         # number by number: a tensor of them would be copied to the device at each step
-        visual = reduce(or_, (ids == token for token in self.token_ids))
+        visual = reduce(or_, (_stand_for(token, model, ids, embeddings) for token in self.token_ids))
+        if ids is None and not bool(visual.any()):
+            return args, kwargs  # perhaps there are features in their places
         return args, kwargs | {"llm_accel_visual": visual}
+
+
+def _stand_for(token: int, model: Any, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """bool [B, T]: which tokens are this one."""
+    if ids is not None:
+        return ids == token
+    assert embeddings is not None
+    embedding = model.get_input_embeddings()
+    own = embedding(torch.full((1,), token, device=embedding.weight.device))
+    same: Tensor = embeddings == own.to(embeddings.device)
+    return same.all(-1)
 
 
 class LabelsHook:

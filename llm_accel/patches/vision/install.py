@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
@@ -19,10 +21,11 @@ from llm_accel.methods import (
     VisualInput,
 )
 from llm_accel.patches.base_attention import SUPPORTED
-from llm_accel.patches.families import FAMILIES, UNTESTED, attribute, family_of
+from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, attribute, family_of
 from llm_accel.patches.hook import DecoderHook
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.ranks import splits_heads
+from llm_accel.patches.vision.arguments import check_features, check_layers, check_mask, check_rows, layers_of
 from llm_accel.patches.vision.cut_plan import plan_cut
 from llm_accel.patches.vision.cuts import BehindCutHook, CutHook
 from llm_accel.patches.vision.features import FEATURES, FeatureProxy
@@ -34,15 +37,21 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     """The arguments of a plan that concern visual tokens; empty where no method must know them.
 
     Raises:
-        UnsupportedModelError: the model has no visual tokens, or none that can be taken out.
+        UnsupportedModelError: the model has no visual tokens, or none that can be taken out; or, for any method, it
+            builds the masks of its decoder itself.
         ConfigError: a method beside it cannot work on what is left.
     """
     visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | ReplyDecoding)]
+    if not visual or model.config.model_type not in REFUSED:
+        check_mask(model)
     if not visual:
         return {}
     names = ", ".join(config.name for config in visual)
     family = family_of(model, names)
+    recurrent = _recurrent_layers(model)
     stock = {index: reason for index, reason in skipped.items() if reason != "named in skip_layers"}
+    if not any(isinstance(config, ReplyDecoding) for config in visual):
+        stock = {index: reason for index, reason in stock.items() if index not in recurrent}
     if stock:
         raise UnsupportedModelError(
             f"{names} acts on every layer, but layers {sorted(stock)} of {model.config.model_type} keep "
@@ -57,13 +66,20 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
         raise ConfigError(f"trace=True knows no positions for {stepwise.spec()} beside {names}; leave it out.")
     cutting: list[LayerCut | VisualInput] = [config for config in visual if isinstance(config, LayerCut)]
     cutting += [config for config in visual if isinstance(config, VisualInput)]
-    cut = plan_cut(model, family, cutting[0]) if cutting else None
+    if cutting:
+        check_rows(model, names)
+    cut = plan_cut(model, family, cutting[0], recurrent) if cutting else None
+    if cut is not None:
+        check_layers(model, names)
     for config in visual:
         if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
             raise ConfigError(
                 f"{config.spec()} counts positions anew, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."
             )
+    marking = [config for config in visual if isinstance(config, VisualInput)]
+    if marking:
+        check_features(model, ", ".join(config.name for config in marking))
     looking = [config.name for config in visual if isinstance(config, TowerTokens | SmallerImage)]
     if looking and not family.declared:
         raise UnsupportedModelError(
@@ -73,8 +89,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if any(isinstance(config, SmallerImage) for config in visual) and not family.resizable:
         known = ", ".join(name for name, one in FAMILIES.items() if one.resizable)
         raise UnsupportedModelError(
-            f"{names} shows the vision tower smaller images, but {family.model_type} puts tiles of one size together; "
-            f"supported: {known}."
+            f"{names} shows the vision tower smaller images; where their tokens stand is not declared for "
+            f"{family.model_type}, or it puts tiles of one size together; supported: {known}."
         )
     if any(isinstance(config, TowerTokens) for config in visual):
         towers = [attribute(model.base_model, path) for path in family.towers]
@@ -94,6 +110,12 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if not family.declared:
         backends["visual tokens"] = ("generic", f"{family.model_type} is {UNTESTED}")
     return {"family": family, "cut": cut, "backends": backends}
+
+
+def _recurrent_layers(model: Any) -> frozenset[int]:
+    """Layers that keep a state of fixed size and no keys. Rows that do not come to them never were."""
+    layers = DynamicCache(config=model.get_decoder().config).layers
+    return frozenset(index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin))
 
 
 def _tower_base(tower: Any) -> str:
@@ -121,33 +143,27 @@ def install_vision(model: Any, hook: DecoderHook) -> None:
         for index, block in enumerate(attribute(tower, family.blocks)):
             block.register_forward_hook(TowerHook(index), prepend=True)
     if plan.cut is not None:
-        _install_cut(model.get_decoder().layers, plan.cut, plan.cut_title)
+        _install_cut(layers_of(model.get_decoder()), plan.cut, plan.cut_title)
 
 
 def _install_cut(layers: Sequence[nn.Module], cut: Cut, title: str) -> None:
     for index in cut.layers:
         layers[index].register_forward_hook(CutHook(cut, title, index), with_kwargs=True, prepend=True)
-    for layer in layers[min(cut.layers, default=len(layers)) + 1 :]:
-        layer.register_forward_pre_hook(BehindCutHook(), with_kwargs=True)
+    for index in range(min(cut.layers, default=len(layers)) + 1, len(layers)):
+        layers[index].register_forward_pre_hook(BehindCutHook(index), with_kwargs=True)
 
 
 def uninstall_vision(model: Any, plan: Plan) -> None:
     """Exact undo; a no-op on a model without these hooks."""
     if plan.family is None:
         return
-    for part in {model, model.base_model}:
-        drop_hooks(part, VisualMaskHook, LabelsHook)
+    for part in model.modules():
+        drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook)
         for name in FEATURES:
             if isinstance(part.__dict__.get(name), FeatureProxy):
                 delattr(part, name)
-    for layer in model.get_decoder().layers:
-        drop_hooks(layer, CutHook, BehindCutHook)
-    known = plan.family.declared and hasattr(model.base_model, "get_image_features")
-    for path in plan.family.towers if known else ():
-        tower = attribute(model.base_model, path)
-        tower.config._attn_implementation_internal = _tower_base(tower)
-        for block in attribute(tower, plan.family.blocks):
-            drop_hooks(block, TowerHook)
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != _tower_base(part):
+            part.config._attn_implementation_internal = _tower_base(part)
 
 
 def drop_hooks(module: nn.Module, *kinds: type) -> None:

@@ -14,6 +14,9 @@ from llm_accel.patches.vision.tombstones import surplus_of, tombstones
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
 
+PER_TOKEN = ("moe_mm_token_type_ids",)
+"""Arguments of single decoders, and of their layers, that have one entry per token: [B, T, ...]."""
+
 
 class VisualRows:
     """The rows of one forward call that are under way. Rows of a batch that lose different numbers of tokens are
@@ -96,6 +99,11 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
     embeddings = kwargs.get("inputs_embeds")
     if not session.in_prompt or embeddings is None:
         return _caught_up(session, kwargs, past)
+    if visual is None and session.plan.tokens is not None:
+        raise UnsupportedCallError(
+            f"{session.plan.tokens.name} must know which tokens are visual; give input_ids instead of merged "
+            "inputs_embeds, or inputs_embeds in which placeholders stand, with the pixels beside them."
+        )
     rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
     session.visual.begin(rows, past)
     gone = tombstones(embeddings)
@@ -111,6 +119,7 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
         kwargs = kwargs | {
             "inputs_embeds": gathered(embeddings, index, 0.0),
             "position_ids": columns(positions, index, -1),
+            "attention_mask": rows.real.long(),  # recurrent layers read it
             **_aligned(kwargs, ~gone, index),
         }
     session.visual.settle(session, first_layer=0)
@@ -142,13 +151,19 @@ def _real_tokens(embeddings: Tensor, mask: Tensor | None) -> Tensor:
     return mask[:, -length:].to(embeddings.device).bool()
 
 
+def per_token(kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """The arguments :data:`PER_TOKEN` with the tokens ``index`` only, int64 [B, m], -1 for padding."""
+    given = {name: kwargs[name] for name in PER_TOKEN if kwargs.get(name) is not None}
+    return {name: gathered(value, index.to(value.device), False) for name, value in given.items()}
+
+
 def _aligned(kwargs: dict[str, Any], kept: Tensor, index: Tensor) -> dict[str, Any]:
     """Arguments of single families that have one row per token or per visual token."""
     mask, extra = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if mask is None:
-        return {}
+        return per_token(kwargs, index)
     rows = kept[mask]
-    return {
+    return per_token(kwargs, index) | {
         "visual_pos_masks": gathered(mask, index, False),
         "deepstack_visual_embeds": None if extra is None else [features[rows] for features in extra],
     }

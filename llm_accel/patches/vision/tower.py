@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import TowerCut, TowerMerge, TowerTokens, TowerView
@@ -80,8 +81,16 @@ class TowerPass:
         finally:
             _RUNNING.reset(token)
 
-    def attend(self, base: str, module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> Tensor:
-        """Attention of one layer, [B, S, h, d]; rows that were cut from some images only are hidden."""
+    def attend(
+        self, base: str, module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], given: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attention of one layer, [B, S, h, d]; rows that were cut from some images only are hidden. ``given``: the
+        tower's own mask, which must hide nothing."""
+        if given is not None and bool((~given if given.dtype == torch.bool else given < 0).any()):
+            raise UnsupportedCallError(
+                f"{self.method.name} compares all patches of an image, but the tower hides some of them from others, "
+                "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
+            )
         query, key, value = tensors
         self._calls.append((*tensors, softmax_of(kwargs, query.shape[-1])["scaling"]))
         mask = self._valid
@@ -218,7 +227,7 @@ class TowerAttention:
         tower = _RUNNING.get()
         if tower is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
-        return tower.attend(self.base, module, (query, key, value), **kwargs), None
+        return tower.attend(self.base, module, (query, key, value), attention_mask, **kwargs), None
 
 
 def tower_name(base: str) -> str:
@@ -227,6 +236,7 @@ def tower_name(base: str) -> str:
 
 
 def register_tower(base: str) -> str:
-    """Registers the wrapper of one base implementation; returns its name."""
+    """Registers the wrapper of one base implementation, with the mask of that; returns its name."""
     AttentionInterface.register(tower_name(base), TowerAttention(base))
+    AttentionMaskInterface.register(tower_name(base), ALL_MASK_ATTENTION_FUNCTIONS[base])
     return tower_name(base)

@@ -1,0 +1,76 @@
+"""Families on SigLIP towers, which have no class token and give all patches of an image of one size, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_accel.patches.families.base import VisionFamily
+from llm_accel.patches.families.qwen import blocks_of
+
+
+@dataclass(frozen=True)
+class Siglip(VisionFamily):
+    """DeepSeek-VL and Janus: each patch is a visual token."""
+
+    tower: str = "vision_model"
+    class_token: bool = False
+    prunable: bool = False
+
+
+@dataclass(frozen=True)
+class Blocks(Siglip):
+    """Idefics 3 and SmolVLM: blocks of patches are one token. Tiles of an image are images of their own.
+
+    Attributes:
+        side: path from the configuration to the side of a block, in patches.
+    """
+
+    side: str = "scale_factor"
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        side = self._side(model)
+        return [blocks_of(one, isqrt(len(one)), side) for one in values]
+
+    def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
+        patch = model.config.vision_config.patch_size
+        height, width = call["pixel_values"].shape[-2:]
+        count, area = (height // patch) * (width // patch), self._side(model) ** 2
+        return [count] * (sum(len(one) for one in features) * area // count)
+
+    def _side(self, model: Any) -> int:
+        return int(getattr(model.config, self.side))
+
+
+@dataclass(frozen=True)
+class PaddedBlocks(Siglip):
+    """Ovis 2: the same, where lines and columns of zeros fill up the last blocks."""
+
+    tower: str = "vision_tower"
+    blocks: str = "transformer.encoder.layers"
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        side, packed = int(model.config.vision_config.hidden_stride), []
+        for one in values:
+            grid = one.unflatten(0, (isqrt(len(one)), -1))
+            rest = -len(grid) % side
+            grid = F.pad(grid, (0, 0, 0, rest, 0, rest))
+            packed.append(blocks_of(grid.flatten(0, 1), len(grid), side))
+        return packed
+
+    def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
+        vision = model.config.vision_config
+        return [(vision.image_size // vision.patch_size) ** 2] * len(features)
+
+
+DEEPSEEK_VL = Siglip("deepseek_vl")
+JANUS = Siglip("janus")
+IDEFICS3 = Blocks("idefics3")
+SMOLVLM = Blocks("smolvlm")
+OVIS2 = PaddedBlocks("ovis2")
+SIGLIP = (DEEPSEEK_VL, JANUS, IDEFICS3, SMOLVLM, OVIS2)

@@ -1,0 +1,272 @@
+"""How a decoder's attention is wired to its cache: found by one forward pass over three tokens and one over a fourth.
+
+What a method evicts is chosen and gathered entry by entry. That is right only where attention is given what the cache
+holds, once per layer; :func:`wiring_of` tells whether that is so, for any architecture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.layers.stock import is_full
+
+_NAME = "llm_accel_wiring"
+_TOKENS = 3
+_FAR = 2**20  # a distance that no window reaches
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What was found.
+
+    Attributes:
+        readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
+        derived: layers whose attention is given what is computed from the cached entries, one by one, not these.
+        problem: why no entry of this decoder may be evicted, or None.
+    """
+
+    readers: Mapping[int, int] = field(default_factory=dict)
+    derived: frozenset[int] = frozenset()
+    problem: str | None = None
+
+    def sources(self) -> frozenset[int]:
+        """Layers whose entries others read too."""
+        return frozenset(self.readers.values())
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()
+
+
+def wiring_of(decoder: Any) -> Wiring:
+    """The wiring of a decoder; worked out once for each instance. Weights, buffers, modes and configuration stay as
+    they are."""
+    found = _known.get(decoder)
+    if found is None:
+        found = _known[decoder] = _find(decoder)
+    return found
+
+
+class _Unwired(Exception):
+    """Raised inside the trial call where the decoder does what no method can follow; the message says what."""
+
+
+def _find(decoder: Any) -> Wiring:
+    trial = _Trial()
+    try:
+        with torch.no_grad(), _running(decoder):
+            _call(decoder, trial)
+            trial.check()
+            if trial.derived:
+                trial.marking = True
+                _call(decoder, trial)
+    except _Unwired as error:
+        return Wiring(problem=str(error))
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        return Wiring(problem=f"a call of its decoder with a DynamicCache fails ({type(error).__name__}: {said})")
+    return Wiring(dict(trial.readers), frozenset(trial.derived))
+
+
+@contextmanager
+def _running(decoder: Any) -> Iterator[None]:
+    """The decoder in eval mode, with attention that computes nothing."""
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+    config, before = decoder.config, decoder.config._attn_implementation
+    training = [module for module in decoder.modules() if module.training]
+    compiled = decoder.__dict__.pop("_compiled_call_impl", None)
+    decoder.eval()
+    config._attn_implementation_internal = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        if compiled is not None:
+            decoder._compiled_call_impl = compiled
+        for module in training:
+            module.training = True
+
+
+def _call(decoder: Any, trial: _Trial) -> None:
+    """Three tokens, then a fourth, as a prompt and a decode step are."""
+    cache = DynamicCache(config=decoder.config)
+    trial.watch(cache)
+    device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    for length, past in ((_TOKENS, 0), (1, _TOKENS)):
+        trial.begin()
+        decoder(
+            input_ids=torch.ones(1, length, dtype=torch.long, device=device),
+            attention_mask=torch.ones(1, past + length, dtype=torch.long, device=device),
+            use_cache=True,
+            llm_accel=trial,
+            **{CACHE: cache},
+        )
+
+
+class _WatchedLayer(DynamicLayer):
+    """Keeps what it returned, and has the length that our own layers show to mask functions.
+
+    Attributes:
+        index: index of the layer.
+        trial: what watches it.
+        given: keys and values as it returned them in this call; None before.
+    """
+
+    index: int
+    trial: _Trial
+    given: tuple[Tensor, Tensor] | None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.given is not None:
+            raise _Unwired(f"layer {self.index} adds to its cache twice in one call")
+        keys, values = super().update(key_states, value_states)
+        if self.trial.marking:
+            keys, values = _marked(keys), _marked(values)
+        self.given = keys, values
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return 0, 0
+
+
+class _WatchedHybridLayer(_WatchedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc,override]
+    """The same beside a linear-attention state."""
+
+
+def _marked(entries: Tensor) -> Tensor:
+    """``entries`` [B, H, S, D] with NaN as one entry of the first head and one of the last."""
+    marked = torch.zeros_like(entries)
+    marked[:, 0, 0] = marked[:, -1, 1] = torch.nan
+    return marked
+
+
+class _Trial:
+    """Follows the entries of each layer into attention. Opaque, as sessions are.
+
+    Attributes:
+        marking: whether entries are marked instead of compared.
+        readers, derived: as in :class:`Wiring`.
+    """
+
+    def __init__(self) -> None:
+        self.marking = False
+        self.readers: dict[int, int] = {}
+        self.derived: set[int] = set()
+        self._layers: dict[int, _WatchedLayer] = {}
+        self._seen: dict[int, list[nn.Module]] = {}
+
+    def watch(self, cache: DynamicCache) -> None:
+        """Watches all layers of an empty cache on which a method could act."""
+        self._layers = {}
+        layers: list[Any] = cache.layers
+        for index, layer in enumerate(layers):
+            if is_full(layer):
+                kind = _WatchedLayer if type(layer) is DynamicLayer else _WatchedHybridLayer
+                layer.__class__ = kind
+                layer.index, layer.trial, layer.given = index, self, None
+                self._layers[index] = layer
+
+    def begin(self) -> None:
+        """Another call follows."""
+        for layer in self._layers.values():
+            layer.given = None
+        self._seen = {index: [] for index in self._layers}
+
+    def attend(self, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Any) -> None:
+        """One call of an attention function."""
+        index: int | None = getattr(module, "layer_idx", None)
+        layer = next((one for one in self._layers.values() if one.given and one.given[0] is key), None)
+        layer = layer or self._layers.get(-1 if index is None else index)
+        if layer is None:
+            return  # attention over something else, which stays as it is
+        if layer.given is None:
+            raise _Unwired(f"the attention of layer {layer.index} comes before its keys are in the cache, or without")
+        if mask is not None:
+            raise _Unwired(f"layer {layer.index} adds something of its own to the causal mask")
+        if kwargs.get("position_bias") is not None:
+            raise _Unwired(f"layer {layer.index} adds a bias for each position to its attention")
+        self._compare(layer, key, value)
+        self._count(layer.index, module, index)
+
+    def _compare(self, layer: _WatchedLayer, key: Tensor, value: Tensor) -> None:
+        assert layer.given is not None
+        pairs = list(zip((key, value), layer.given, strict=True))
+        if not self.marking and any(given is not cached for given, cached in pairs):
+            self.derived.add(layer.index)
+        if self.marking and not all(_keeps_marks(given, cached) for given, cached in pairs):
+            raise _Unwired(f"layer {layer.index} rearranges keys or values after they went through its cache")
+
+    def _count(self, index: int, module: nn.Module, own: int | None) -> None:
+        earlier = self._seen[index]
+        if any(module is other for other in earlier):
+            raise _Unwired(f"layer {index} computes attention more than once over the same keys")
+        if earlier:
+            if own is None or own in self._layers:
+                raise _Unwired(f"the keys of layer {index} are read by more than one layer, one of which has its own")
+            self.readers[own] = index
+        earlier.append(module)
+
+    def check(self) -> None:
+        """After a call: every watched layer must have been seen."""
+        for index, layer in self._layers.items():
+            if layer.given is None:
+                raise _Unwired(f"its layer {index} puts no keys and values into the cache")
+            if not self._seen[index]:
+                raise _Unwired(f"the attention of layer {index} does not go through transformers' AttentionInterface")
+
+
+def _keeps_marks(given: Tensor, cached: Tensor) -> bool:
+    """Whether each entry of ``given`` depends on the one of ``cached`` that stands in its place, and on no other."""
+    marks, wanted = given.isnan().any(-1), cached.isnan().any(-1)
+    if marks.ndim != 3 or marks.shape[1] % wanted.shape[1] or marks.shape[2:] != wanted.shape[2:]:
+        return False
+    return torch.equal(marks, wanted.repeat_interleave(marks.shape[1] // wanted.shape[1], dim=1))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    llm_accel: _Trial | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Notes the call and returns zeros, [B, T, Hq, Dv]."""
+    if llm_accel is None:
+        raise _Unwired(
+            f"{type(module).__name__} calls attention without the keyword arguments that its decoder was given"
+        )
+    llm_accel.attend(module, key, value, attention_mask, kwargs)
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """None where a layer of ours stands and the mask is plainly causal; where more is asked for, one that shows."""
+    length = kwargs.get("kv_length")
+    if not (isinstance(length, int) and length == 0):
+        return ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, **kwargs)  # type: ignore[no-any-return]
+    plain = not kwargs.get("use_vmap") and kwargs.get("allow_is_causal_skip", True) and _unbounded(kwargs)
+    return None if plain else torch.zeros(1, 1, kwargs["q_length"], 1, device=kwargs.get("device"))
+
+
+def _unbounded(kwargs: dict[str, Any]) -> bool:
+    """Whether a query sees keys at any distance before it."""
+    function = kwargs.get("mask_function")
+    if function is None:
+        return True
+    zero = torch.zeros((), dtype=torch.long)
+    return bool(function(zero, zero, zero + _FAR, zero))

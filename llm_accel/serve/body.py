@@ -1,0 +1,123 @@
+"""The body of a request: counted while it arrives, so that what is parsed is bounded; then JSON; then checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from llm_accel.serve.errors import ApiError
+
+MOST_PARTS = 100_000  # texts, lists and objects of a request
+_STEP = 40  # characters of a name in a message
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Census:
+    """Counts the values of a JSON text piece by piece, at the speed of :meth:`bytes.split`. It reads no JSON: what is
+    none is left to the parser, which stops there.
+
+    Args:
+        most_values: values of a list or an object, over all of them, at most.
+    """
+
+    def __init__(self, most_values: int) -> None:
+        self._most_values = most_values
+        self._commas = self._quotes = self._openings = 0
+        self._escaped = False  # the next byte belongs to an escape
+
+    def add(self, piece: bytes) -> None:
+        """Counts the next piece.
+
+        Raises:
+            ApiError: bad_request, there are more values than any request needs.
+        """
+        if not piece:
+            return
+        piece = self._without_escapes(piece)
+        runs = piece.split(b'"')
+        outside = b"".join(runs[self._quotes % 2 :: 2])
+        self._quotes += len(runs) - 1
+        self._commas += outside.count(b",")
+        self._openings += outside.count(b"[") + outside.count(b"{")
+        if self._openings + self._quotes // 2 > MOST_PARTS:
+            raise ApiError("bad_request", f"the JSON has over {MOST_PARTS} texts, lists and objects; send fewer.")
+        if self._commas > self._most_values:
+            raise ApiError("bad_request", f"the JSON has over {self._most_values} values; send fewer.")
+
+    def _without_escapes(self, piece: bytes) -> bytes:
+        """Without escaped quotes, which end no string."""
+        piece = piece[1:] if self._escaped else piece
+        self._escaped = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
+        return piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
+
+
+def parse_body(kind: type[Model], body: bytes) -> Model:
+    """A checked request.
+
+    Raises:
+        ApiError: bad_request, it is no JSON or not as described; says what is wrong first, and where.
+    """
+    try:
+        data = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise ApiError("bad_request", f"the body is no valid JSON: {error}.") from None
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ApiError("bad_request", complaint(error, data)) from None
+
+
+_SAYS = {
+    "bool_type": "give true or false",
+    "dict_type": "give an object",
+    "extra_forbidden": "unknown, or not supported with this value",
+    "finite_number": "give a finite number",
+    "float_type": "give a number",
+    "greater_than": "give a number above {gt}",
+    "greater_than_equal": "give at least {ge}",
+    "int_type": "give an integer",
+    "less_than_equal": "give at most {le}",
+    "list_type": "give a list",
+    "literal_error": "give {expected}",
+    "missing": "is missing",
+    "model_attributes_type": "give an object",
+    "model_type": "give an object",
+    "string_too_long": "give at most {max_length} characters",
+    "string_too_short": "give at least {min_length} characters",
+    "string_type": "give a text",
+    "too_long": "give at most {max_length} items",
+    "too_short": "give at least {min_length} items",
+    "union_tag_invalid": "give {expected_tags} as the 'type'",
+    "union_tag_not_found": "give an object with a 'type'",
+}
+
+
+def complaint(error: ValidationError, data: Any) -> str:
+    """What is wrong first, and where, in one line; no value of the request, and no word about how it is checked.
+
+    Args:
+        data: what was checked.
+    """
+    first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
+    text = _SAYS.get(first["type"], "has a value that is not allowed").format(**first.get("ctx", {}))
+    if first["type"].startswith("told"):  # by a check of our own
+        text = first["msg"]
+    place = ".".join(_steps(first["loc"], data))
+    return f"{place}: {text}." if place else f"the body: {text}."
+
+
+def _steps(loc: Sequence[int | str], data: Any) -> list[str]:
+    """The way to a value of ``data``, without the alternatives of a type that it was tried for."""
+    steps = []
+    for number, step in enumerate(loc):
+        inside = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
+        if inside:
+            data = data[step]
+        if inside or (isinstance(data, dict) and number == len(loc) - 1):  # or a field that is missing
+            text = str(step)
+            steps.append(text if len(text) <= _STEP else text[:_STEP] + "...")
+    return steps
