@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,10 +148,10 @@ def flag(name: str) -> str:
 
 
 def at_least(lowest: float, **given: float | None) -> None:
-    """Raises :class:`ConfigError` for an option below ``lowest``; None is an option that is not given."""
+    """Raises :class:`ConfigError` for an option below ``lowest`` or not finite; None is an option that is not given."""
     for name, value in given.items():
-        if value is not None and value < lowest:
-            what = "an integer" if isinstance(value, int) else "a number"
+        if value is not None and not lowest <= value < math.inf:
+            what = "an integer" if isinstance(value, int) else "a finite number"
             raise ConfigError(f"{flag(name)} {value}: give {what} of at least {lowest}.")
 
 

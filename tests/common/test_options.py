@@ -20,12 +20,13 @@ from llm_accel.eval.tasks.ruler.settings import RulerRunOptions
 from llm_accel.eval.tasks.ruler.settings import Settings as RulerSettings
 from llm_accel.eval.tasks.vision.settings import Settings as VisionSettings
 from llm_accel.eval.tasks.vision.settings import VisionRunOptions
+from llm_accel.serve.settings import ServeSettings
 from tests.common.options_kit import from_words
 
 Colour = Literal["red", "blue"]
 ALL = (
     NeedleSettings, RulerSettings, VisionSettings, BenchSettings, RulerRunOptions, VisionRunOptions, BenchRunOptions,
-    HeadsOptions, CalibrateOptions,
+    HeadsOptions, CalibrateOptions, ServeSettings,
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 @dataclass(frozen=True, kw_only=True)
 class Example(Options):
     count: int = option("how many", 2, least=1, group="run")
-    share: float | None = option("of 100 % (default: all)", None)
+    share: float | None = option("of 100 % (default: all)", None, least=0)
     colours: tuple[Colour, ...] = option("several", ("red",), flag="--colour", choices=("red", "blue"), repeated=True)
     sizes: tuple[int, ...] = option("", (1, 2), parse=_numbers, shown="1,2", least=0, metavar="LIST")
     pair: tuple[str, ...] | None = option("two", None, metavar=("A", "B"), parse=tuple)
@@ -62,6 +63,8 @@ def test_the_command_line_and_python_mean_the_same():
     ("given", "words", "message"),
     [
         ({"count": 0}, ["--count", "0"], "--count 0: give an integer of at least 1"),
+        ({"share": float("nan")}, ["--share", "nan"], "--share nan: give a finite number of at least 0"),
+        ({"share": float("inf")}, ["--share", "inf"], "--share inf: give a finite number of at least 0"),
         ({"sizes": (3, -1)}, ["--sizes=3,-1"], "--sizes -1: give an integer of at least 0"),
         ({"colours": ("red", "bleu")}, ["--colour", "red", "--colour", "bleu"], "Did you mean 'blue'"),
     ],
