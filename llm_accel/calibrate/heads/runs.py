@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_accel.calibrate.heads.circuit import find_circuit
-from llm_accel.calibrate.heads.copy_paste import Copies, copy_scores, value_span, watch_copies
+from llm_accel.calibrate.heads.copy_paste import Copies, mean_share, value_span, watch_copies
 from llm_accel.common.generation import end_tokens
 from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
@@ -73,7 +73,8 @@ class CopyTask(NeedleTask):
                 f"the model answered none of {len(records)} prompts, and only answers tell which heads copy; give "
                 "other --lengths or --needles, or use --detector induction."
             )
-        return copy_scores(self.model, [_copies(record) for record in answered], compat), len(answered)
+        heads, copies = model_heads(self.model), [_copies(record) for record in answered]
+        return mean_share(copies, heads.layers, heads.query_heads, compat), len(answered)
 
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
