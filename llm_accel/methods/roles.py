@@ -117,7 +117,8 @@ class ScoreAndKeep(Budgeted):
         if view.protected is not None:
             forced = view.protected if forced is None else per_head(forced) | per_head(view.protected)
         kept = self.share_out(total_order(score, view.valid, forced, tie_break), view)
-        if forced is not None and view.depth.rank == 0:  # one layer tells, and the device is waited for only once
+        # one layer tells, so that the device is waited for only once; a graph cannot wait
+        if forced is not None and view.depth.rank == 0 and not torch.compiler.is_compiling():
             self._check_room(kept, forced, view)
         return kept
 

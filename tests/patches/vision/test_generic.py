@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -40,15 +39,6 @@ def built(name: str) -> PreTrainedModel:
     except (AttributeError, TypeError) as error:
         pytest.skip(f"the unpatched {name} of this transformers fails: {error}")
     return model
-
-
-@pytest.fixture(autouse=True)
-def attention_of_hybrids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Some decoders call attention through the interface and do not say so."""
-    for name in ("qwen3_5", "minicpmv4_6"):
-        kind = type(vlm_zoo.built(name).get_decoder())
-        monkeypatch.setattr(kind, "_supports_attention_backend", True)
-    yield
 
 
 def dropped_by(model: PreTrainedModel, batch: dict[str, Any], method: Any) -> torch.Tensor:
