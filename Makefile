@@ -62,6 +62,7 @@ types: $(VENV)/.ready
 
 layers: $(VENV)/.ready
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/imports.py
 
 readme: $(VENV)/.ready
 	$(BIN)/python scripts/readme_table.py

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the mid-size model, its prompts, and the conditions that stand beside every figure.
+"""What the benchmarks share beside what ``llm-accel bench`` measures with: the mid-size model, and one prefill.
 
 Run as a script it does one prefill in a process of its own, so that its peak resident memory is its own.
 """
@@ -7,48 +7,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.common.environment import hardware, versions
+from llm_accel.common.generation import cache_bytes
+from llm_accel.eval.tasks.bench.contestants import make_inputs
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers import AccelLayer
 from llm_accel.registry import parse
 
+CPU = torch.device("cpu")
 MIB = 2**20
 KV_HEADS, HEAD_DIM = 2, 64
 TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * 4  # one token in one layer, keys and values in fp32
 
 
 def build_model(layers: int) -> PreTrainedModel:
-    """Random-weight Llama in fp32: hidden 512, 8 query heads and 2 KV heads of 64, vocabulary 8192."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=131072,
-    )
-    return LlamaForCausalLM(config).eval()
+    """The shape ``small`` in fp32: hidden 512, 8 query heads and 2 KV heads of 64, vocabulary 8192."""
+    model: PreTrainedModel = build(shape_config("small", (f"num_hidden_layers={layers}",)), torch.float32, CPU, None, 0)
+    return model
 
 
-def make_prompt(length: int) -> torch.Tensor:
+def make_prompt(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Random token ids [1, length]."""
-    return torch.randint(3, 8192, (1, length), generator=torch.Generator().manual_seed(1))
+    return make_inputs(model, length, 1, seed=0)["input_ids"]
 
 
 @torch.inference_mode()
@@ -59,28 +53,19 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | Non
 
 def storage_bytes(cache: DynamicCache) -> int:
     """Bytes of the storage behind keys and values of all layers, views included."""
-    held = 0
-    for layer in cache.layers:
-        if isinstance(layer, AccelLayer):
-            held += layer.nbytes()
-        else:
-            held += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
-    return held
+    ours = [layer for layer in cache.layers if isinstance(layer, AccelLayer)]
+    return sum(layer.nbytes() for layer in ours) if ours else cache_bytes(cache)
 
 
-def conditions() -> dict[str, Any]:
-    """Hardware, versions and model: what belongs beside every figure."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "llm_accel": llm_accel.__version__,
-        "dtype": "float32",
-        "model": "random-weight Llama, hidden 512, 8 query / 2 KV heads, head_dim 64",
-    }
+def conditions(**more: Any) -> dict[str, Any]:
+    """Hardware and versions: what belongs beside every figure."""
+    return {"hardware": hardware(CPU), "versions": versions(), "dtype": "float32", "model": "shape small", **more}
+
+
+def p10_p90(values: Sequence[float]) -> list[float]:
+    """The ends between which eight in ten values lie."""
+    ordered = sorted(values)
+    return [ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]]
 
 
 def publish(result: dict[str, Any], out: Path | None) -> None:
@@ -102,8 +87,9 @@ def prefill_peak(mode: str, length: int, layers: int) -> dict[str, float]:
 def measure_prefill(mode: str, length: int, layers: int) -> dict[str, float]:
     """Peak resident memory of one prefill above the loaded model, in MiB, its time in seconds and the bytes it keeps.
     ``mode``: a method, ``dense``, or ``activations``, which is the prompt without a cache."""
-    model, ids = build_model(layers), make_prompt(length)
-    prefill(model, make_prompt(64), None)
+    model = build_model(layers)
+    ids = make_prompt(model, length)
+    prefill(model, ids[:, :64], None)
     if mode not in ("activations", "dense"):
         llm_accel.apply(model, parse(mode))
     cache = None if mode == "activations" else DynamicCache(config=model.config)

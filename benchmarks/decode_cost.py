@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import build_model, conditions, make_prompt, prefill, publish, storage_bytes
+from common import build_model, conditions, make_prompt, p10_p90, prefill, publish, storage_bytes
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -56,7 +56,7 @@ def fill(model: PreTrainedModel, method: str, lengths: Sequence[int]) -> dict[in
     with applied(model, method) as handle:
         for length in lengths:
             caches[length] = DynamicCache(config=model.config) if handle is None else handle.new_cache()
-            prefill(model, make_prompt(length), caches[length])
+            prefill(model, make_prompt(model, length), caches[length])
     return caches
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         medians = {length: statistics.median(measured) for length, measured in times[method].items()}
         result["methods"][method] = {
             "ms_per_token": medians,
-            "p10_p90": {length: _spread(measured) for length, measured in times[method].items()},
+            "p10_p90": {length: p10_p90(measured) for length, measured in times[method].items()},
             "of_dense": {
                 length: _of_dense(times[method][length], times["dense"][length], args.steps) for length in medians
             },
@@ -123,11 +123,6 @@ def _of_dense(times: list[float], dense: list[float], steps: int) -> float:
     return statistics.median(
         statistics.median(times[i : i + steps]) / statistics.median(dense[i : i + steps]) for i in starts
     )
-
-
-def _spread(values: list[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]]
 
 
 if __name__ == "__main__":

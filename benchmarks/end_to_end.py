@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.ops.registry import FLOP_PER_SECOND
-from llm_accel.eval.bench.bounds import Work
-from llm_accel.eval.bench.command import add_arguments, settings_from
-from llm_accel.eval.bench.settings import Settings
-from llm_accel.eval.bench.shapes import build, shape_config
+from llm_accel.eval.tasks.bench.bounds import Work
+from llm_accel.eval.tasks.bench.settings import BenchRunOptions, Settings
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 
 SHAPE = ("--shape", "llama-3.1-8b", "--new-tokens", "64", "--no-plot")
 METHODS = ("snapkv", "h2o", "streaming_llm", "adakv")
@@ -71,8 +70,9 @@ def steps() -> list[Step]:
 def bench_settings(arguments: Sequence[str]) -> Settings:
     """What ``llm-accel bench`` makes of a command line."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return settings_from(parser.parse_args(list(arguments)))
+    Settings.add_arguments(parser)
+    BenchRunOptions.add_arguments(parser)
+    return Settings.from_arguments(parser.parse_args(list(arguments)))
 
 
 def estimate(settings: Settings) -> float:

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.end_to_end import end_to_end, steps
 from benchmarks.ops.registry import Case, all_cases
+from llm_accel.eval.tasks.bench.bounds import measure_bounds
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]  # median, 20 % and 80 % quantile in seconds
 WHOLE = "end_to_end"
@@ -40,10 +41,8 @@ def gpu_timer(run: Callable[[], object]) -> tuple[float, float, float]:
 
 def roofline(timer: Timer, device: str, size: int) -> dict[str, float]:
     """Bytes per second of a copy and FLOP per second of a bf16 matrix product, as measured."""
-    source = torch.empty(size, size, dtype=torch.bfloat16, device=device).normal_()
-    target = torch.empty_like(source)
-    copy, product = timer(lambda: target.copy_(source))[0], timer(lambda: torch.matmul(source, source, out=target))[0]
-    return {"bytes_per_second": 2 * source.nbytes / copy, "flop_per_second": 2 * size**3 / product}
+    bounds = measure_bounds(torch.device(device), torch.bfloat16, lambda run: timer(run)[0], size**2 // 2, size)
+    return {"bytes_per_second": bounds.copy, "flop_per_second": bounds.flop}
 
 
 def measure(case: Case, timer: Timer, device: str, limits: dict[str, float]) -> dict[str, Any]:

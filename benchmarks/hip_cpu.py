@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel import HiP
+from llm_accel.common.environment import hardware, versions
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
@@ -121,10 +120,9 @@ def main() -> None:
         "command": "benchmarks/hip_cpu.py",
         "settings": {name: config.spec() for name, config in SETTINGS.items()},
         "threads": 1,
-        "cores": os.cpu_count(),
         "dtype": "float32",
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu")),
         "totals": totals,
         "cells": cells,
     }

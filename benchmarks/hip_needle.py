@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel import HiP
-from llm_accel.eval.needle import command
-from llm_accel.eval.needle.settings import length_label, parse_lengths
+from llm_accel.eval.lengths import length_label, parse_lengths
+from llm_accel.eval.tasks.needle import command
 
 SINK, WINDOW = 16, 64
 SHARES = (1 / 16, 1 / 8, 1 / 4)
@@ -59,11 +59,11 @@ def measure(
         for row, options in ROWS.items()
         if row in rows
     }
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     words = ["--lengths", str(length), "--depths", depths, "--samples", str(samples), "--no-plot"]
     for spec in ("dense", *(spec for row in specs.values() for spec in row)):
         words += ["--method", spec]
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
     summary = command.run(parser.parse_args([*words, "--out", str(out / f"needle_{length_label(length)}")]))
     exact = {spec: entry["exact"] for spec, entry in summary["methods"].items()}
     return exact["dense"], {row: [exact[spec] for spec in row_specs] for row, row_specs in specs.items()}

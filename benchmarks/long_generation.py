@@ -59,7 +59,7 @@ def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sampl
     over, stored, held, resident, traced = 0, [0] * len(limits), [], [], []
     with llm_accel.apply(model, parse(method)) as handle:
         cache = handle.new_cache()
-        token = model(make_prompt(prompt), **{CACHE: cache}, logits_to_keep=1).logits.argmax(-1)
+        token = model(make_prompt(model, prompt), **{CACHE: cache}, logits_to_keep=1).logits.argmax(-1)
         tracemalloc.start()
         for step in range(1, steps + 1):
             token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)

@@ -21,6 +21,7 @@ from common import (
     build_model,
     conditions,
     make_prompt,
+    p10_p90,
     prefill,
     prefill_peak,
     publish,
@@ -47,7 +48,8 @@ def decode_times(model: PreTrainedModel, cache: DynamicCache, steps: int) -> lis
 
 def compare_decode(method: str, length: int, layers: int, steps: int, rounds: int) -> dict[str, Any]:
     """Median decode time of the dense model and of the method, measured in turns on the same prompt."""
-    model, ids = build_model(layers), make_prompt(length)
+    model = build_model(layers)
+    ids = make_prompt(model, length)
     dense_cache = DynamicCache(config=model.config)
     prefill(model, ids, dense_cache)
     handle = llm_accel.apply(model, parse(method))
@@ -71,10 +73,7 @@ def compare_decode(method: str, length: int, layers: int, steps: int, rounds: in
         "dense_kv_bytes": dense_bytes,
         "weight_bytes_per_step": weights,
         "decode_ms": medians,
-        "decode_ms_p10_p90": {
-            name: [sorted(values)[len(values) // 10], sorted(values)[-1 - len(values) // 10]]
-            for name, values in times.items()
-        },
+        "decode_ms_p10_p90": {name: p10_p90(values) for name, values in times.items()},
         "speedup": medians["dense"] / medians["method"],
         "bound": bound,
         "share_of_bound": medians["dense"] / medians["method"] / bound,

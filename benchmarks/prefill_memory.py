@@ -8,24 +8,20 @@ Bytes of the tensor storages that operations make, weights left out; scratch spa
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import llm_accel
-from llm_accel.eval.bench.memory import TensorBytes
-from llm_accel.eval.bench.shapes import build, shape_config
-from llm_accel.eval.environment import hardware, versions
+from benchmarks.common import MIB, build_model, conditions, make_inputs, publish
+from llm_accel.eval.tasks.bench.memory import TensorBytes
 from llm_accel.registry import parse
-
-MIB = 2**20
 
 
 def peaks(model: Any, method: str, length: int, batch: int, chunk: int) -> dict[str, float]:
     """MiB of one prompt and of a batch of prompts, read in different ways."""
-    ids = torch.randint(3, 8000, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = make_inputs(model, length, batch, 0)["input_ids"]
     found = {}
     ways: dict[str, tuple[str | None, int | None, int]] = {
         "dense": (None, None, 1),
@@ -58,15 +54,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = shape_config("small", (f"num_hidden_layers={args.layers}",))
-    model = build(config, torch.float32, torch.device("cpu"), None, 0)
+    model = build_model(args.layers)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    result = {"settings": settings, "versions": versions(), "hardware": hardware(model.device)}
-    result["peak_mib"] = peaks(model, args.method, args.length, args.batch, args.chunk)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    found = peaks(model, args.method, args.length, args.batch, args.chunk)
+    publish({"settings": settings, **conditions(), "peak_mib": found}, args.out)
 
 
 if __name__ == "__main__":

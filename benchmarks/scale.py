@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_accel.eval.bench.bounds import Work
-from llm_accel.eval.bench.shapes import build, shape_config
-from llm_accel.eval.needle.settings import length_label, parse_lengths
+from llm_accel.eval.lengths import length_label, parse_lengths
+from llm_accel.eval.tasks.bench.bounds import Work
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from scripts.result_tables import markdown
 
 DEFAULT = {"llama-3.1-8b": (1, 2), "llama-3.1-70b": (4, 8)}

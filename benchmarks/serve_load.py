@@ -22,7 +22,7 @@ import httpx
 import torch
 
 from benchmarks.server import resident_mib, started
-from llm_accel.eval.environment import hardware, versions
+from llm_accel.common.environment import hardware, versions
 
 _WORDS = "the old dog watched a green river near the house while the doctor praised the hunter"
 

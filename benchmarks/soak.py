@@ -24,8 +24,8 @@ import torch
 
 import llm_accel
 from benchmarks.server import resident_mib, started
-from llm_accel.eval.environment import hardware, versions
-from llm_accel.eval.models.bundled import load_needle_model
+from llm_accel.common.bundled import load_needle_model
+from llm_accel.common.environment import hardware, versions
 from llm_accel.registry import methods, parse
 
 _ALLOWED_GROWTH = 1.05  # the last quarter against the second: allocators keep what they once had, and round up

@@ -17,8 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import llm_accel
-from llm_accel.eval.bench.contestants import make_inputs
-from llm_accel.eval.bench.shapes import build, shape_config
+from llm_accel.eval.tasks.bench.contestants import make_inputs
+from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.registry import parse_all
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH", "aten::_local_scalar")

@@ -20,7 +20,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,21 @@ def make_prompt() -> dict[str, torch.Tensor]:
     }
 
 
-def first_token(model: PreTrainedModel, prompt: dict[str, torch.Tensor], target: int | None) -> None:
-    """The prompt and one new token; ``target``: visual tokens that FlowCut leaves, or None for the unpatched model."""
-    with nullcontext() if target is None else llm_accel.apply(model, "flowcut", target=target):
-        model.generate(**prompt, max_new_tokens=1, do_sample=False)
+def applied(model: PreTrainedModel, target: int | None) -> AbstractContextManager[Any]:
+    """The model with FlowCut, which leaves ``target`` visual tokens; None: as it is."""
+    return nullcontext() if target is None else llm_accel.apply(model, "flowcut", target=target)
+
+
+def first_token(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    """The prompt and one new token."""
+    model.generate(**prompt, max_new_tokens=1, do_sample=False)
 
 
 def counted(model: PreTrainedModel, prompt: dict[str, torch.Tensor], target: int | None) -> dict[str, int]:
     """Floating-point operations until the first token: of the decoder, of the tower, of everything."""
     counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention})
-    with counter:
-        first_token(model, prompt, target)
+    with applied(model, target), counter:
+        first_token(model, prompt)
     modules = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     layers = {"decoder": r"language_model\.layers\.\d+", "tower": r"encoder\.layers\.\d+"}
     found = {part: sum(n for name, n in modules.items() if re.search(f"{end}$", name)) for part, end in layers.items()}
@@ -117,10 +121,11 @@ def times(repeats: int, tower_layers: int, decoder_layers: int) -> dict[str, Any
 
     measured: dict[str, list[float]] = {"dense": [], "flowcut": [], "tower": [], "tower_scored": []}
     for _ in range(repeats):
-        measured["dense"].append(seconds(lambda: first_token(model, prompt, None)))
-        measured["flowcut"].append(seconds(lambda: first_token(model, prompt, TARGET)))
+        for name, target in (("dense", None), ("flowcut", TARGET)):
+            with applied(model, target):
+                measured[name].append(seconds(lambda: first_token(model, prompt)))
         measured["tower"].append(seconds(look))
-        with llm_accel.apply(model, "flowcut", target=VISUAL):
+        with applied(model, VISUAL):
             measured["tower_scored"].append(seconds(look))
     median = {name: statistics.median(values) for name, values in measured.items()}
     bound = flops["dense"]["all"] / flops["flowcut"]["all"]
@@ -148,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = conditions() | {"model": "random-weight LLaVA", "visual": VISUAL, "text": TEXT, "target": TARGET}
+    result = conditions(model="random-weight LLaVA", visual=VISUAL, text=TEXT, target=TARGET)
     result["llava_1_5_7b_decoder"] = shares(decoder_layers=1)
     if not args.skip_times:
         result["cpu"] = times(args.repeats, args.tower_layers, args.decoder_layers)

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_accel
-from llm_accel.eval.models.bundled import load_needle_model
+from llm_accel.common.bundled import load_needle_model
 from llm_accel.integrations.lm_eval_command import TASKS
 from llm_accel.registry import parse_all
 

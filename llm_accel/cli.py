@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_accel import __version__
+from llm_accel.common.launch import check_alone, started_alone
 from llm_accel.errors import LlmAccelError, unknown_name
-from llm_accel.eval.launch import check_alone, started_alone
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -38,13 +38,15 @@ _WHOLE = "each of them would do all of it, into one directory"
 COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
     "doctor": Command("llm_accel.doctor", "versions, GPU, and which kernels and backends are live and why not"),
-    "needle": Command("llm_accel.eval.needle.command", "needle-in-a-haystack grid, several methods side by side"),
-    "ruler": Command("llm_accel.eval.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"),
+    "needle": Command("llm_accel.eval.tasks.needle.command", "needle-in-a-haystack grid, several methods side by side"),
+    "ruler": Command(
+        "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
+    ),
     "vision": Command(
-        "llm_accel.eval.vision.command", "what is still seen with fewer visual tokens, and what is made up"
+        "llm_accel.eval.tasks.vision.command", "what is still seen with fewer visual tokens, and what is made up"
     ),
     "bench": Command(
-        "llm_accel.eval.bench.command",
+        "llm_accel.eval.tasks.bench.command",
         "speed and memory of methods, against dense and what bytes allow",
         alone="cells that run beside each other share cores and memory, so that their times would not be their own",
     ),

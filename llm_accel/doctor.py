@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel import __version__
+from llm_accel.assets import NEEDLE, VISION
 from llm_accel.errors import ConfigError
 
 _PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "flash-attn", "matplotlib", "datasets")
-_BUNDLED = ("needle", "vision")
+_BUNDLED = {"needle": NEEDLE, "vision": VISION}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus,
         "backends": _backends(cuda=bool(gpus["devices"])),
         "kernels": _kernels(),
-        "bundled_models": {name: _bundled(name) for name in _BUNDLED},
+        "bundled_models": {name: _bundled(folder) for name, folder in _BUNDLED.items()},
     }
 
 
@@ -193,9 +194,8 @@ def _kernels() -> dict[str, dict[str, str]]:
     return found
 
 
-def _bundled(name: str) -> dict[str, Any]:
+def _bundled(folder: Path) -> dict[str, Any]:
     """Whether the weights of a bundled model came with the package, and how large all of them are."""
-    folder = Path(__file__).parent / "eval" / "models" / name
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         return {"present": False, "bytes": 0, "reason": f"no *.safetensors in {folder}"}

@@ -18,7 +18,7 @@ from llm_accel.methods.base import to_text
 
 _OPTIONS = re.compile(r"<!-- options: (\w+) -->")
 _OUTSIDE = re.compile(
-    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|llm_accel|tests|scripts|examples|README|CONTRIBUTING|SECURITY)[\w./-]*)\)"
+    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|llm_accel|tests|training|scripts|examples|README|CONTRIBUTING|SECURITY)[\w./-]*)\)"
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 LIMIT = 400
-FOLDERS = ("llm_accel", "tests", "benchmarks", "examples", "scripts", "docs")
+FOLDERS = ("llm_accel", "training", "tests", "benchmarks", "examples", "scripts", "docs")
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ the two lines; the question is at the end.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +17,10 @@ from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 import llm_accel
-from llm_accel.eval.needle import command
-from llm_accel.eval.needle.loading import load_model
+from llm_accel.common.loading import load_text_model
+from llm_accel.eval.grid import Place
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import make_prompts
 from llm_accel.registry import parse
 
 ASSETS = Path(__file__).resolve().parent.parent / "docs" / "assets"
@@ -68,11 +69,9 @@ def draw(table: Tensor, heads: int, needle: int, title: str, path: Path) -> None
 
 def main() -> None:
     """One picture per method."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    model, tokenizer, settings = load_model(command.settings_from(parser.parse_args(["--lengths", str(LENGTH)])))
-    maker, _ = command.make_prompts(settings, tokenizer)
-    prompt = maker.make(LENGTH, 40.0, 0)
+    model, tokenizer, settings = load_text_model(Settings(lengths=(LENGTH,)))
+    maker, _ = make_prompts(settings, tokenizer)
+    prompt = maker.make(Place(LENGTH, 40.0, 0))
     ids = torch.tensor([prompt.ids])
     for name, spec in METHODS.items():
         with llm_accel.apply(model, parse(spec), trace=True) as handle:

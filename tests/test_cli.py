@@ -11,7 +11,7 @@ import types
 import pytest
 
 from llm_accel import ConfigError, __version__, cli
-from llm_accel.eval.models import bundled
+from llm_accel.common import bundled
 from llm_accel.registry import methods
 
 

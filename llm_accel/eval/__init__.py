@@ -1,1 +1,1 @@
-"""Evaluations: needle in a haystack, vision, the bundled tiny models."""
+"""Evaluations of methods: one frame, and the tasks that run in it."""

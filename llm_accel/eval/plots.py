@@ -21,6 +21,24 @@ def series(index: int) -> dict[str, str]:
     return {"color": COLOURS[place], "marker": _MARKERS[place], "fillstyle": _FILLS[turn % len(_FILLS)]}
 
 
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    look: dict[str, Any] = {"dpi": 160, "facecolor": "white"} | options
+    figure = Figure(figsize=(width, height), **look)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(axes: Any, **ticks: Any) -> None:
+    """Axes without lines around them, with small grey labels; ``ticks``: of ``tick_params``."""
+    axes.tick_params(**{"labelsize": 7.5, "length": 0, "colors": MUTED} | ticks)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
 def require_matplotlib() -> None:
     """Raises :class:`ConfigError` if nothing can be drawn here."""
     try:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from llm_accel.errors import ConfigError
 
@@ -20,25 +20,21 @@ Record = dict[str, Any]
 
 
 class RunDir:
-    """One directory of results. Each command has its own kind.
+    """One directory of results.
 
     Attributes:
-        fields: what tells one record from another; a place has one record.
-        plots: patterns of the pictures that the command writes.
+        fields: what tells one record from another.
+        plots: patterns of the pictures that are written beside them.
     """
 
-    fields: ClassVar[tuple[str, ...]]
-    plots: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: tuple[str, ...], plots: tuple[str, ...] = ()) -> None:
+        self.path, self.fields, self.plots = path, fields, plots
         self.run_file, self.cells_file = path / "run.json", path / "cells.jsonl"
         self.summary_file = path / "summary.json"
 
-    @classmethod
-    def key(cls, record: Record) -> tuple[Any, ...]:
+    def key(self, record: Record) -> tuple[Any, ...]:
         """What a record is about."""
-        return tuple(record[field] for field in cls.fields)
+        return tuple(record[field] for field in self.fields)
 
     def open(self, settings: dict[str, Any], about: dict[str, Any], overwrite: bool = False) -> list[Record]:
         """Creates the directory or continues the run in it; returns the records that are already there.

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from llm_accel import __version__
 from llm_accel.api import apply
-from llm_accel.eval.models.bundled import needle_model_path
+from llm_accel.common.bundled import needle_model_path
 from llm_accel.registry import parse_all, spec_of
 
 logger = logging.getLogger(__name__)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from llm_accel.assets import NEEDLE
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import HeadMethod, HeadProfile, HeadShard, MethodConfig, ModelHeads, load_profile
 from llm_accel.patches.base_attention import stores_latents
 from llm_accel.patches.identity import weight_hash
 
-BUNDLED = Path(__file__).parents[1] / "eval" / "models" / "needle" / "heads.json"
+BUNDLED = NEEDLE / "heads.json"
 
 
 def plan_heads(

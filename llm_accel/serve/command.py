@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import logging
 import signal
 import socket
 import sys
-import typing
 from typing import TYPE_CHECKING
 
 from llm_accel.errors import ConfigError
-from llm_accel.serve.settings import ServeSettings, flag
+from llm_accel.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from llm_accel.serve.server import Server
 
-_GROUPS = {
-    "model": ("model", "method", "allow_methods", "name", "device", "dtype", "attn", "decode", "trust_remote_code"),
-    "address": ("host", "port", "api_key_file"),
-    "queue": ("max_batch", "max_batch_tokens", "window_ms", "max_queue", "deadline_s", "drain_s"),
-    "limits": ("max_body_mib", "max_prompt_tokens", "max_new_tokens", "max_images", "max_image_pixels"),
-    "conversations": ("max_sessions", "max_session_mib"),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of :class:`ServeSettings`."""
-    fields = {field.name: field for field in dataclasses.fields(ServeSettings)}
-    hints = typing.get_type_hints(ServeSettings)
-    for title, names in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            field = fields[name]
-            if hints[name] is bool:
-                group.add_argument(flag(name), action="store_true", help=field.metadata["help"])
-                continue
-            kind = next(kind for kind in (int, float, str) if kind in (hints[name], *typing.get_args(hints[name])))
-            shown = "" if field.default is None or "default" in field.metadata["help"] else " (default: %(default)s)"
-            group.add_argument(
-                flag(name),
-                type=kind,
-                default=field.default,
-                metavar=field.metadata["metavar"],
-                help=field.metadata["help"].replace("%", "%%") + shown,
-            )
+add_arguments = ServeSettings.add_arguments
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         LlmAccelError: anything wrong with the arguments, the model or the method, before the server listens.
     """
-    settings = ServeSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ServeSettings)})
+    settings = ServeSettings.from_arguments(args)
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install them with: pip install 'llm_accel[serve]'")

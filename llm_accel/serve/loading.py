@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from llm_accel.common.loading import bundled, find_device, pretrained, short_name
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.loading import bundled, find_device, pretrained, short_name
 from llm_accel.serve.settings import ServeSettings
 
 _OURS = "bundled:"
@@ -60,7 +60,7 @@ def load(settings: ServeSettings) -> Served:
 
 
 def _bundled(settings: ServeSettings, name: str, device: torch.device) -> Served:
-    from llm_accel.eval.models.bundled import load_needle_model, load_vision_model
+    from llm_accel.common.bundled import load_needle_model, load_vision_model
 
     if name not in BUNDLED:
         raise ConfigError("--model: " + unknown_name("bundled model", name, BUNDLED))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from llm_accel.common.arguments import ModelOptions
+from llm_accel.common.options import option
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import DTYPES, one_of
 from llm_accel.patches.plan import DECODES
 from llm_accel.registry import methods, parse_all
 
@@ -18,66 +17,75 @@ KEY_VARIABLE = "LLM_ACCEL_API_KEY"
 _ALL = "all"
 
 
-def _option(help: str, default: Any, metavar: str = "N") -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ModelOptions):
+    """Options of the server; :class:`ConfigError` for values that cannot work."""
 
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """Options of the server; :class:`ConfigError` for values that cannot work.
-
-    Attributes: see the help of each field, which is also that of the command line.
-    """
-
-    model: str | None = _option("HuggingFace model, or bundled:vision (default: bundled:needle)", None, "ID|PATH")
-    method: str = _option("method of requests that name none; dense is the plain model", "dense", "NAME[:OPTION=...]")
-    allow_methods: str | None = _option(
+    model: str | None = option(
+        "HuggingFace model, or bundled:vision (default: bundled:needle)", None, metavar="ID|PATH", group="model"
+    )
+    method: str = option(
+        "method of requests that name none; dense is the plain model",
+        "dense",
+        metavar="NAME[:OPTION=...]",
+        group="model",
+    )
+    allow_methods: str | None = option(
         "methods that requests may use beside that of --method and dense (default: none); all: every one",
         None,
-        "NAME,...",
+        metavar="NAME,...",
+        group="model",
     )
-    name: str | None = _option("what the API calls the model (default: its id or folder)", None, "NAME")
-    device: str = _option("cpu, cuda, cuda:1, ... (default: cuda if there is one)", "auto", "NAME")
-    dtype: str = _option("default: the checkpoint's; bundled model on a CPU: float32", "auto", "|".join(DTYPES))
-    attn: str | None = _option("attention implementation (default: transformers' choice)", None, "NAME")
-    decode: str = _option("decode steps as one graph per batch size; auto: on a GPU", "eager", "|".join(DECODES))
-    trust_remote_code: bool = _option("run Python code that comes with the model", False)
+    name: str | None = option(
+        "what the API calls the model (default: its id or folder)", None, metavar="NAME", group="model"
+    )
+    decode: str = option(
+        "decode steps as one graph per batch size; auto: on a GPU", "eager", choices=DECODES, group="model"
+    )
+    trust_remote_code: bool = option("run Python code that comes with the model", False, group="model")
 
-    host: str = _option("address to listen on; anything but loopback needs a key", "127.0.0.1", "ADDRESS")
-    port: int = _option("0 takes a free one", 8000)
-    api_key_file: str | None = _option(
-        f"file with one bearer key per line (or one key in the environment variable {KEY_VARIABLE})", None, "FILE"
+    host: str = option(
+        "address to listen on; anything but loopback needs a key", "127.0.0.1", metavar="ADDRESS", group="address"
+    )
+    port: int = option("0 takes a free one", 8000, least=0, group="address")
+    api_key_file: str | None = option(
+        f"file with one bearer key per line (or one key in the environment variable {KEY_VARIABLE})",
+        None,
+        metavar="FILE",
+        group="address",
     )
 
-    max_batch: int = _option("rows of a batch", 8)
-    max_batch_tokens: int = _option("rows times longest prompt and answer; a request that is larger runs alone", 65536)
-    window_ms: float = _option("how long a request waits for others to share its batch", 5.0)
-    max_queue: int = _option("requests that may wait; further ones get status 429", 64)
-    deadline_s: float = _option(
-        "time that a request has, reading and waiting included; requests may ask for less", 120.0
+    max_batch: int = option("rows of a batch", 8, least=1, group="queue")
+    max_batch_tokens: int = option(
+        "rows times longest prompt and answer; a request that is larger runs alone", 65536, least=1, group="queue"
     )
-    drain_s: float = _option("time that accepted requests have to finish after SIGTERM", 30.0)
+    window_ms: float = option("how long a request waits for others to share its batch", 5.0, least=0, group="queue")
+    max_queue: int = option("requests that may wait; further ones get status 429", 64, least=1, group="queue")
+    deadline_s: float = option(
+        "time that a request has, reading and waiting included; requests may ask for less",
+        120.0,
+        least=0.001,
+        group="queue",
+    )
+    drain_s: float = option("time that accepted requests have to finish after SIGTERM", 30.0, least=0, group="queue")
 
-    max_body_mib: float = _option("size of a request", 8.0)
-    max_prompt_tokens: int | None = _option("tokens of a prompt (default: what the model's context holds)", None)
-    max_new_tokens: int = _option("tokens of an answer, and those of a request that names no number", 1024)
-    max_images: int = _option("images of a request, for vision-language models", 8)
-    max_image_pixels: float = _option("pixels of an image", 16e6)
-    max_sessions: int = _option("conversations that keep their cache; the one unused longest goes first", 64)
-    max_session_mib: float = _option("bytes of all kept caches together", 1024.0)
+    max_body_mib: float = option("size of a request", 8.0, least=0.001, group="limits")
+    max_prompt_tokens: int | None = option(
+        "tokens of a prompt (default: what the model's context holds)", None, least=1, group="limits"
+    )
+    max_new_tokens: int = option(
+        "tokens of an answer, and those of a request that names no number", 1024, least=1, group="limits"
+    )
+    max_images: int = option("images of a request, for vision-language models", 8, least=1, group="limits")
+    max_image_pixels: float = option("pixels of an image", 16e6, least=1, group="limits")
+    max_sessions: int = option(
+        "conversations that keep their cache; the one unused longest goes first", 64, least=0, group="conversations"
+    )
+    max_session_mib: float = option("bytes of all kept caches together", 1024.0, least=0, group="conversations")
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least: float = 0 if field.name in ("port", "window_ms", "max_sessions", "max_session_mib", "drain_s") else 1
-            if field.name in ("deadline_s", "max_body_mib"):
-                least = 0.001
-            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < float("inf"):
-                raise ConfigError(f"{flag(field.name)} {value}: give a finite number of at least {least}.")
+    def validate(self) -> None:
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: give a number from 0 to 65535.")
-        one_of(DECODES, decode=self.decode)
-        one_of(DTYPES, dtype=self.dtype)
         self.allowed()
 
     def allowed(self) -> frozenset[str]:
@@ -125,8 +133,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def flag(name: str) -> str:
-    """The option of the command line for a field."""
-    return "--" + name.replace("_", "-")

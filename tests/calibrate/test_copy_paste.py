@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llm_accel import ConfigError
 from llm_accel.calibrate.heads.copy_paste import Copies, mean_share, value_span, watch_copies
 from llm_accel.patches.probe import Callback, Observed
+from llm_accel.patches.wiring import Wiring
 
 PROMPT = [5, 6, 21, 22, 23, 7, 8, 22, 9]  # the needle is 21 22 23 at positions 2 to 4; 22 stands elsewhere too
 ANSWER = [21, 22, 23, 22, 1]  # copies one needle token twice, then ends
@@ -47,6 +48,12 @@ class Scripted(torch.nn.Module):
             self.steps += 1
         llm_accel_probe(Observed(0, query, key, 1.0, None, None, None))
         return CausalLMOutputWithPast(logits=logits)
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted model has no attention whose wiring a trial call could find."""
+    monkeypatch.setattr("llm_accel.patches.probe.wiring_of", lambda decoder: Wiring())
 
 
 def test_a_head_that_copies_each_token_scores_one_and_others_nothing() -> None:

@@ -17,7 +17,7 @@ from llm_accel.calibrate.dyvte import train
 from llm_accel.calibrate.dyvte.samples import processed
 from llm_accel.calibrate.dyvte.scenes import scene_pairs
 from llm_accel.cli import main
-from llm_accel.eval.models.bundled import load_vision_model
+from llm_accel.common.bundled import load_vision_model
 from tests.tiny_vlm import IMAGE, decode, tiny_vlm
 
 WORDS = ["<pad>", "<s>", "<unk>", "USER", "ASSISTANT", "what", "is", "this", "a", "red", "cross"]

@@ -12,7 +12,7 @@ import torch
 import llm_accel
 from llm_accel import ConfigError, RetrievalHeads
 from llm_accel.cli import main
-from llm_accel.eval.models.bundled import load_needle_model
+from llm_accel.common.bundled import load_needle_model
 from llm_accel.methods import load_profile
 from tests.tiny import prompt, tiny_model
 
@@ -78,7 +78,7 @@ def test_other_models_need_a_profile_of_their_own(tmp_path: Path) -> None:
     bundled, _ = load_needle_model()
     counts = bundled.config.num_hidden_layers, bundled.config.num_attention_heads
     with pytest.raises(ConfigError, match=f"has {counts[0]} layers, {counts[1]} query heads"):
-        llm_accel.apply(model, "retrieval_heads", heads=str(Path(llm_accel.__file__).parent / "eval/models/needle"))
+        llm_accel.apply(model, "retrieval_heads", heads=str(Path(llm_accel.__file__).parent / "assets/needle"))
 
 
 @torch.no_grad()

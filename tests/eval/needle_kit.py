@@ -10,22 +10,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_accel.eval.models.needle_tokenizer import build_tokenizer
-from llm_accel.eval.needle import grammar
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.needle.engine import Engine, Outcome
-from llm_accel.eval.needle.haystack import Haystack, load_haystack
-from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.engine import Engine, Outcome
+from llm_accel.eval.prompts import grammar
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.prompts.haystack import Haystack, load_haystack
+from llm_accel.eval.prompts.maker import Prompt
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import NeedleMaker
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
+from training.needle_tokenizer import build_tokenizer, intro_text
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CORPUS = [
-    grammar.intro_text(), grammar.needle_text("opal", "1234567"), grammar.question_text(["opal"]),
+    intro_text(), grammar.needle_text("opal", "1234567"), grammar.question_text(["opal"]),
     grammar.answer_prefix(["opal"]), "The dog watched the old river near the house 12 345 6789012. It was 1 2 3.",
 ]  # fmt: skip
 
@@ -54,12 +55,12 @@ def tokenizer(kind: str = "bundled") -> Any:
     )
 
 
-def make_maker(kind: str = "bundled", **options: Any) -> PromptMaker:
+def make_maker(kind: str = "bundled", **options: Any) -> NeedleMaker:
     """A prompt maker on the built-in haystack."""
     settings = Settings(**options)
     encoder = Encoder(tokenizer(kind))
     frame = make_frame(encoder, settings.chat_template)
-    return PromptMaker(settings, encoder, frame, haystack(kind, settings.haystack))
+    return NeedleMaker(encoder, frame, haystack(kind, settings.haystack), settings)
 
 
 @cache
@@ -84,7 +85,7 @@ class ToldEngine(Engine):
     """Answers right where ``right(method, prompt)`` says so; counts its calls and can fail at one."""
 
     def __init__(self, right: Callable[[str, Prompt], bool] = lambda method, prompt: True, fail_at: int = -1) -> None:
-        self.right, self.fail_at, self.calls, self.max_new_tokens = right, fail_at, 0, 8
+        self.right, self.fail_at, self.calls = right, fail_at, 0
         self.query_agnostic = False
         self.seen: list[tuple[str, tuple[int, ...]]] = []
 
@@ -94,6 +95,6 @@ class ToldEngine(Engine):
         self.calls += 1
         method = spec_of(configs)
         self.seen += [(method, prompt.ids) for prompt in prompts]
-        texts = [" and ".join(p.values) + "." if self.right(method, p) else "none." for p in prompts]
+        texts = [" and ".join(p.expected) + "." if self.right(method, p) else "none." for p in prompts]
         answers = [tokenizer().encode(text, add_special_tokens=False) for text in texts]
         return Outcome(answers, kv_bytes=100, dense_kv_bytes=200, prefill_ms=1.0, decode_ms=2.0)

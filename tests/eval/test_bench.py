@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from llm_accel import ConfigError, Dense, cli
-from llm_accel.eval.bench import command
-from llm_accel.eval.bench.bounds import Bounds, Work
-from llm_accel.eval.bench.compare import check, load, render_comparison
-from llm_accel.eval.bench.contestants import Runner, make_inputs, twin
-from llm_accel.eval.bench.memory import TensorBytes, largest_batch
-from llm_accel.eval.bench.runner import largest
-from llm_accel.eval.bench.settings import Contestant, Settings, parse_batches, parse_bytes
-from llm_accel.eval.bench.shapes import SHAPES, build, shape_config
+from llm_accel.eval.tasks.bench import command
+from llm_accel.eval.tasks.bench.bounds import Bounds, Work
+from llm_accel.eval.tasks.bench.compare import check, load, render_comparison
+from llm_accel.eval.tasks.bench.contestants import Runner, make_inputs, twin
+from llm_accel.eval.tasks.bench.memory import TensorBytes, largest_batch
+from llm_accel.eval.tasks.bench.runner import largest
+from llm_accel.eval.tasks.bench.settings import Contestant, Settings, parse_batches, parse_bytes
+from llm_accel.eval.tasks.bench.shapes import SHAPES, build, shape_config
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4", "vocab_size=64")
 TINY = [part for size in SIZES for part in ("--set", size)]

@@ -53,7 +53,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model_path, tmp_path, c
     assert _needle(model_path, tmp_path, "--method", "dense", "--json-only") == 0
     again = capsys.readouterr()
     assert again.out == first and "4 records are there, 0 to do" in again.err and "other versions" not in again.err
-    monkeypatch.setattr("llm_accel.eval.evaluation.versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("llm_accel.eval.runner.versions", lambda: {"torch": "1.0"})
     _needle(model_path, tmp_path, "--method", "dense", "--no-plot")
     assert "made with other versions" in capsys.readouterr().err
     assert _needle(model_path, tmp_path, "--method", "dense", "--seed", "1") == 2
@@ -108,7 +108,7 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
 
 
 def test_an_interrupted_run_still_leaves_a_summary(model_path, tmp_path, monkeypatch):
-    from llm_accel.eval.needle import engine
+    from llm_accel.eval import engine
 
     calls = []
     real = engine.Engine.run

@@ -9,23 +9,24 @@ import torch
 from transformers import DynamicCache
 
 import llm_accel
-from llm_accel.eval.generation import cache_bytes, cut
-from llm_accel.eval.needle.engine import Engine
+from llm_accel.common.generation import cache_bytes, cut
+from llm_accel.eval.engine import Engine
+from llm_accel.eval.grid import Place
 from llm_accel.registry import parse_all
 from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
 
 
-def _prompts(length=300, count=2, **options):
-    maker = make_maker(chat_template=True, **options)
-    return [maker.make(length, 50.0, sample) for sample in range(count)]
+def _prompts(length=300, count=2, new_tokens=6):
+    maker = make_maker(chat_template=True, max_new_tokens=new_tokens)
+    return [maker.make(Place(length, 50.0, sample)) for sample in range(count)]
 
 
 def _entry_bytes() -> int:
     return 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head dim, fp32
 
 
-def _engine(new_tokens=6, agnostic=False, **kwargs):
-    engine = Engine(tiny_model(), tokenizer(), new_tokens, agnostic, **kwargs)
+def _engine(agnostic=False, **kwargs):
+    engine = Engine(tiny_model(), tokenizer(), agnostic, **kwargs)
     engine.ends = set()
     engine._options["eos_token_id"] = None  # a random model ends where it likes; here it never does
     return engine
@@ -47,7 +48,7 @@ def test_dense_answers_are_those_of_plain_generate(agnostic):
 def test_methods_hold_budget_question_and_answer(method, agnostic):
     prompts = _prompts()
     outcome = _engine(agnostic=agnostic).run(prompts, parse_all(method))
-    (tail,) = {prompt.length - prompt.context_length for prompt in prompts}
+    (tail,) = {len(prompt.ids) - prompt.context_length for prompt in prompts}
     entries = 64 + 5 + (tail if agnostic else 0)  # the last new token is never fed
     if method.startswith("streaming"):
         entries = 64  # sinks and a ring: the budget holds while decoding too
@@ -92,7 +93,7 @@ def test_answers_end_before_the_end_token():
 
 
 def test_one_new_token_has_no_decode_time():
-    assert _engine(new_tokens=1).run(_prompts(count=1), ()).decode_ms is None
+    assert _engine().run(_prompts(count=1, new_tokens=1), ()).decode_ms is None
 
 
 def test_cache_bytes_counts_storage_once():

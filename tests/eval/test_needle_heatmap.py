@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.heatmap import PALETTES, Panel, draw
+from llm_accel.eval.heatmap import PALETTES, Panel, draw
 from llm_accel.eval.plots import require_matplotlib, save
 
 LENGTHS, DEPTHS = (512, 1024, 2048), (0.0, 50.0, 100.0)

@@ -8,30 +8,38 @@ import threading
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.grid import places
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.runner import run_grid
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.registry import parse_all
-from tests.eval.needle_kit import ToldEngine, make_maker
+from llm_accel.eval.records import RunDir
+from llm_accel.eval.runner import run_places
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import NeedleTask
+from tests.eval.needle_kit import ToldEngine, make_maker, tiny_model, tokenizer
 
 SETTINGS = Settings(lengths=(256, 512), depths=(0.0, 50.0, 100.0), samples=2, methods=("dense", "random:budget=64"))
-CONFIGS = {method: parse_all(method) for method in SETTINGS.methods}
+
+
+def _directory(path) -> RunDir:
+    return RunDir(path, NeedleTask.fields, NeedleTask.plots)
 
 
 def _run(path, engine, shard=(1, 1), **changed):
     maker = make_maker(**{**SETTINGS.__dict__, **changed})
-    run_dir = NeedleDir(path)
+    task = NeedleTask(maker.settings, tiny_model(), tokenizer(), maker)
+    task.engine = engine
+    run_dir = _directory(path)
     done = run_dir.open(maker.settings.to_dict(), {})
     said: list[str] = []
-    run_grid(maker.settings, engine, maker, CONFIGS, run_dir, done, places(maker.settings, shard), shard, said.append)
+    run_places(task, run_dir, done, shard, said.append, shown=False)
     return run_dir.records(), said
 
 
+def _key(record):
+    return tuple(record[field] for field in NeedleTask.fields)
+
+
 def test_every_method_gets_the_same_prompts_and_every_record_is_whole(tmp_path):
-    engine = ToldEngine(right=lambda method, prompt: method == "dense" or prompt.depth == 100)
+    engine = ToldEngine(right=lambda method, prompt: method == "dense" or prompt.place.row == 100)
     records, said = _run(tmp_path, engine, batch_size=4, query_agnostic=True)
-    assert len(records) == len({NeedleDir.key(r) for r in records}) == 24
+    assert len(records) == len({_key(r) for r in records}) == 24
     by_method = {m: {r["prompt_hash"] for r in records if r["method"] == m} for m in SETTINGS.methods}
     assert by_method["dense"] == by_method["random:budget=64"] and len(by_method["dense"]) == 12
     for record in records:
@@ -52,7 +60,7 @@ def test_a_crash_loses_nothing_and_the_run_goes_on(tmp_path, batch_size):
     cells.write_bytes(kept[:-25])  # the last line was being written
     engine = ToldEngine()
     records, said = _run(tmp_path / "torn", engine, batch_size=batch_size)
-    key = lambda r: (NeedleDir.key(r), r["exact"], r["prompt_hash"])  # noqa: E731
+    key = lambda r: (_key(r), r["exact"], r["prompt_hash"])  # noqa: E731
     assert sorted(map(key, records)) == sorted(map(key, whole))
     assert engine.calls < ToldEngine().calls + 24 and "records are there" in said[0]
     lines = cells.read_text().splitlines()
@@ -80,7 +88,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 def test_overwrite_removes_only_what_a_run_writes(tmp_path):
     _run(tmp_path, ToldEngine())
     (tmp_path / "notes.txt").write_text("mine")
-    assert NeedleDir(tmp_path).open({"seed": 9}, {}, overwrite=True) == []
+    assert _directory(tmp_path).open({"seed": 9}, {}, overwrite=True) == []
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.txt", "run.json"]
 
 
@@ -88,12 +96,12 @@ def test_shards_share_a_directory_and_make_a_whole(tmp_path):
     for i in (3, 1, 2):
         records, _ = _run(tmp_path, ToldEngine(), shard=(i, 3))
     whole, _ = _run(tmp_path / "whole", ToldEngine())
-    assert {NeedleDir.key(r) for r in records} == {NeedleDir.key(r) for r in whole}
+    assert {_key(r) for r in records} == {_key(r) for r in whole}
     assert {r["shard"] for r in records} == {"1/3", "2/3", "3/3"}
 
 
 def test_lines_of_several_writers_do_not_mix(tmp_path):
-    run_dir = NeedleDir(tmp_path)
+    run_dir = _directory(tmp_path)
     run_dir.open({}, {})
 
     def write(i: int) -> None:
@@ -114,21 +122,21 @@ def test_lines_of_several_writers_do_not_mix(tmp_path):
 def test_a_foreign_run_file_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="cannot be read as that of a run"):
-        NeedleDir(tmp_path).open({"seed": 0}, {})
+        _directory(tmp_path).open({"seed": 0}, {})
 
 
 def test_places_that_are_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        NeedleDir(tmp_path / "file").open({}, {})
+        _directory(tmp_path / "file").open({}, {})
     with pytest.raises(ConfigError, match="cannot be used"):
-        NeedleDir(tmp_path / "file" / "below").open({}, {})
+        _directory(tmp_path / "file" / "below").open({}, {})
     (tmp_path / "cells.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"without run\.json"):
-        NeedleDir(tmp_path).open({}, {})
+        _directory(tmp_path).open({}, {})
 
 
 def test_run_file_tells_settings_and_more(tmp_path):
-    NeedleDir(tmp_path).open(SETTINGS.to_dict(), {"versions": {"torch": "2"}})
+    _directory(tmp_path).open(SETTINGS.to_dict(), {"versions": {"torch": "2"}})
     written = json.loads((tmp_path / "run.json").read_text())
     assert written["settings"] == SETTINGS.to_dict() and written["versions"] == {"torch": "2"}

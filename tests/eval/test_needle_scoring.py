@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from llm_accel.eval.needle.scoring import rouge1_recall, score
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.needle.summary import cell_means, summarize
-from llm_accel.eval.needle.table import render
-from llm_accel.eval.statistics import wilson
+from llm_accel.common.statistics import wilson
+from llm_accel.eval.tasks.needle.scoring import rouge1_recall, score
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import NeedleTask
+from llm_accel.eval.text_task import cell_means
+from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,10 @@ def test_wilson_interval():
 SETTINGS = Settings(methods=("dense", "random:budget=128"), lengths=(512, 1024), depths=(0.0, 100.0), samples=2)
 
 
+def _task() -> NeedleTask:
+    return NeedleTask(SETTINGS, tiny_model(), tokenizer(), make_maker())
+
+
 def _record(method: str, length: int, depth: float, sample: int, exact: float) -> dict[str, object]:
     return {
         "method": method, "length": length, "depth": depth, "sample": sample, "exact": exact, "rouge1_recall": exact,
@@ -66,7 +71,7 @@ def _records() -> list[dict[str, object]]:
 
 
 def test_summary_counts_and_compares_what_both_have():
-    summary = summarize(SETTINGS, _records(), model="m")
+    summary = _task().summarize(_records(), model="m")
     json.dumps(summary)
     assert (summary["records"], summary["missing"], summary["complete"]) == (12, 4, False)
     dense, other = (summary["methods"][name] for name in SETTINGS.methods)
@@ -78,17 +83,17 @@ def test_summary_counts_and_compares_what_both_have():
 
 
 def test_cells_are_depths_by_lengths():
-    assert cell_means(SETTINGS, _records(), "random:budget=128") == [[0.0, None], [0.5, None]]
+    assert cell_means(_task(), _records(), "random:budget=128") == [[0.0, None], [0.5, None]]
 
 
 def test_table_shows_every_method_and_what_is_missing():
-    text = render(SETTINGS, summarize(SETTINGS, _records()), "some-model")
+    text = _task().render(_task().summarize(_records()))
     lines = text.splitlines()
-    assert lines[0] == "needle: some-model, multikey, 4 needles, word -> number, query-aware"
+    assert lines[0] == "needle: bundled needle model, multikey, 4 needles, word -> number, query-aware"
     assert lines[1].split("  ")[0] == "exact match" and "512" in lines[1] and "KV at 512" in lines[1]
     (row,) = [line for line in lines if line.startswith("random:budget=128")]
     assert row.split() == ["random:budget=128", "0.25", "-", "0.25", "-0.75", "0.25", "0.1", "KiB", "25.0%", "2.00"]
     assert lines[-1] == "samples per length: 4; 4 records missing"
     assert max(map(len, lines)) < 160
-    empty = render(SETTINGS, summarize(SETTINGS, []), "some-model")
+    empty = _task().render(_task().summarize([]))
     assert "16 records missing" in empty

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
 from llm_accel import ConfigError, LlmAccelError
-from llm_accel.eval.arguments import parse_shard
-from llm_accel.eval.needle.command import add_arguments, settings_from
-from llm_accel.eval.needle.settings import (
-    DEFAULT_METHODS,
-    Settings,
-    length_label,
-    parse_depths,
-    parse_lengths,
-)
+from llm_accel.common.arguments import parse_shard
+from llm_accel.eval.lengths import length_label, parse_lengths
+from llm_accel.eval.tasks.needle.settings import DEFAULT_METHODS, Settings, parse_depths
+from tests.common.options_kit import from_words
 
 
 def _settings(*argv: str) -> Settings:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return settings_from(parser.parse_args(argv))
+    return from_words(Settings, argv)
 
 
 def test_defaults_of_the_command_are_the_defaults_of_the_settings():

@@ -10,15 +10,15 @@ from functools import cache
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.needle.encoding import Encoder, make_frame
-from llm_accel.eval.ruler.documents import load_questions
-from llm_accel.eval.ruler.prompts import Place, PromptMaker
-from llm_accel.eval.ruler.runner import batches, places
-from llm_accel.eval.ruler.scoring import score
-from llm_accel.eval.ruler.settings import Settings, parse_tasks
-from llm_accel.eval.ruler.tasks import BUNDLED, TASKS, WITHOUT_DATA
-from llm_accel.eval.ruler.words import SINGLE, pair
-from tests.eval.needle_kit import haystack, tokenizer
+from llm_accel.eval.grid import Place
+from llm_accel.eval.prompts.encoding import Encoder, make_frame
+from llm_accel.eval.prompts.words import SINGLE, pair
+from llm_accel.eval.tasks.ruler.documents import load_questions
+from llm_accel.eval.tasks.ruler.scoring import score
+from llm_accel.eval.tasks.ruler.settings import Settings, parse_tasks
+from llm_accel.eval.tasks.ruler.task import RulerMaker, RulerTask
+from llm_accel.eval.tasks.ruler.tasks import BUNDLED, TASKS, WITHOUT_DATA
+from tests.eval.needle_kit import haystack, tiny_model, tokenizer
 
 ROWS = [
     {"question": f"Who made {i}?", "answers": [f"maker {i}"], "documents": [f"It was maker {i} who made {i}. " * 5]}
@@ -27,10 +27,10 @@ ROWS = [
 
 
 @cache
-def make_maker(kind: str = "bundled", chat: bool = True, **options) -> PromptMaker:
-    options.setdefault("tasks", WITHOUT_DATA)
+def make_maker(kind: str = "bundled", chat: bool = True, **options) -> RulerMaker:
+    options = {"tasks": WITHOUT_DATA, "wording": "ruler", **options}
     encoder = Encoder(tokenizer(kind))
-    return PromptMaker(Settings(**options), encoder, make_frame(encoder, chat), haystack(kind, "grammar"))
+    return RulerMaker(encoder, make_frame(encoder, chat), haystack(kind, "grammar"), Settings(**options))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_bundled_tokenizer_reads_the_text_as_the_same_tokens(task, questions
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.family == "niah"])
 @pytest.mark.parametrize("wording", ["ruler", "bundled"])
 def test_needles_are_whole_and_keys_are_asked_for_once(task, wording):
-    maker, spec = make_maker(wording=wording), TASKS[task]
+    maker, spec = make_maker(wording=wording), TASKS[task].needles
     for sample in range(2):
         prompt = maker.make(Place(1531, task, sample))
         context, tail = (
@@ -155,20 +155,22 @@ def test_scores_are_rulers():
 
 
 def test_places_and_batches():
-    settings = Settings(lengths=(1024, 2048), tasks=("vt", "niah_single_1"), samples=5)
-    every = places(settings)
-    assert sorted(every) == every == sorted(place for i in (1, 2, 3) for place in places(settings, (i, 3)))
-    rows = list(batches(reversed(every), 3))
+    maker = make_maker(lengths=(1024, 2048), tasks=("vt", "niah_single_1"), samples=5, batch_size=3)
+    task = RulerTask(maker.settings, tiny_model(), tokenizer(), maker)
+    every = list(task.places())
+    assert sorted(every) == every and len(every) == 20
+    rows = list(task.batches(reversed(every)))
     assert [place for row in rows for place in row] == every
-    assert all(len({(place.length, place.task) for place in row}) == 1 and len(row) <= 3 for row in rows)
+    assert all(len({(place.length, place.row) for place in row}) == 1 and len(row) <= 3 for row in rows)
 
 
 def test_tasks_by_name():
-    assert parse_tasks(None, True, ()) == BUNDLED and parse_tasks("all", True, ()) == WITHOUT_DATA
-    assert parse_tasks(None, False, ("qa_2",)) == (*WITHOUT_DATA, "qa_2")
-    assert parse_tasks("vt, niah_single_1", False, ()) == ("niah_single_1", "vt")
+    assert Settings().tasks == BUNDLED and Settings(tasks=("all",)).tasks == WITHOUT_DATA
+    assert Settings(model="x", qa_2="file.json").tasks == (*WITHOUT_DATA, "qa_2")
+    assert (Settings().wording, Settings(model="x").wording) == ("bundled", "ruler")
+    assert parse_tasks("vt, niah_single_1") == ("niah_single_1", "vt") and parse_tasks("all") == ("all",)
     with pytest.raises(ConfigError, match="niah_single_1"):
-        parse_tasks("niah_singel_1", False, ())
+        parse_tasks("niah_singel_1")
     with pytest.raises(ConfigError, match="--qa-1"):
         Settings(tasks=("qa_1",))
 

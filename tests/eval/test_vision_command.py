@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llm_accel.cli import main
-from llm_accel.eval.vision import engine
+from llm_accel.eval.tasks.vision import engine
 from tests.eval.vision_kit import records, save_tiny, vision
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.models.vision_init import build_processor
-from llm_accel.eval.vision.controls import OracleTokens, bound
-from llm_accel.eval.vision.engine import Engine
-from llm_accel.eval.vision.examples import SceneSource
-from llm_accel.eval.vision.reader import Reader, blank
-from llm_accel.eval.vision.settings import parse_method, sweep
-from llm_accel.eval.vision.watch import prefill_flops
+from llm_accel.eval.tasks.vision.controls import OracleTokens, bound
+from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.tasks.vision.examples import SceneSource
+from llm_accel.eval.tasks.vision.reader import Reader, blank
+from llm_accel.eval.tasks.vision.settings import parse_method, sweep
+from llm_accel.eval.tasks.vision.sources import load_rows
+from llm_accel.eval.tasks.vision.watch import kept_patches, prefill_flops
 from tests.eval.vision_kit import tiny_model
+from training.vision_init import build_processor
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,22 @@ def test_prompts_of_a_chat_template_begin_once():
     assert (ids == processor.tokenizer.bos_token_id).sum() == 1 and ids.shape == (1, 1 + 100 + 4)
     with pytest.raises(ConfigError, match="vision-language"):
         Reader(processor.tokenizer)
+
+
+def test_tokens_of_the_answer_are_no_patches():
+    kept = torch.tensor([[[0, 2, 5, -1], [1, 2, 7, 9]]])  # positions from 5 on follow a prompt of five tokens
+    ids, mask = torch.tensor([[1, 8, 8, 1, 1]]), torch.ones(1, 5, dtype=torch.long)
+    assert kept_patches(SimpleNamespace(kept=kept), ids, mask, image_token=8) == [[0.5, 1.0]]
+
+
+def test_keys_of_questions_are_known_without_asking_them(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pope = [{"image": "a.png", "question": "is there a cat?", "answer": answer} for answer in ("yes", "no")]
+    chair = [{"image": "a.png", "objects": ["cat"]}]
+    sources = [SceneSource(2, seed=0)]
+    for kind, rows in (("pope", pope), ("chair", chair)):
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sources.append(load_rows(f"{kind}:{tmp_path / kind}.jsonl", None))
+    for source in sources:
+        for sample in range(len(source)):
+            assert source.keys(sample) == [example.key for example in source.examples(sample)]

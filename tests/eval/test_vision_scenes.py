@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from llm_accel.eval.vision import scenes as sc
-from llm_accel.eval.vision.questions import NUMBERS, POPE_SPLITS, TASKS, questions
+from llm_accel.eval.tasks.vision import scenes as sc
+from llm_accel.eval.tasks.vision.questions import NUMBERS, POPE_SPLITS, TASKS, questions
+from training.vision_data import draw_scenes
 
 PAINT = {"red": (230, 31, 31), "green": (26, 179, 38), "blue": (38, 64, 242), "yellow": (242, 230, 26)}
 PAINT |= {"purple": (153, 26, 191), "orange": (255, 133, 13), "cyan": (26, 217, 230), "white": (247, 247, 247)}
@@ -42,11 +43,11 @@ def see(scene: sc.Scene, index: int) -> Seen:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[sc.Scene]:
-    return sc.draw_scenes(60, 1) + sc.draw_scenes(20, 2, "dense")
+    return draw_scenes(60, 1) + draw_scenes(20, 2, "dense")
 
 
 def test_the_same_seed_draws_the_same_scenes() -> None:
-    first, again, other = (sc.draw_scenes(3, seed, "dense") for seed in (5, 5, 6))
+    first, again, other = (draw_scenes(3, seed, "dense") for seed in (5, 5, 6))
     assert all((a.image == b.image).all() and a.things == b.things for a, b in zip(first, again, strict=True))
     assert not (first[0].image == other[0].image).all()
     asked = [questions(first[0], np.random.default_rng(1), task, 3) for task in TASKS]
@@ -89,10 +90,10 @@ def test_the_prior_is_skewed_and_ties_partners() -> None:
         return present.sum(0), float((together[np.arange(40), (np.arange(40) + 11) % 40]).sum() / 500)
 
     often, tied = drawn(sc.SKEWED)
-    even, loose = drawn(sc.UNIFORM)
+    even, loose = drawn(sc.Prior(np.full(sc.PAIRS, 1 / sc.PAIRS), np.ones((sc.PAIRS, sc.PAIRS))))
     assert often.max() > 5 * often.min() and even.max() < 3 * even.min()
     assert tied > 4 * loose
-    assert drawn_pairs_follow(sc.draw_scenes(60, 3, "dense"), often)
+    assert drawn_pairs_follow(draw_scenes(60, 3, "dense"), often)
 
 
 def drawn_pairs_follow(scenes: list[sc.Scene], often: np.ndarray) -> bool:
@@ -159,9 +160,9 @@ def test_existence_splits_are_balanced_and_choose_their_negatives(scenes: list[s
 
 
 def test_ambiguous_questions_are_not_asked() -> None:
-    alone = sc.draw_scenes(30, 8)
+    alone = draw_scenes(30, 8)
     rng = np.random.default_rng(0)
     assert all(not questions(scene, rng, "spatial") for scene in alone if len(scene.things) == 1)
-    for scene in sc.draw_scenes(20, 8, "dense"):
+    for scene in draw_scenes(20, 8, "dense"):
         shapes = Counter(thing.shape for thing in scene.things)
         assert len(questions(scene, rng, "colour", 9)) == sum(n == 1 for n in shapes.values())

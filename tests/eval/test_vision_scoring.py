@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from llm_accel.eval.statistics import bootstrap, share_of_sums, wilson
-from llm_accel.eval.vision.coco import categories, objects_in
-from llm_accel.eval.vision.scoring import Confusion, exact, pairs, score, yes_no
-from llm_accel.eval.vision.settings import Settings
-from llm_accel.eval.vision.summary import summarize
-from llm_accel.eval.vision.table import render, void_tasks
+from llm_accel.common.statistics import bootstrap, share_of_sums, wilson
+from llm_accel.eval.tasks.vision.coco import categories, objects_in
+from llm_accel.eval.tasks.vision.scoring import Confusion, exact, pairs, score, yes_no
+from llm_accel.eval.tasks.vision.settings import Settings
+from llm_accel.eval.tasks.vision.summary import summarize
+from llm_accel.eval.tasks.vision.table import render, void_tasks
 
 
 def test_wilson_interval_against_known_values():

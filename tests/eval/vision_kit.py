@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llm_accel.cli import main
-from llm_accel.eval.models.vision_init import build_processor, model_config
+from training.vision_init import build_processor, model_config
 
 
 @cache

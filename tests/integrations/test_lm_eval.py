@@ -69,7 +69,7 @@ def test_the_command_gives_our_answers(ours, tmp_path):
 @needs_lm_eval
 def test_a_patched_object_gives_our_answers(ours):
     from examples.lm_eval_object import evaluate
-    from llm_accel.eval.models.bundled import load_needle_model
+    from llm_accel.common.bundled import load_needle_model
 
     file, records = ours
     model, tokenizer = load_needle_model()

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, Handle, UnsupportedCallError, UnsupportedModelError
-from llm_accel.eval.bench.memory import TensorBytes
+from llm_accel.eval.tasks.bench.memory import TensorBytes
 from llm_accel.registry import parse
 from tests.patches.calls import Outside
 from tests.tiny import CONFIGS, left_padded, prompt, tiny_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_accel.eval.models.bundled import load_needle_model
+from llm_accel.common.bundled import load_needle_model
 from tests.serve.kit import ALICE, BOB, Running, start
 
 

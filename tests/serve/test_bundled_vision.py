@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from llm_accel.common.bundled import load_vision_model
 from llm_accel.errors import ConfigError
-from llm_accel.eval.models.bundled import load_vision_model
-from llm_accel.eval.vision.engine import Engine
-from llm_accel.eval.vision.examples import SceneSource
-from llm_accel.eval.vision.questions import TASKS
-from llm_accel.eval.vision.reader import Reader
+from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.tasks.vision.examples import SceneSource
+from llm_accel.eval.tasks.vision.questions import TASKS
+from llm_accel.eval.tasks.vision.reader import Reader
 from llm_accel.registry import parse_all
 from llm_accel.serve.loading import load
 from llm_accel.serve.settings import ServeSettings

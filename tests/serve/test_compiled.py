@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llm_accel.common.bundled import load_needle_model
 from llm_accel.errors import ConfigError
-from llm_accel.eval.models.bundled import load_needle_model
 from llm_accel.patches.compiled import call
 from llm_accel.serve.settings import ServeSettings
 from tests.serve.kit import Running, start

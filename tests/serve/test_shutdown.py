@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llm_accel.eval.models.bundled import load_needle_model
+from llm_accel.common.bundled import load_needle_model
 from llm_accel.patches.install import hook_of
 from llm_accel.serve.settings import KEY_VARIABLE
 from tests.eval.needle_kit import tiny_model, tokenizer

@@ -10,7 +10,7 @@ import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
 from llm_accel import cli
-from llm_accel.eval.models.bundled import needle_model_path
+from llm_accel.common.bundled import needle_model_path
 from llm_accel.registry import parse_all
 from llm_accel.serve.transformers_serve import server
 from tests.serve.kit import PATIENCE, wait_for

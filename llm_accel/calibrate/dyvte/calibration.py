@@ -14,8 +14,8 @@ import torch
 from llm_accel.calibrate.dyvte.observe import safe_exits
 from llm_accel.calibrate.dyvte.runs import Run, Sample
 from llm_accel.calibrate.dyvte.train import Trained
+from llm_accel.common.environment import packages
 from llm_accel.errors import ConfigError
-from llm_accel.eval.environment import versions
 from llm_accel.eval.records import Record
 from llm_accel.methods import CutModel, DyVTE, ExitProfile, Routers
 from llm_accel.methods.exit_profile import LayerExit, calibrated_exit
@@ -162,7 +162,7 @@ def _result(
         weights_hash=about.weights_hash,
         seed=seed,
         settings=settings | {"answers_given": given, "answers_own": len(records) - given},
-        versions={package: version for package, version in versions().items() if package != "git_commit"},
+        versions=packages(),
     )
     if trained is None:
         return Calibration(profile)

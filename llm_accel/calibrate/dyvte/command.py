@@ -3,66 +3,59 @@
 from __future__ import annotations
 
 import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_accel.calibrate.dyvte import Calibration, calibrate_dyvte
 from llm_accel.calibrate.dyvte.calibration import EPSILON, MAX_NEW_TOKENS, ROUTER_DIM
-from llm_accel.calibrate.dyvte.runs import CalibrationDir
+from llm_accel.calibrate.dyvte.runs import FIELDS
 from llm_accel.calibrate.dyvte.samples import processed, read_pairs
 from llm_accel.calibrate.dyvte.scenes import scene_pairs
+from llm_accel.common.arguments import ModelOptions, OutputOptions
+from llm_accel.common.loading import load_vision_model
+from llm_accel.common.options import option
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.arguments import add_place
-from llm_accel.eval.vision.loading import load_model, model_name
-from llm_accel.eval.vision.settings import SCENES, Settings
+from llm_accel.eval.records import RunDir
+from llm_accel.eval.runner import tell
+from llm_accel.eval.tasks.vision.settings import SCENES
+from llm_accel.eval.tasks.vision.task import model_name
 
 METHODS = ("dyvte",)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command; values are checked in :func:`run`."""
-    parser.add_argument("method", metavar="METHOD", help=f"what is calibrated: {', '.join(METHODS)}")
-    parser.add_argument("--model", metavar="ID|PATH", help="HuggingFace model (default: the bundled vision model)")
-    parser.add_argument(
-        "--data",
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(OutputOptions, ModelOptions):
+    """Options of the command; numbers are checked by :func:`calibrate_dyvte`."""
+
+    model: str | None = option("HuggingFace model (default: the bundled vision model)", None, metavar="ID|PATH")
+    attn: str | None = option("", None, flag="")
+    data: str | None = option(
+        'JSON Lines: {"image": PATH, "prompt": TEXT, "answer": TEXT}, answer optional; or drawn scenes (the bundled '
+        "model's default)",
+        None,
         metavar="FILE|scenes",
-        help='JSON Lines: {"image": PATH, "prompt": TEXT, "answer": TEXT}, answer optional; or drawn scenes (the '
-        "bundled model's default)",
     )
-    parser.add_argument(
-        "--num-samples", type=int, default=256, metavar="N", help="samples at most (default: %(default)s)"
-    )
-    parser.add_argument("--out", metavar="DIR", help="default: runs/dyvte-<model>")
-    parser.add_argument(
-        "--epsilon",
-        type=float,
-        default=EPSILON,
-        metavar="X",
-        help="share of the samples that may change their answer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--slack",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="nats per token by which a loss may always grow (default: 0)",
-    )
-    parser.add_argument("--routers", action=argparse.BooleanOptionalAction, default=True, help="train routers as well")
-    parser.add_argument(
-        "--router-dim", type=int, default=ROUTER_DIM, metavar="N", help="width of a router (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="of the model's own answers, where none is given (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of routers and scenes (default: %(default)s)")
-    add_place(parser, attention=False)
-    parser.add_argument("--overwrite", action="store_true", help="start anew in --out instead of going on")
-    parser.add_argument("--json-only", action="store_true", help="no table on stdout, only the JSON line")
+    num_samples: int = option("samples at most", 256, least=1)
+    epsilon: float = option("share of the samples that may change their answer", EPSILON, metavar="X")
+    slack: float = option("nats per token by which a loss may always grow", 0.0, metavar="X")
+    routers: bool = option("train routers as well", True)
+    router_dim: int = option("width of a router", ROUTER_DIM)
+    max_new_tokens: int = option("of the model's own answers, where none is given", MAX_NEW_TOKENS)
+    seed: int = option("of routers and scenes", 0, least=0)
+    out: str | None = option("default: runs/dyvte-<model>", None, metavar="DIR", group="output")
+    overwrite: bool = option("start anew in --out instead of going on", False, group="output")
+    plot: bool = option("", False, flag="")
+
+    def validate(self) -> None:
+        if self.data is None and self.model is not None:
+            raise ConfigError(f"--data is missing; give a file with images and prompts for {self.model!r}.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is calibrated, and how."""
+    parser.add_argument("method", metavar="METHOD", help=f"what is calibrated: {', '.join(METHODS)}")
+    CalibrateOptions.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,34 +66,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.method not in METHODS:
         raise ConfigError(unknown_name("method to calibrate", args.method, METHODS))
-    settings = Settings(
-        model=args.model, samples=args.num_samples, dtype=args.dtype, device=args.device, seed=args.seed
-    )
-    if args.data is None and args.model is not None:
-        raise ConfigError(f"--data is missing; give a file with images and prompts as {args.model!r} will see them.")
-    pairs = None if args.data in (SCENES, None) else read_pairs(args.data)
-    model, processor, settings = load_model(settings)
-    out = Path(args.out) if args.out else Path("runs") / f"dyvte-{Path(args.model).name if args.model else 'bundled'}"
-    wanted = args.num_samples if pairs is None else min(args.num_samples, len(pairs))
+    options = CalibrateOptions.from_arguments(args)
+    pairs = None if options.data in (SCENES, None) else read_pairs(options.data)
+    model, processor, options = load_vision_model(options)
+    name = Path(options.model).name if options.model else "bundled"
+    out = Path(options.out) if options.out else Path("runs") / f"dyvte-{name}"
+    wanted = options.num_samples if pairs is None else min(options.num_samples, len(pairs))
     found = calibrate_dyvte(
         model,
-        processed(processor, scene_pairs(wanted, args.seed) if pairs is None else pairs),
+        processed(processor, scene_pairs(wanted, options.seed) if pairs is None else pairs),
         num_samples=wanted,
-        epsilon=args.epsilon,
-        slack=args.slack,
-        routers=args.routers,
-        router_dim=args.router_dim,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
+        epsilon=options.epsilon,
+        slack=options.slack,
+        routers=options.routers,
+        router_dim=options.router_dim,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
         out=out,
-        overwrite=args.overwrite,
-        name=model_name(settings),
+        overwrite=options.overwrite,
+        name=model_name(options.model),
     )
     summary = _summary(found, out)
-    CalibrationDir(out).write_summary(summary)
-    if not args.json_only:
-        print(_table(found))
-    print(json.dumps(summary, separators=(",", ":")), flush=True)
+    RunDir(out, FIELDS).write_summary(summary)
+    tell(summary, None if options.json_only else _table(found))
     return summary
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llm_accel.calibrate.dyvte.observe import Observation, observe
 from llm_accel.calibrate.dyvte.train import Trained, train_routers
-from llm_accel.calibrate.heads.runs import progress
+from llm_accel.common.environment import versions
+from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.environment import versions
 from llm_accel.eval.records import Record, RunDir
 from llm_accel.methods import CutModel
 from llm_accel.patches.families import VisionFamily
@@ -25,10 +25,7 @@ Inputs = Mapping[str, Tensor]
 Sample = Inputs | tuple[Inputs, Tensor | Sequence[int] | None]
 
 
-class CalibrationDir(RunDir):
-    """Records of a calibration: one of each sample."""
-
-    fields = ("sample",)
+FIELDS = ("sample",)  # what tells the records of a calibration apart
 
 
 class Run:
@@ -40,7 +37,7 @@ class Run:
         self.tokens = tokens
         self.routers = routers
         self.out = out
-        self.run_dir = None if out is None else CalibrationDir(out)
+        self.run_dir = None if out is None else RunDir(out, FIELDS)
         self.records: list[Record] = []
         self.features: list[Tensor] = []
         self._done: dict[int, Record] = {}
@@ -60,14 +57,14 @@ class Run:
         Raises:
             ConfigError: a sample cannot be used, or is another one than in the earlier run.
         """
-        with progress(total, "sample") as bar:
+        with bar(total, "sample") as counter:
             for index, sample in enumerate(samples):
                 inputs, answer = sample if isinstance(sample, tuple) else (sample, None)
                 try:
                     self._one(index, inputs, answer)
                 except ConfigError as error:
                     raise ConfigError(f"sample {index}: {error}") from error
-                bar.update(1)
+                counter.update(1)
         if not self.records:
             raise ConfigError("there is no sample; give at least one.")
 
@@ -107,7 +104,7 @@ class Run:
     def train(self, about: CutModel, labels: Sequence[Sequence[bool]], dim: int, seed: int) -> Trained:
         """Routers of all layers; ``labels``: of each sample and layer."""
         layers = range(about.first, about.layers - 1)
-        with progress(len(layers), "router") as bar:
+        with bar(len(layers), "router") as counter:
             return train_routers(
                 torch.stack(self.features),
                 torch.tensor(labels),
@@ -115,7 +112,7 @@ class Run:
                 dim,
                 seed,
                 self.model.device,
-                tick=lambda: bar.update(1),
+                tick=counter.update,
             )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from llm_accel.calibrate.dyvte.runs import Sample
 from llm_accel.errors import ConfigError
-from llm_accel.eval.vision.reader import Reader
-from llm_accel.eval.vision.sources import opened
+from llm_accel.eval.tasks.vision.reader import Reader
+from llm_accel.eval.tasks.vision.sources import opened
 
 _FORM = 'one object per line: {"image": PATH, "prompt": TEXT, "answer": TEXT}, the answer may be left out'
 

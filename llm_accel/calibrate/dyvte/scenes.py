@@ -8,8 +8,8 @@ from itertools import count, cycle
 import numpy as np
 
 from llm_accel.calibrate.dyvte.samples import Pair
-from llm_accel.eval.vision.questions import TASKS, questions
-from llm_accel.eval.vision.scenes import SPLITS, draw_scene
+from llm_accel.eval.tasks.vision.questions import TASKS, questions
+from llm_accel.eval.tasks.vision.scenes import SPLITS, draw_scene
 
 APART = 2**20  # first word of the seed; training and evaluation begin theirs with small numbers
 

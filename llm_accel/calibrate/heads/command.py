@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_accel.calibrate.heads.induction import induction_scores
-from llm_accel.calibrate.heads.plot import write as write_plot
-from llm_accel.calibrate.heads.profile import HeadProfile, make_profile
-from llm_accel.calibrate.heads.runs import Grid, progress
+from llm_accel.calibrate.heads.plot import draw
+from llm_accel.calibrate.heads.profile import make_profile
+from llm_accel.calibrate.heads.runs import NAME, CopyTask
 from llm_accel.calibrate.heads.table import render
+from llm_accel.common.arguments import ModelOptions, OutputOptions
+from llm_accel.common.environment import packages
+from llm_accel.common.loading import load_text_model
+from llm_accel.common.options import flag, option
+from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.arguments import add_model, add_place, add_shown, at_least, one_of
-from llm_accel.eval.environment import versions
-from llm_accel.eval.needle import settings as s
-from llm_accel.eval.needle.command import make_prompts, prompts_digest
-from llm_accel.eval.needle.loading import load_model, model_name
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.settings import Settings
-from llm_accel.eval.plots import require_matplotlib
+from llm_accel.eval.lengths import parse_lengths
+from llm_accel.eval.plots import require_matplotlib, save
+from llm_accel.eval.records import RunDir
+from llm_accel.eval.runner import run_places, tell
+from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
+from llm_accel.eval.tasks.needle.task import make_prompts
+from llm_accel.methods.head_profile import HeadProfile
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 
@@ -32,39 +35,62 @@ APART = 2**20  # added to the seed of the prompts, so that `llm-accel needle` wi
 _SMALL = 128  # query heads up to which the circuit is looked for unless told otherwise
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command; values are checked in :func:`run`."""
-    add_model(parser, "needle")
-    parser.add_argument(
-        "--detector",
-        default=DETECTORS[0],
-        metavar="|".join(DETECTORS),
-        help="induction: random tokens, no data, seconds; copy_paste: needle prompts (default: %(default)s)",
+@dataclass(frozen=True, kw_only=True)
+class HeadsOptions(OutputOptions, ModelOptions):
+    """Options of the command; those of the other detector are refused."""
+
+    detector: str = option(
+        "induction: random tokens, no data, seconds; copy_paste: needle prompts", DETECTORS[0], choices=DETECTORS
     )
-    parser.add_argument("--out", metavar="DIR", help="default: runs/heads-<model>-<detector>")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--samples", type=int, default=2, metavar="N", help="inputs, or prompts per length and depth (default: 2)"
+    seed: int = option("of tokens or prompts", 0)
+    samples: int = option("inputs, or prompts per length and depth", 2, least=1)
+    attn: str | None = option("", None, flag="")
+    out: str | None = option("default: runs/heads-<model>-<detector>", None, metavar="DIR", group="output")
+    tokens: int | None = option(
+        "random tokens, repeated four times (default: 512; paper: 2500)", None, group="induction"
     )
-    add_place(parser, attention=False)
-    add_shown(parser, "heads.png")
-    free = parser.add_argument_group("induction")
-    free.add_argument(
-        "--tokens", type=int, metavar="N", help="random tokens, repeated four times (default: 512; paper: 2500)"
+    lengths: tuple[int, ...] | None = option(
+        "prompt lengths in tokens (default: 512,1k,2k)", None, metavar="LIST", parse=parse_lengths, group="copy_paste"
     )
-    runs = parser.add_argument_group("copy_paste")
-    runs.add_argument("--lengths", metavar="LIST", help="prompt lengths in tokens (default: 512,1k,2k)")
-    runs.add_argument("--depths", metavar="N|LIST", help="as in llm-accel needle (default: 5)")
-    runs.add_argument("--needles", type=int, metavar="N", help="one asked, the others distract (default: 4)")
-    runs.add_argument("--haystack", metavar="FILE|DIR|dataset:NAME", help="default: built-in sentences")
-    runs.add_argument("--compat", action="store_true", help="count repeated copies, as the published scores do")
-    runs.add_argument(
-        "--circuit",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help=f"take out each head alone to see what answering rests on (default: on up to {_SMALL} query heads)",
+    depths: tuple[float, ...] | None = option(
+        "as in llm-accel needle (default: 5)", None, metavar="N|LIST", parse=parse_depths, group="copy_paste"
     )
-    runs.add_argument("--overwrite", action="store_true", help="start anew in --out instead of going on")
+    needles: int | None = option("one asked, the others distract (default: 4)", None, group="copy_paste")
+    haystack: str | None = option(
+        "default: built-in sentences", None, metavar="FILE|DIR|dataset:NAME", group="copy_paste"
+    )
+    compat: bool = option("count repeated copies, as the published scores do", False, group="copy_paste")
+    circuit: bool | None = option(
+        f"take out each head alone to see what answering rests on (default: on up to {_SMALL} query heads)",
+        None,
+        group="copy_paste",
+    )
+    overwrite: bool = option("start anew in --out instead of going on", False, group="copy_paste")
+
+    def validate(self) -> None:
+        others = ("lengths", "depths", "needles", "haystack", "compat", "circuit", "overwrite")
+        for name, detector in ({"tokens": "induction"} | dict.fromkeys(others, "copy_paste")).items():
+            if getattr(self, name) not in (None, False) and detector != self.detector:
+                raise ConfigError(f"{flag(name)} belongs to --detector {detector}, not to --detector {self.detector}.")
+
+    def prompts(self) -> Settings:
+        """The needle prompts of the copy-paste detector."""
+        return Settings(
+            model=self.model,
+            methods=(NAME,),
+            lengths=self.lengths or parse_lengths("512,1k,2k"),
+            depths=self.depths or parse_depths("5"),
+            samples=self.samples,
+            task="single" if self.needles == 1 else "multikey",
+            needles=4 if self.needles is None else self.needles,
+            haystack=self.haystack or "grammar",
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed + APART,
+        )
+
+
+add_arguments = HeadsOptions.add_arguments
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,89 +99,63 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         LlmAccelError: anything wrong with the arguments, before anything is run or written.
     """
-    _check(args)
-    if args.plot:
+    options = HeadsOptions.from_arguments(args)
+    if options.plot:
         require_matplotlib()
-    settings = Settings(
-        model=args.model,
-        methods=("dense",),
-        lengths=s.parse_lengths(args.lengths or "512,1k,2k"),
-        depths=s.parse_depths(args.depths or "5"),
-        samples=args.samples,
-        task="single" if args.needles == 1 else "multikey",
-        needles=4 if args.needles is None else args.needles,
-        haystack=args.haystack or "grammar",
-        dtype=args.dtype,
-        device=args.device,
-        seed=args.seed + APART,
-    )
-    model, tokenizer, settings = load_model(settings)
-    name = Path(args.model).name if args.model else "bundled"
-    out = Path(args.out) if args.out else Path("runs") / f"heads-{name}-{args.detector}"
-    detect = _induction if args.detector == "induction" else _copy_paste
-    profile = detect(args, model, tokenizer, settings, out)
+    model, tokenizer, settings = load_text_model(options.prompts())
+    name = Path(options.model).name if options.model else "bundled"
+    out = Path(options.out) if options.out else Path("runs") / f"heads-{name}-{options.detector}"
+    detect = _induction if options.detector == "induction" else _copy_paste
+    profile = detect(options, model, tokenizer, settings, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         profile.save(out / "heads.json")
     except OSError as error:
         raise ConfigError(f"--out {str(out)!r} cannot be used: {error.strerror or error}.") from error
-    if args.plot:
-        write_plot(out / "heads.png", profile)
+    if options.plot:
+        save(out / "heads.png", draw(profile))
     summary = _summary(profile, out)
-    if not args.json_only:
-        print(render(profile))
-    print(json.dumps(summary, separators=(",", ":")), flush=True)
+    tell(summary, None if options.json_only else render(profile))
     return summary
 
 
-def _check(args: argparse.Namespace) -> None:
-    one_of(DETECTORS, detector=args.detector)
-    at_least(1, samples=args.samples)
-    owner = {"tokens": "induction"} | dict.fromkeys(
-        ("lengths", "depths", "needles", "haystack", "compat", "circuit", "overwrite"), "copy_paste"
-    )
-    for option, detector in owner.items():
-        if getattr(args, option) not in (None, False) and detector != args.detector:
-            raise ConfigError(f"--{option} belongs to --detector {detector}, not to --detector {args.detector}.")
-
-
-def _induction(args: argparse.Namespace, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
-    tokens = 512 if args.tokens is None else args.tokens
-    with progress(args.samples * model_heads(model).layers, "layer") as bar:
-        scores, echo = induction_scores(model, tokenizer, tokens, args.samples, args.seed, tick=lambda: bar.update(1))
+def _induction(options: HeadsOptions, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
+    tokens = 512 if options.tokens is None else options.tokens
+    with bar(options.samples * model_heads(model).layers, "layer") as counter:
+        scores, echo = induction_scores(model, tokenizer, tokens, options.samples, options.seed, tick=counter.update)
     return make_profile(
         model,
-        model_name(settings.model),
+        settings.model_name,
         "induction",
         scores,
         echo=echo,
-        n_instances=args.samples,
-        seed=args.seed,
-        versions=_versions(),
+        n_instances=options.samples,
+        seed=options.seed,
+        versions=packages(),
         settings={"tokens": tokens},
     )
 
 
-def _copy_paste(args: argparse.Namespace, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
+def _copy_paste(options: HeadsOptions, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
     maker, settings = make_prompts(settings, tokenizer)
-    settings = replace(settings, methods=("copy_paste",))
-    tied = settings.to_dict() | {"prompt_hash": prompts_digest(maker), "weights_hash": weight_hash(model)}
-    run_dir = NeedleDir(out)
-    done = run_dir.open(tied, {"command": "heads", "versions": _versions(), "argv": sys.argv[1:]}, args.overwrite)
-    grid = Grid(model, tokenizer, maker, settings)
-    records = grid.run(run_dir, done)
-    scores, answered = grid.scores(records, args.compat)
+    task = CopyTask(settings, model, tokenizer, maker)
+    tied = settings.to_dict() | {"prompt_hash": task.digest(), "weights_hash": weight_hash(model)}
+    run_dir = RunDir(out, task.fields)
+    done = run_dir.open(tied, {"command": "heads", "versions": packages(), "argv": sys.argv[1:]}, options.overwrite)
+    run_places(task, run_dir, done)
+    records = run_dir.records()
+    scores, answered = task.head_scores(records, options.compat)
     heads = model_heads(model)
-    look = heads.layers * heads.query_heads <= _SMALL if args.circuit is None else args.circuit
+    look = heads.layers * heads.query_heads <= _SMALL if options.circuit is None else options.circuit
     return make_profile(
         model,
-        model_name(settings.model),
+        settings.model_name,
         "copy_paste",
         scores,
-        circuit=grid.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,
+        circuit=task.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,
         n_instances=answered,
-        seed=args.seed,
-        versions=_versions(),
+        seed=options.seed,
+        versions=packages(),
         settings={
             "lengths": list(settings.lengths),
             "depths": list(settings.depths),
@@ -163,13 +163,9 @@ def _copy_paste(args: argparse.Namespace, model: Any, tokenizer: Any, settings: 
             "needles": settings.needles,
             "haystack": settings.haystack,
             "prompts": len(records),
-            "compat": args.compat,
+            "compat": options.compat,
         },
     )
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: version for name, version in versions().items() if name != "git_commit"}
 
 
 def _summary(profile: HeadProfile, out: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from transformers import DynamicCache
 
 from llm_accel.errors import ConfigError
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.heads import model_heads
 from llm_accel.patches.probe import Observed, observe_attention
 
 MAX_STEPS = 50
@@ -85,18 +84,12 @@ def watch_copies(
     return Copies(tuple(answer), len(wanted), hits)
 
 
-def copy_scores(model: Any, successes: Sequence[Copies], compat: bool = False) -> Tensor:
+def mean_share(successes: Sequence[Copies], layers: int, heads: int, compat: bool = False) -> Tensor:
     """Query-head scores fp64 [L, Hq]: the mean over answered prompts of the share of needle tokens that a head copied.
 
     Args:
         compat: count a token as often as it was copied, as the published scores do, which may exceed 1.
     """
-    heads = model_heads(model)
-    return mean_share(successes, heads.layers, heads.query_heads, compat)
-
-
-def mean_share(successes: Sequence[Copies], layers: int, heads: int, compat: bool = False) -> Tensor:
-    """See :func:`copy_scores`."""
     total = torch.zeros(layers, heads, dtype=torch.float64)
     for one in successes:
         for (layer, head, _), count in one.hits.items():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from llm_accel.eval.needle.heatmap import PALETTES
-from llm_accel.eval.plots import INK, MUTED, save
+from llm_accel.eval.heatmap import PALETTES
+from llm_accel.eval.plots import INK, MUTED, new_figure, plain
 from llm_accel.methods.head_profile import HeadProfile
 
 _DETECTED = "#F0496E"
@@ -21,9 +20,7 @@ _MEANING = {
 
 def draw(profile: HeadProfile) -> Any:
     """A matplotlib figure; detected retrieval heads are framed, heads of the circuit carry a dot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     layers, heads, kv_heads = profile.shape
@@ -36,8 +33,7 @@ def draw(profile: HeadProfile) -> Any:
     subtitle = textwrap.wrap(f"{_MEANING.get(profile.method, profile.method)}; {legend}", round((width - left) * 13))
     head_room = 0.55 + 0.17 * len(subtitle)
     height = head_room + high + bottom
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     title = f"{profile.model}: {profile.method.replace('_', '-')} scores"
     figure.text(left / width, 1 - 0.25 / height, title, va="center", fontsize=10.5, color=INK, weight="bold")
     for i, text in enumerate(subtitle):
@@ -58,20 +54,13 @@ def draw(profile: HeadProfile) -> Any:
     every_x, every_y = math.ceil(heads / 16), math.ceil(layers / 16)
     axes.set_xticks(range(0, heads, every_x))
     axes.set_yticks(range(0, layers, every_y))
-    axes.tick_params(labelsize=7.5, length=0, pad=4, colors=MUTED)
+    plain(axes, pad=4)
     grouped = f", in groups of one KV head ({kv_heads})" if kv_heads < heads else ""
     axes.set_xlabel(f"query head{grouped}", fontsize=8, color=MUTED)
     axes.set_ylabel("layer", fontsize=8, color=MUTED)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     bar = figure.add_axes(((left + wide + 0.15) / width, bottom / height, 0.13 / width, high / height))
     scale = figure.colorbar(image, cax=bar, ticks=[0, limit / 2, limit])
     scale.outline.set_visible(False)
     bar.tick_params(labelsize=7.5, length=0, colors=MUTED)
     bar.set_ylabel("score", fontsize=8, color=MUTED)
     return figure
-
-
-def write(path: Path, profile: HeadProfile) -> None:
-    """Writes the heat map as PNG."""
-    save(path, draw(profile))

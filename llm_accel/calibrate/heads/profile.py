@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_accel.methods.head_profile import Head, HeadProfile, Scores, load_profile
+from llm_accel.methods.head_profile import Head, HeadProfile, Scores
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import config_hash, weight_hash
-
-__all__ = ["HeadProfile", "kv_scores", "load_profile", "make_profile"]
 
 _DIGITS = 6
 

@@ -1,23 +1,22 @@
-"""The copy-paste detector on a grid of needle prompts: resumable, with a progress bar on stderr."""
+"""The copy-paste detector on a grid of needle prompts: a task of the frame, so that it can be continued."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_accel.calibrate.heads.circuit import find_circuit
-from llm_accel.calibrate.heads.copy_paste import Copies, copy_scores, value_span, watch_copies
+from llm_accel.calibrate.heads.copy_paste import Copies, mean_share, value_span, watch_copies
+from llm_accel.common.generation import end_tokens
+from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.needle.engine import Engine
-from llm_accel.eval.needle.grid import places
-from llm_accel.eval.needle.prompts import Prompt, PromptMaker
-from llm_accel.eval.needle.records import NeedleDir
-from llm_accel.eval.needle.scoring import rouge1_recall
-from llm_accel.eval.needle.settings import Settings
+from llm_accel.eval.grid import Place
+from llm_accel.eval.prompts.maker import Prompt
 from llm_accel.eval.records import Record
+from llm_accel.eval.tasks.needle.scoring import rouge1_recall
+from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
+from llm_accel.methods import MethodConfig
 from llm_accel.methods.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
@@ -25,55 +24,44 @@ NAME = "copy_paste"
 SUCCESS = 0.5  # ROUGE-1 recall above which a prompt counts as answered
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A model on the prompts of a needle grid."""
+class CopyTask(NeedleTask):
+    """Needle prompts, whose answers are watched."""
 
-    model: Any
-    tokenizer: Any
-    maker: PromptMaker
-    settings: Settings
+    score, unit = "success", "prompt"
 
-    def prompts(self) -> list[Prompt]:
-        """Every prompt of the grid, shortest first."""
-        return [self.maker.make(at.length, at.depth, at.sample) for at in places(self.settings, (1, 1))]
+    def __init__(self, settings: Settings, model: Any, tokenizer: Any, maker: NeedleMaker) -> None:
+        self.settings, self.model, self.maker, self.name = settings, model, maker, settings.model_name
+        self.configs, self.ends = {NAME: ()}, end_tokens(model, tokenizer)
 
-    def run(self, run_dir: NeedleDir, done: Sequence[Record]) -> list[Record]:
-        """Watches what is not in ``done`` yet, writes a record of each prompt at once, returns all of them."""
-        records = list(done)
-        known = {NeedleDir.key(record) for record in done}
-        todo = [p for p in self.prompts() if (NAME, p.length, float(p.depth), p.sample) not in known]
-        if done:
-            print(f"{run_dir.path}: {len(done)} prompts are there, {len(todo)} to do", file=sys.stderr)
-        ends = Engine(self.model, self.tokenizer, self.maker.max_new_tokens, False).ends
-        with progress(len(todo), "prompt") as bar:
-            for prompt in todo:
-                spans = [
-                    value_span(self.maker.encoder.decode, prompt.ids, first, value)
-                    for first, value in zip(prompt.needles, prompt.values, strict=True)
-                ]
-                copies = watch_copies(self.model, prompt.ids, spans, self.maker.max_new_tokens, ends)
-                record = self._record(prompt, copies)
-                run_dir.append([record])
-                records.append(record)
-                bar.update(1)
-        return records
+    def size(self, place: Place) -> int:
+        return 1
 
-    def _record(self, prompt: Prompt, copies: Copies) -> Record:
-        answer = self.maker.encoder.decode(copies.answer)
+    def announce(self, lacking: Mapping[Place, Sequence[str]]) -> None:
+        """Nothing: the bar tells it."""
+
+    def calls(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[Prompt]]:
+        return [[prompt] for prompt in prompts]
+
+    def answer(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Any:
+        (prompt,) = prompts
+        spans = [
+            value_span(self.maker.encoder.decode, prompt.ids, first, value)
+            for first, value in zip(prompt.needles, prompt.expected, strict=True)
+        ]
+        return watch_copies(self.model, prompt.ids, spans, prompt.new_tokens, self.ends)
+
+    def record(self, prompt: Prompt, row: int, outcome: Any) -> Record:
+        answer = self.maker.encoder.decode(outcome.answer)
         return {
-            "method": NAME,
-            "length": prompt.length,
-            "depth": prompt.depth,
-            "sample": prompt.sample,
-            "success": rouge1_recall(answer, " ".join(prompt.values)) > SUCCESS,
+            **dict(zip(self.fields[1:], prompt.key, strict=True)),
+            "success": rouge1_recall(answer, " ".join(prompt.expected)) > SUCCESS,
             "text": answer,
-            "answer": list(copies.answer),
-            "size": copies.size,
-            "hits": [[*place, count] for place, count in sorted(copies.hits.items())],
+            "answer": list(outcome.answer),
+            "size": outcome.size,
+            "hits": [[*place, count] for place, count in sorted(outcome.hits.items())],
         }
 
-    def scores(self, records: Sequence[Record], compat: bool) -> tuple[Any, int]:
+    def head_scores(self, records: Sequence[Record], compat: bool) -> tuple[Any, int]:
         """Query-head scores [L, Hq] and the number of prompts behind them.
 
         Raises:
@@ -85,27 +73,18 @@ class Grid:
                 f"the model answered none of {len(records)} prompts, and only answers tell which heads copy; give "
                 "other --lengths or --needles, or use --detector induction."
             )
-        return copy_scores(self.model, [_copies(record) for record in answered], compat), len(answered)
+        heads, copies = model_heads(self.model), [_copies(record) for record in answered]
+        return mean_share(copies, heads.layers, heads.query_heads, compat), len(answered)
 
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
-        answered = {NeedleDir.key(record): record for record in records if record["success"]}
-        pairs: list[tuple[Sequence[int], Sequence[int]]] = []
-        for prompt in self.prompts():
-            record = answered.get((NAME, prompt.length, float(prompt.depth), prompt.sample))
-            if record is not None and len(pairs) < count:
-                pairs.append((prompt.ids, record["answer"]))
+        answers = {tuple(r[field] for field in self.fields[1:]): r["answer"] for r in records if r["success"]}
+        found = [place for place in self.places() if place.key in answers][:count]
+        pairs = [(self.maker.make(place).ids, answers[place.key]) for place in found]
         heads = model_heads(self.model)
-        found = [(int(layer), int(head)) for layer, head in (scores >= RETRIEVES).nonzero().tolist()]
-        with progress(heads.layers * heads.query_heads, "head") as bar:
-            return find_circuit(self.model, pairs, found, tick=lambda: bar.update(1))
-
-
-def progress(total: int | None, unit: str) -> Any:
-    """A progress bar on stderr."""
-    tqdm: Any = importlib.import_module("tqdm").tqdm
-    patience = 0.5 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=patience)
+        retrieval = [(int(layer), int(head)) for layer, head in (scores >= RETRIEVES).nonzero().tolist()]
+        with bar(heads.layers * heads.query_heads, "head") as counter:
+            return find_circuit(self.model, pairs, retrieval, tick=counter.update)
 
 
 def _copies(record: Record) -> Copies:

@@ -9,8 +9,8 @@ from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.rows import read_rows
-from llm_accel.eval.ruler.scoring import score
-from llm_accel.eval.ruler.tasks import TASKS
+from llm_accel.eval.tasks.ruler.scoring import score
+from llm_accel.eval.tasks.ruler.tasks import TASKS
 
 _HOW = 'llm-accel ruler --write-samples FILE, then lm-eval --metadata \'{"samples": "FILE"}\''
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
+from llm_accel.assets import VISION
 from llm_accel.errors import ConfigError
 from llm_accel.methods import Cut, CutModel, LayerCut, VisualInput, load_exit_profile
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.identity import config_hash, weight_hash
 
-BUNDLED = Path(__file__).parents[2] / "eval" / "models" / "vision" / "dyvte.json"
+BUNDLED = VISION / "dyvte.json"
 
 
 def plan_cut(

@@ -1,0 +1,1 @@
+"""What evaluations, the server, calibration and the command line share."""

@@ -1,0 +1,100 @@
+"""Runs one batch of text prompts through ``generate`` and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteriaList
+
+from llm_accel.api import Handle, apply
+from llm_accel.common.generation import Clock, cut, end_tokens, greedy, held_bytes
+from llm_accel.methods import MethodConfig
+from llm_accel.patches.cache_name import CACHE
+
+
+class TokenPrompt(Protocol):
+    """What is run of a prompt: its ids, how many of them are before the question, and how many may follow."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def new_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch.
+
+    Attributes:
+        answers: generated ids per row, up to the end token.
+        kv_bytes: bytes that the cache holds after generation, per row.
+        dense_kv_bytes: bytes that the dense model would hold, per row.
+        prefill_ms: until the first token, for the batch; query-agnostic: context and question together.
+        decode_ms: mean time of a decode step after the first token, for the batch; None without such a step.
+    """
+
+    answers: list[list[int]]
+    kv_bytes: int
+    dense_kv_bytes: int
+    prefill_ms: float
+    decode_ms: float | None
+
+
+class Engine:
+    """A model with its end tokens, and one method at a time on it."""
+
+    def __init__(self, model: Any, tokenizer: Any, query_agnostic: bool, apply: Callable[..., Handle] = apply) -> None:
+        self.model, self.query_agnostic, self._apply = model, query_agnostic, apply
+        self.ends = end_tokens(model, tokenizer)
+        self._options = greedy(self.ends, tokenizer)
+
+    def run(self, prompts: Sequence[TokenPrompt], configs: Sequence[MethodConfig]) -> Outcome:
+        """Answers of prompts alike in length and new tokens. The methods are on the model during this call only."""
+        if not configs:
+            return self._measure(prompts, None)
+        handle = self._apply(self.model, list(configs))
+        try:
+            return self._measure(prompts, handle)
+        finally:
+            handle.remove()
+
+    def try_method(self, configs: Sequence[MethodConfig]) -> None:
+        """Applies and removes, so that what cannot work is known before a run begins."""
+        self._apply(self.model, list(configs)).remove()
+
+    def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> Outcome:
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
+        clock = Clock(ids.device)
+        begin = clock.now()
+        cache: Any = None
+        if self.query_agnostic:  # one new token feeds the context and nothing more
+            (context,) = {prompt.context_length for prompt in prompts}
+            cache = DynamicCache(config=self.model.config) if handle is None else handle.new_cache()
+            self._generate(ids[:, :context], cache, 1)
+        output = self._generate(ids, cache, prompts[0].new_tokens, StoppingCriteriaList([clock]))
+        steps = len(clock.ticks) - 1
+        held, dense = held_bytes(output, handle)
+        return Outcome(
+            answers=[cut(row, self.ends) for row in output.sequences[:, ids.shape[1] :].tolist()],
+            kv_bytes=held // len(prompts),
+            dense_kv_bytes=dense // len(prompts),
+            prefill_ms=1e3 * (clock.ticks[0] - begin),
+            decode_ms=1e3 * (clock.ticks[-1] - clock.ticks[0]) / steps if steps else None,
+        )
+
+    def _generate(self, ids: Tensor, cache: Any, new_tokens: int, stop: StoppingCriteriaList | None = None) -> Any:
+        given = {} if cache is None else {CACHE: cache}
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            stopping_criteria=stop,
+            **given,
+            **self._options,
+        )

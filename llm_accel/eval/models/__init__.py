@@ -1,1 +1,0 @@
-"""Bundled tiny models and the scripts that train them from nothing."""

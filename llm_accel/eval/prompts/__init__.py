@@ -1,0 +1,1 @@
+"""Prompts of exact length, assembled in token ids: texts, haystacks, needles."""

@@ -1,0 +1,1 @@
+"""What is evaluated: needle in a haystack, RULER, vision, speed and memory."""

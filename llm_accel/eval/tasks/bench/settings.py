@@ -1,0 +1,150 @@
+"""What a benchmark is made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llm_accel.common.arguments import DTYPES, METHOD, ModelOptions, OutputOptions, canonical_methods
+from llm_accel.common.options import option
+from llm_accel.errors import ConfigError
+from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.summary import DENSE
+from llm_accel.eval.tasks.bench.compare import TOLERANCE
+from llm_accel.eval.tasks.bench.shapes import SHAPES
+from llm_accel.patches.plan import DECODES, Decode
+
+DEFAULT_METHODS = (DENSE, "snapkv:budget=512", "streaming_llm:budget=512")
+DEFAULT_SHAPE = "small"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """``80GiB``, ``24gb`` or a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"--memory-limit {text!r} is not a size; give for example 80GiB or 500MiB.")
+    return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """A comma-separated list of batch sizes, ascending, each once."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--batch {text!r} is not allowed; give positive integers such as 1,8.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _methods(specs: Sequence[str]) -> tuple[str, ...]:
+    """The methods with the dense baseline, which every figure is compared with, first."""
+    return (DENSE, *(method for method in canonical_methods(specs) if method != DENSE))
+
+
+def _decodes(given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("eager", *given)))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One line of the comparison.
+
+    Attributes:
+        method: specification as on the command line; ``dense`` is the plain model.
+        decode: ``eager``, ``compiled`` or ``auto``; ``static`` is the compiled static cache of transformers, dense.
+    """
+
+    method: str
+    decode: Decode | Literal["static"] = "eager"
+
+    @property
+    def name(self) -> str:
+        """What tables and plots call it."""
+        return self.method if self.decode == "eager" else f"{self.method} ({self.decode})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelOptions):
+    """Everything that decides what is measured; ``methods`` begin with ``dense``, lengths and batches ascend."""
+
+    model: str | None = option("HuggingFace text model, instead of a shape", None, metavar="ID|PATH")
+    shape: str | None = option(f"geometry with random weights (default: {DEFAULT_SHAPE})", None, choices=tuple(SHAPES))
+    changes: tuple[str, ...] = option(
+        "repeatable; overrides one number of the shape, for example num_hidden_layers=8",
+        (),
+        flag="--set",
+        metavar="KEY=VALUE",
+        parse=tuple,
+        shown="",
+        repeated=True,
+    )
+    methods: tuple[str, ...] = option(
+        f"repeatable; dense always runs too (default: {' '.join(DEFAULT_METHODS[1:])})",
+        DEFAULT_METHODS,
+        flag="--method",
+        metavar=METHOD,
+        parse=_methods,
+        repeated=True,
+    )
+    decodes: tuple[Decode, ...] = option(
+        "repeatable; with compiled, the static cache of transformers runs too, compiled (default: eager)",
+        ("eager",),
+        flag="--decode",
+        choices=DECODES,
+        parse=_decodes,
+        repeated=True,
+    )
+    lengths: tuple[int, ...] = lengths_option("prompt lengths", "1k,4k")
+    batches: tuple[int, ...] = option(
+        "rows per call", (1,), flag="--batch", metavar="LIST", parse=parse_batches, shown="1"
+    )
+    new_tokens: int = option("tokens generated after the prompt, the first included", 32, least=4)
+    rounds: int = option("times that every contestant runs each cell, in turns", 5, least=1)
+    memory_limit: int | None = option(
+        "work out the largest batch within it, e.g. 80GiB", None, metavar="SIZE", parse=parse_bytes
+    )
+    probe: bool = option("try the largest batch out, too", False)
+    dtype: str = option(
+        "default: the checkpoint's; shapes: bfloat16 on a GPU, float32 on a CPU", "auto", choices=DTYPES, group="run"
+    )
+    seed: int = option("weights and prompts", 0)
+
+    def validate(self) -> None:
+        if self.model is None:
+            self.resolve(shape=DEFAULT_SHAPE)
+        elif self.shape is not None:
+            raise ConfigError("give either --model or --shape.")
+        elif self.changes:
+            raise ConfigError("--set changes a --shape; a --model comes as it is.")
+        if self.probe and self.memory_limit is None:
+            raise ConfigError("--probe tries out the largest batch within --memory-limit; give one.")
+
+    @property
+    def contestants(self) -> tuple[Contestant, ...]:
+        """Every method in every way of decoding; ``auto`` means nothing to the plain model, and what transformers
+        compiles stands beside what is compiled here."""
+        static = [Contestant(DENSE, "static")] if "compiled" in self.decodes else []
+        ours = [Contestant(method, decode) for decode in self.decodes for method in self.methods]
+        return (*(one for one in ours if (one.method, one.decode) != (DENSE, "auto")), *static)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRunOptions(OutputOptions):
+    """Where the result goes, and what is done with results that exist."""
+
+    out: str | None = option(
+        "where bench.json and bench.png go (default: runs/bench-<shape>)", None, metavar="DIR", group="output"
+    )
+    overwrite: bool = option("", False, flag="")
+    compare: tuple[str, str] | None = option(
+        "print two results side by side", None, metavar=("A.json", "B.json"), parse=tuple, group="results that exist"
+    )
+    check: str | None = option(
+        f"measure again; exit code 2 if a ratio to dense fell by more than {100 * TOLERANCE:.0f} %",
+        None,
+        metavar="RESULT.json",
+        group="results that exist",
+    )

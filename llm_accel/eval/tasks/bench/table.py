@@ -1,0 +1,81 @@
+"""A benchmark as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llm_accel.eval.lengths import length_label
+from llm_accel.eval.table import NONE, aligned, size
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was measured where, in one line."""
+    settings, machine = result["settings"], result["hardware"]
+    where = machine.get("gpu") or f"{machine['torch_threads']} CPU thread{'s' if machine['torch_threads'] > 1 else ''}"
+    what = settings["model"] or " ".join([f"random weights, shape {settings['shape']}", *settings["changes"]])
+    return f"bench: {what}, {settings['dtype']}, {where}"
+
+
+def render(result: dict[str, Any]) -> str:
+    """One block per length and batch, then what the machine can do."""
+    lines = [title(result)]
+    for length, batch in sorted({(cell["length"], cell["batch"]) for cell in result["cells"]}):
+        cells = [cell for cell in result["cells"] if (cell["length"], cell["batch"]) == (length, batch)]
+        lines += ["", f"prompt {length_label(length)}, batch {batch}, {result['settings']['new_tokens']} new tokens"]
+        lines += aligned([_HEADER + _limit_header(cells), *(_row(cell) for cell in cells)])
+    bounds = result["bounds"]
+    lines += [
+        "",
+        f"bounds measured here: {bounds['bandwidth'] / 1e9:.1f} GB/s (copy {bounds['copy'] / 1e9:.1f}, triad "
+        f"{bounds['triad'] / 1e9:.1f}), matrix product {bounds['flop'] / 1e12:.2f} TFLOP/s",
+        "decode: median (quartiles) over all steps; speed-ups: dense over method within a round, median over "
+        f"{result['settings']['rounds']} rounds",
+        "at most: speed-up that the bytes of a step allow; of it: share of that reached",
+        f"peaks, weights included: {result['memory_source']}",
+    ]
+    return "\n".join(lines)
+
+
+_HEADER = [
+    "",
+    "first token ms",
+    "x dense",
+    "decode ms/token",
+    "tokens/s",
+    "x dense",
+    "at most",
+    "of it",
+    "of bandwidth",
+    "KV",
+    "of dense",
+    "peak prefill",
+    "peak decode",
+]
+
+
+def _limit_header(cells: Sequence[dict[str, Any]]) -> list[str]:
+    if "largest_batch" not in cells[0]:
+        return []
+    return ["batch at once", "one by one", *(["probed"] if "probed" in cells[0]["largest_batch"] else [])]
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    first, decode = cell["first_token_ms"], cell["decode_ms"]
+    row = [
+        cell["name"],
+        f"{first['median']:.0f}",
+        f"{cell['first_token_speedup']:.2f}",
+        f"{decode['median']:.2f} ({decode['q1']:.2f}-{decode['q3']:.2f})",
+        f"{cell['tokens_per_s']:.1f}",
+        f"{cell['decode_speedup']:.2f}",
+        f"{cell['speedup_bound']:.2f}",
+        f"{cell['speedup_share']:.0%}",
+        f"{cell['decode_bound_percent']:.0f} %",
+        size(cell["kv_bytes"]),
+        f"{1 / cell['kv_saving']:.1%}",
+        size(cell["peak_prefill_bytes"]),
+        size(cell["peak_decode_bytes"]),
+    ]
+    batch = cell.get("largest_batch", {})
+    return row + [NONE if count is None else str(count) for name, count in batch.items() if name != "kv_only"]

@@ -1,0 +1,139 @@
+"""The RULER task (Hsieh et al. 2024, arXiv 2404.06654): thirteen kinds of prompts at exact lengths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llm_accel.eval.grid import Place
+from llm_accel.eval.lengths import length_label
+from llm_accel.eval.prompts.maker import Prompt, PromptMaker
+from llm_accel.eval.prompts.needles import NeedleBuilder
+from llm_accel.eval.prompts.puzzle import Builder, Puzzle
+from llm_accel.eval.prompts.words import read_words
+from llm_accel.eval.records import Record
+from llm_accel.eval.summary import DENSE, mean_of
+from llm_accel.eval.table import aligned, by_length, missing, number
+from llm_accel.eval.tasks.ruler.chains import ChainBuilder
+from llm_accel.eval.tasks.ruler.documents import load_questions
+from llm_accel.eval.tasks.ruler.lists import CodedBuilder, ListBuilder
+from llm_accel.eval.tasks.ruler.scoring import score
+from llm_accel.eval.tasks.ruler.settings import Settings
+from llm_accel.eval.tasks.ruler.tasks import QA, TASKS, Task
+from llm_accel.eval.text_task import TextTask, prepare
+
+VOID = 0.5  # a task that the dense model solves less than half of says nothing about a method
+
+
+@dataclass(frozen=True)
+class RulerMaker(PromptMaker):
+    """Prompts of the tasks; ``length`` is that of prompt and answer together."""
+
+    settings: Settings
+
+    def puzzle(self, place: Place) -> Puzzle:
+        rng = random.Random(f"ruler/{self.settings.seed}/{place.row}/{place.length}/{place.sample}")
+        return self.builders[place.row].draw(rng, place.sample, place.length)
+
+    def new_tokens(self, place: Place) -> int:
+        return TASKS[place.row].new_tokens
+
+    def length(self, place: Place) -> int:
+        return place.length - self.new_tokens(place)
+
+    @cached_property
+    def builders(self) -> dict[str, Builder]:
+        """What draws the puzzles of each task.
+
+        Raises:
+            ConfigError: the questions of a task, or the words for lists, cannot be read.
+        """
+        return {name: self._builder(TASKS[name]) for name in self.settings.tasks}
+
+    def _builder(self, task: Task) -> Builder:
+        if task.needles is not None:
+            return NeedleBuilder(task.needles, self.settings.wording, self.encoder, self.haystack)
+        if task.family == "vt":
+            return ChainBuilder(self.encoder)
+        if task.family == "cwe":
+            return ListBuilder(self.encoder, read_words(self.settings.words) if self.settings.words else ())
+        if task.family == "fwe":
+            return CodedBuilder(self.encoder)
+        return load_questions(getattr(self.settings, task.name), "--" + task.name.replace("_", "-"), self.encoder)
+
+
+def make_prompts(settings: Settings, tokenizer: Any) -> tuple[RulerMaker, Settings]:
+    """See :meth:`TextTask.make_prompts`."""
+    settings, encoder, frame, haystack = prepare(settings, tokenizer)
+    maker = RulerMaker(encoder, frame, haystack, settings)
+    for task in settings.tasks:  # a question's own documents may be longer than the others'
+        for sample in range(settings.samples if task in QA else 1):
+            maker.make(Place(min(settings.lengths), task, sample))
+    return maker, settings
+
+
+class RulerTask(TextTask):
+    """A grid of lengths and tasks."""
+
+    command = "ruler"
+    fields = ("method", "length", "task", "sample")
+    plots = ("tasks.png",)
+    open_settings = ("chat_template", "dtype", "device")
+    score = "score"
+    row_label, score_label = "", "RULER's score"
+    measures = ("score",)
+    make_prompts = staticmethod(make_prompts)
+    settings: Settings
+
+    def alike(self, place: Place) -> Any:
+        return place.length, place.row
+
+    def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        task = TASKS[prompt.place.row]
+        return {"wording": self.settings.wording, "score": score(task, answer, prompt.expected)}
+
+    def column(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The mean of each task, and over tasks: each weighs the same."""
+        means = {task: mean_of([r["score"] for r in records if r["task"] == task]) for task in self.settings.tasks}
+        scores = {task: score for task, score in means.items() if score is not None}
+        return {"score": mean_of(list(scores.values())), "tasks": scores}
+
+    def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
+        """With ``void``: of each length the tasks on which dense stays below one half."""
+        dense, settings = methods.get(DENSE, {"lengths": {}})["lengths"], self.settings
+        return {
+            "wording": settings.wording,
+            "haystack": settings.haystack,
+            "tasks": list(settings.tasks),
+            "void": {n: [t for t, score in column["tasks"].items() if score < VOID] for n, column in dense.items()},
+        }
+
+    def title(self) -> str:
+        """Model, tasks, haystack, and whether compression saw the question."""
+        settings = self.settings
+        prose = "built-in sentences" if settings.haystack == "grammar" else settings.haystack
+        wording = "" if settings.wording == "ruler" else f", {settings.wording} model's wording"
+        tasks = f"{len(settings.tasks)} of {len(TASKS)} tasks"
+        return f"RULER: {self.name}, {tasks}, prose: {prose}{wording}, {self.aware}"
+
+    def render(self, summary: dict[str, Any]) -> str:
+        """Score per length with cost, then per task at each length; tasks that say nothing are named below."""
+        methods, settings = summary["methods"], self.settings
+        lengths = [n for n in settings.lengths if any(str(n) in entry["lengths"] for entry in methods.values())]
+        blocks = [self.title(), "\n".join(by_length("score", methods, lengths, "score"))]
+        blocks += [self._by_task(methods, length) for length in lengths]
+        void = [f"{length_label(int(n))}: {', '.join(tasks)}" for n, tasks in summary["void"].items() if tasks]
+        if void:
+            blocks.append(f"void, dense answers less than half of them: {'; '.join(void)}")
+        blocks.append(f"samples per task and length: {settings.samples}{missing(summary)}")
+        return "\n\n".join(blocks)
+
+    def _by_task(self, methods: dict[str, Any], length: int) -> str:
+        rows = [[length_label(length), *(task.removeprefix("niah_") for task in self.settings.tasks)]]
+        for name, entry in methods.items():
+            scores = entry["lengths"].get(str(length), {"tasks": {}})["tasks"]
+            rows.append([name, *(number(scores.get(task)) for task in self.settings.tasks)])
+        return "\n".join(aligned(rows))

@@ -1,0 +1,293 @@
+"""Tasks whose prompts are text of exact length: a grid of lengths and rows, answered by a language model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from llm_accel.common.arguments import ModelOptions, haystack_option, methods_option
+from llm_accel.common.loading import load_text_model, short_name
+from llm_accel.common.options import option
+from llm_accel.eval import grid
+from llm_accel.eval.engine import Engine, Outcome
+from llm_accel.eval.grid import Place, Speed
+from llm_accel.eval.heatmap import PALETTES, Panel, draw
+from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.plots import save
+from llm_accel.eval.prompts.encoding import Encoder, Frame, make_frame
+from llm_accel.eval.prompts.haystack import Haystack, load_haystack
+from llm_accel.eval.prompts.maker import Prompt, PromptMaker
+from llm_accel.eval.records import Record
+from llm_accel.eval.summary import by_method, mean_of, progress_of
+from llm_accel.eval.task import RunOptions, Task
+from llm_accel.methods import MethodConfig
+from llm_accel.registry import parse_all
+
+_HAYSTACK_TOKENS = 2**18  # what is read of a long haystack at least; prompts begin anywhere in it
+_PROBE_LENGTHS = (512, 2048)
+_PROBE_SECONDS = 2.0  # a first probe slower than this is not followed by a longer one
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(ModelOptions):
+    """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
+
+    ``methods`` are specifications in canonical form, no two alike, ``dense`` among them; ``lengths`` are ascending.
+    """
+
+    methods: tuple[str, ...] = methods_option("dense is the plain model", ("dense",))
+    lengths: tuple[int, ...] = lengths_option("prompt lengths in tokens", "1k")
+    samples: int = option("prompts per cell", 1, least=1, group="prompts")
+    haystack: str = haystack_option("prose to hide needles in", "prompts")
+    query_agnostic: bool = option(
+        "compress the context before the question is known; the question follows on the same cache",
+        False,
+        group="prompts",
+    )
+    chat_template: bool | None = option("default: on if the tokenizer has one", None, group="prompts")
+    seed: int = option("seed of the prompts", 0, group="prompts")
+    batch_size: int = option("prompts per call", 1, least=1, group="run")
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The rows of the grid, such as depths."""
+        raise NotImplementedError
+
+    @property
+    def model_name(self) -> str:
+        """What titles call the model."""
+        return "bundled needle model" if self.model is None else short_name(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRunOptions(RunOptions):
+    """How a run on text is carried out."""
+
+    palette: str = option("safe: for colour-blind readers", "classic", choices=tuple(sorted(PALETTES)), group="output")
+
+
+SettingsT = TypeVar("SettingsT", bound=TextSettings)
+
+
+def prepare(settings: SettingsT, tokenizer: Any) -> tuple[SettingsT, Encoder, Frame, Haystack]:
+    """What prompts are made with, and the settings with the chat template decided.
+
+    Raises:
+        ConfigError: an unreadable haystack, or no chat template where one was asked for.
+    """
+    encoder = Encoder(tokenizer)
+    frame = make_frame(encoder, settings.chat_template)
+    haystack = load_haystack(settings.haystack, encoder, tokens=max(_HAYSTACK_TOKENS, 4 * max(settings.lengths)))
+    return replace(settings, chat_template=frame.chat), encoder, frame, haystack
+
+
+class TextTask(Task[Place, Prompt, Outcome]):
+    """A grid of prompts on a language model.
+
+    Attributes:
+        row_label, score_label: what the heat map calls its rows and its colours.
+        measures: entries of a column of which a mean is told.
+        palette: its colours.
+    """
+
+    row_label: ClassVar[str]
+    score_label: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]]
+
+    settings: TextSettings
+
+    def __init__(
+        self, settings: TextSettings, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic"
+    ) -> None:
+        self.settings, self.model, self.maker, self.palette = settings, model, maker, palette
+        self.engine = Engine(model, tokenizer, settings.query_agnostic)
+        self.configs = {method: parse_all(method) for method in settings.methods}
+        self.name = settings.model_name
+
+    @classmethod
+    def load(cls, settings: Any, palette: str = "classic") -> Self:
+        """With model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
+        model, tokenizer, settings = load_text_model(settings)
+        maker, settings = cls.make_prompts(settings, tokenizer)
+        return cls(settings, model, tokenizer, maker, palette)
+
+    @staticmethod
+    @abstractmethod
+    def make_prompts(settings: Any, tokenizer: Any) -> tuple[PromptMaker, Any]:
+        """The prompt maker, and the settings with what the tokenizer decides filled in.
+
+        Raises:
+            ConfigError: no room at the shortest length, an unreadable file, no chat template.
+        """
+
+    @property
+    def wanted(self) -> int:
+        """Records of the whole run."""
+        return len(self.settings.methods) * len(self.places())
+
+    @property
+    def trained_length(self) -> int | None:
+        """The length that the model was made for; None if unknown."""
+        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    def digest(self) -> str:
+        """Hash over the first prompt of every cell."""
+        return self.maker.digest(self.settings.lengths, self.settings.rows)
+
+    def about(self) -> dict[str, Any]:
+        """What the haystack was."""
+        return {"haystack_tokens": self.maker.haystack.tokens, "haystack_hash": self.maker.haystack.digest()}
+
+    def warnings(self) -> list[str]:
+        """Whether prompts are longer than what the model was made for."""
+        ends = (Place(max(self.settings.lengths), row, 0) for row in self.settings.rows)
+        longest, trained = max(self.maker.length(e) + self.maker.new_tokens(e) for e in ends), self.trained_length
+        if trained is None or longest <= trained:
+            return []
+        return [f"the model was made for {trained} tokens, prompts and answers go to {longest}"]
+
+    def try_method(self, configs: Sequence[MethodConfig]) -> None:
+        """Applies and removes."""
+        self.engine.try_method(configs)
+
+    def places(self) -> Sequence[Place]:
+        """Every cell and sample."""
+        return grid.places(self.settings.lengths, self.settings.rows, self.settings.samples)
+
+    def keys(self, place: Place) -> Iterable[tuple[Any, ...]]:
+        """A place has one prompt."""
+        return [place.key]
+
+    def size(self, place: Place) -> int:
+        """Tokens of the prompt."""
+        return self.maker.length(place)
+
+    def announce(self, lacking: Mapping[Place, Sequence[str]]) -> str | None:
+        """Cells, prompts, tokens, and how long they take, from one or two prompts that are tried out."""
+        speed = self._probe(next(iter(lacking)).row)
+        make = self.maker
+        return grid.cost(
+            [(p, make.length(p), make.new_tokens(p), len(methods)) for p, methods in lacking.items()], speed
+        )
+
+    def _probe(self, row: Any) -> Speed:
+        """Speed of the dense model; it warms up the model as well."""
+        timed: list[tuple[int, float]] = []
+        step = 0.0
+        shortest, longest = min(self.settings.lengths), max(self.settings.lengths)
+        for length in sorted({max(min(n, longest), shortest) for n in _PROBE_LENGTHS}):
+            prompt = self.maker.make(Place(length, row, 0))
+            if not timed:
+                self.engine.run([prompt], ())  # the first call also pays for set-up
+            outcome = self.engine.run([prompt], ())
+            timed.append((length, outcome.prefill_ms / 1e3))
+            step = (outcome.decode_ms or 0.0) / 1e3
+            if timed[-1][1] > _PROBE_SECONDS:
+                break
+        return Speed.fit(timed[0], timed[1] if len(timed) > 1 else None, step)
+
+    def alike(self, place: Place) -> Any:
+        """What prompts of a batch share: lengths are exact, so that it needs no padding."""
+        return place.length
+
+    def batches(self, places: Iterable[Place]) -> Iterator[Sequence[Place]]:
+        """Places of prompts that may share a call."""
+        return grid.batches(places, self.settings.batch_size, self.alike)
+
+    def prompts(self, place: Place) -> Sequence[Prompt]:
+        """The prompt of a place."""
+        return [self.maker.make(place)]
+
+    def calls(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[Prompt]]:
+        """All at once; of two-step prompts those of one context length, so that there is no padding either."""
+        if not self.settings.query_agnostic:
+            return [prompts]
+        ordered = sorted(prompts, key=lambda prompt: prompt.context_length)
+        return [list(group) for _, group in groupby(ordered, key=lambda prompt: prompt.context_length)]
+
+    def answer(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Outcome:
+        """Generates; the methods are on the model meanwhile."""
+        return self.engine.run(prompts, configs)
+
+    def record(self, prompt: Prompt, row: int, outcome: Outcome) -> Record:
+        """The answer, its scores and its cost; times are those of its call."""
+        ids = outcome.answers[row]
+        answer = self.maker.encoder.decode(ids)
+        return {
+            "query_agnostic": self.settings.query_agnostic,
+            "chat_template": self.maker.frame.chat,
+            "answer": answer,
+            "new_tokens": len(ids),
+            "kv_bytes": outcome.kv_bytes,
+            "dense_kv_bytes": outcome.dense_kv_bytes,
+            "prefill_ms": round(outcome.prefill_ms, 3),
+            "decode_ms_per_token": None if outcome.decode_ms is None else round(outcome.decode_ms, 3),
+            "batch": len(outcome.answers),
+            "prompt_hash": prompt.digest(),
+            "seed": self.settings.seed,
+            **dict(zip(self.fields[1:], prompt.key, strict=True)),
+            "expected": list(prompt.expected),
+            **self.scores(prompt, answer),
+        }
+
+    @abstractmethod
+    def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """What is said of an answer."""
+
+    def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
+        """Of each method (see :func:`by_method`) the measures over all lengths, and at each length its column."""
+        settings = self.settings
+        methods = by_method(settings.methods, settings.lengths, records, self.column, self.measures)
+        facts = {"query_agnostic": settings.query_agnostic, **self.facts(methods)}
+        return {**about, **facts, **progress_of(records, self.wanted), "methods": methods}
+
+    @abstractmethod
+    def column(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What is told of the records of one method and length, cost aside."""
+
+    @abstractmethod
+    def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
+        """What else the summary tells."""
+
+    @abstractmethod
+    def title(self) -> str:
+        """One line that says what was run."""
+
+    @property
+    def aware(self) -> str:
+        """Whether compression sees the question, for titles."""
+        return "query-agnostic (question after compression)" if self.settings.query_agnostic else "query-aware"
+
+    def draw(self, summary: dict[str, Any], records: Sequence[Record], folder: Path) -> None:
+        """The heat map, one panel per method."""
+        settings, plural = self.settings, "s" if self.settings.samples > 1 else ""
+        panels = [
+            Panel(method, cell_means(self, records, method), entry[self.score])
+            for method, entry in summary["methods"].items()
+        ]
+        figure = draw(
+            panels,
+            settings.lengths,
+            settings.rows,
+            self.title(),
+            f"{settings.samples} prompt{plural} per cell; beside each name: the mean",
+            self.trained_length,
+            self.palette,
+            row_label=self.row_label,
+            score=self.score_label,
+        )
+        save(folder / self.plots[0], figure)
+
+
+def cell_means(task: TextTask, records: Sequence[Record], method: str) -> list[list[float | None]]:
+    """Mean score per cell, rows and columns as in the settings; None where nothing ran."""
+    found: dict[tuple[Any, int], list[float]] = {}
+    for record in records:
+        if record["method"] == method:
+            found.setdefault((record[task.fields[2]], record["length"]), []).append(record[task.score])
+    return [[mean_of(found.get((row, length), [])) for length in task.settings.lengths] for row in task.settings.rows]

@@ -1,0 +1,51 @@
+"""Committed runs (benchmarks/results) can be continued: their settings are understood, their prompts are made again."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llm_accel.assets import NEEDLE
+from llm_accel.eval.tasks.needle.settings import Settings as NeedleSettings
+from llm_accel.eval.tasks.needle.task import NeedleTask, make_prompts
+from llm_accel.eval.tasks.vision.settings import Settings as VisionSettings
+from llm_accel.eval.tasks.vision.task import VisionTask, make_source
+
+ROOT = Path(__file__).parents[2] / "benchmarks" / "results"
+FILES = sorted(ROOT.rglob("run.json"))
+HASHES = ("prompt_hash", "weights_hash")
+
+
+@cache
+def needle_digest(text: str) -> str:
+    settings = NeedleSettings.from_dict(json.loads(text))
+    maker, same = make_prompts(settings, AutoTokenizer.from_pretrained(NEEDLE, local_files_only=True))
+    assert same == settings
+    return maker.digest(settings.lengths, settings.depths)
+
+
+def vision_digest(text: str) -> str:
+    return make_source(VisionSettings.from_dict(json.loads(text))).digest()[1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.relative_to(ROOT).as_posix())
+def test_prompts_are_those_of_the_committed_run(file: Path) -> None:
+    run: dict[str, Any] = json.loads(file.read_text())
+    plain = {key: value for key, value in run["settings"].items() if key not in HASHES}
+    if run["command"] == "needle":  # neither methods nor samples change the first prompt of a cell
+        digest = needle_digest(json.dumps(plain | {"methods": ["dense"], "samples": 1, "query_agnostic": False}))
+        assert plain.keys() == NeedleSettings().to_dict().keys()
+    else:
+        digest = vision_digest(json.dumps(plain))
+        assert plain.keys() == VisionSettings().to_dict().keys()
+    assert digest == run["settings"]["prompt_hash"]
+
+
+def test_there_are_runs_of_both_kinds() -> None:
+    found = {json.loads(file.read_text())["command"] for file in FILES}
+    assert found == {NeedleTask.command, VisionTask.command}
