@@ -31,7 +31,10 @@ def decoder_of(model: Any) -> Any:
     decoder = model.get_decoder()
     config = getattr(decoder, "config", None)
     if not isinstance(decoder, PreTrainedModel) or not hasattr(config, "num_hidden_layers"):
-        raise UnsupportedModelError(f"{family} has no decoder that can be hooked; supported are decoder-only models.")
+        raise UnsupportedModelError(
+            f"{family} has no decoder that can be hooked: its get_decoder() returns a {type(decoder).__name__}, not a "
+            "transformers model with num_hidden_layers."
+        )
     if any(getattr(part, "is_causal", True) is False for part in decoder.modules() if hasattr(part, "layer_idx")):
         raise UnsupportedModelError(
             f"{family} attends in both directions or to another model; only causal decoders work."

@@ -73,8 +73,8 @@ def _find(decoder: Any) -> Wiring:
     except _Unwired as error:
         return Wiring(problem=str(error))
     except Exception as error:
-        said = next(iter(str(error).splitlines()), "")
-        return Wiring(problem=f"a call of its decoder with a DynamicCache fails ({type(error).__name__}: {said})")
+        said = ": ".join(filter(None, [type(error).__name__, *str(error).strip().splitlines()[:1]]))
+        return Wiring(problem=f"a call of its decoder with a DynamicCache fails ({said.rstrip('.')})")
     return Wiring(dict(trial.readers), frozenset(trial.derived))
 
 

@@ -31,6 +31,7 @@ class HidingAttention:
     def __init__(self) -> None:
         self.shown: Shown | None = None
         self.cached: dict[int, Tensor] = {}  # layer -> keys [B, Hk, P, D] that it handed out last, the last one last
+        self.new = 0  # of these, the newest: those of the running call, of which a later layer may ask the last alone
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -47,8 +48,9 @@ class HidingAttention:
         weights = attention_weights(query, key, attention_mask, None, kwargs | {"scaling": scaling})
         return attention_output(weights, value), None
 
-    def handed_out(self, layer: int, keys: Tensor) -> None:
-        """Notes what a cache layer returned."""
+    def handed_out(self, layer: int, keys: Tensor, new: int) -> None:
+        """Notes what a cache layer returned when it was given ``new`` tokens."""
+        self.new = new
         self.cached.pop(layer, None)
         self.cached[layer] = keys
 
@@ -56,7 +58,7 @@ class HidingAttention:
         """bool [B, Hq, T or 1, P] for the query heads."""
         layer, heads = self._source(key)
         cached = key.shape[1] if heads is None else self.cached[layer].shape[1]
-        shown = rule(layer, query.shape[0], cached, query.shape[2], key.shape[2])
+        shown = rule(layer, query.shape[0], cached, self.new, key.shape[2])
         if shown is None:
             return None
         if heads is not None and shown.shape[1] > 1:
@@ -84,7 +86,7 @@ def hiding(model: PreTrainedModel, attention: HidingAttention) -> Iterator[None]
 
     def told(cache: Cache, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         handed = update(cache, key, value, layer_idx, *args, **kwargs)
-        attention.handed_out(layer_idx, handed[0])
+        attention.handed_out(layer_idx, handed[0], key.shape[2])
         return handed
 
     Cache.update = told
