@@ -9,8 +9,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from llm_accel.errors import ConfigError, UnsupportedModelError
-from llm_accel.methods import Attend, HeadMethod, LayerCut, MethodConfig, ReplyDecoding, StepEviction, VisualInput
-from llm_accel.patches.base_attention import stores_latents
+from llm_accel.methods import (
+    Attend,
+    HeadMethod,
+    LayerCut,
+    MethodConfig,
+    ReplyDecoding,
+    ScoreAndKeep,
+    StepEviction,
+    VisualInput,
+)
 from llm_accel.patches.layers.stock import has_linear_state, is_full
 from llm_accel.patches.rotary import why_no_rotary
 from llm_accel.patches.wiring import Wiring
@@ -114,7 +122,20 @@ def check_readers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
         )
 
 
-def check_positions(decoder: Any, configs: Sequence[MethodConfig], skipped: dict[int, str]) -> None:
+def check_derived(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig], splits: bool) -> None:
+    """Refuses methods whose stores are read by kernels of their own, where attention is given something else than what
+    is stored; a layer with a single KV head has nothing to share out and is read as it is."""
+    several = sorted(layer for layer, heads in wiring.derived.items() if heads > 1)
+    for config in configs if several else ():
+        if (isinstance(config, HeadMethod) and splits) or (isinstance(config, ScoreAndKeep) and config.page_size):
+            raise UnsupportedModelError(
+                f"{config.spec()} does not work on {decoder.config.model_type}: heads that keep different entries are "
+                f"read from their stores directly, and layers {several} attend to what they compute from their "
+                "entries. Use a method whose heads keep the same number of entries, such as snapkv."
+            )
+
+
+def check_positions(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig], skipped: dict[int, str]) -> None:
     """Positions as ranks in the cache need keys that can be turned, in every layer."""
     ranked = next((c for c in configs if isinstance(c, StepEviction) and c.relative_positions), None)
     if ranked is None:
@@ -122,8 +143,8 @@ def check_positions(decoder: Any, configs: Sequence[MethodConfig], skipped: dict
     reason = why_no_rotary(decoder)
     if reason is None and skipped:
         reason = f"its layers {sorted(skipped)} keep their own positions ({'; '.join(sorted(set(skipped.values())))})"
-    if reason is None and stores_latents(decoder):
-        reason = "its cache holds latents, not keys"
+    if reason is None and wiring.derived:
+        reason = f"layers {sorted(wiring.derived)} keep latents or the like, from which keys are computed"
     if reason is not None:
         raise UnsupportedModelError(
             f"{ranked.spec()} turns keys to their rank in the cache, which {decoder.config.model_type} does not allow: "

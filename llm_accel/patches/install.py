@@ -13,7 +13,7 @@ from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelE
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods import Attend, MethodConfig, ReplyDecoding, ScoreAndKeep, StepEviction
-from llm_accel.patches.acceptance import check_positions, check_readers, decoder_of, skipped_layers
+from llm_accel.patches.acceptance import check_derived, check_positions, check_readers, decoder_of, skipped_layers
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED, stores_latents
 from llm_accel.patches.compiled.call import arm, disarm
@@ -69,7 +69,7 @@ def make_plan(
     skipped = skipped_layers(decoder, wiring, configs, strict)
     if wiring.problem is not None:
         raise UnsupportedModelError(f"{decoder.config.model_type} cannot be accelerated: {wiring.problem}.")
-    check_positions(decoder, configs, skipped)
+    check_positions(decoder, wiring, configs, skipped)
     check_mlps(decoder, mlp_chunk)
     layers = int(decoder.config.num_hidden_layers)
     backends = {"attention": (base, "the model's own implementation")}
@@ -85,6 +85,7 @@ def make_plan(
     shard = head_shard(model)
     heads, visual = plan_heads(model, configs, skipped, shard), plan_visual(model, configs, skipped, trace)
     check_readers(decoder, wiring, configs, splits=heads.get("split") is not None)
+    check_derived(decoder, wiring, configs, splits=heads.get("split") is not None)
     backends |= heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)
     plan = Plan(
         tuple(configs),
@@ -96,7 +97,7 @@ def make_plan(
         heads=shard,
         mlp_chunk=mlp_chunk,
         readers=wiring.readers,
-        derived=wiring.derived,
+        derived=frozenset(wiring.derived),
         **heads,
         **visual,
     )

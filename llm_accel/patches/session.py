@@ -105,7 +105,9 @@ class Session:
         """Whether ``key`` and ``value`` come from this layer in the running call."""
         if layer.given is None:
             return False
-        return index in self.plan.derived or (layer.given[0] is key and layer.given[1] is value)
+        if index in self.plan.derived:
+            return key.shape[2] == value.shape[2] == layer.given[0].shape[2]
+        return layer.given[0] is key and layer.given[1] is value
 
     def announce(self, prompt_end: int, protect: Tensor | None) -> None:
         """Tells the session how long the prompt will be, so that chunks of it can be recognised."""

@@ -1,4 +1,5 @@
-"""How a decoder's attention is wired to its cache: found by one forward pass over three tokens and one over a fourth.
+"""How a decoder's attention is wired to its cache: found by one forward pass over a few tokens and one over
+one more.
 
 What a method evicts is chosen and gathered entry by entry. That is right only where attention is given what the cache
 holds, once per layer; :func:`wiring_of` tells whether that is so, for any architecture.
@@ -6,6 +7,7 @@ holds, once per layer; :func:`wiring_of` tells whether that is so, for any archi
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +24,8 @@ from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers.stock import is_full
 
 _NAME = "llm_accel_wiring"
-_TOKENS = 3
+_TOKENS = 12  # enough for each head to have marks of its own
+_MARKS = 0x9D7  # odd, so that its multiples differ; no rotation or reversal of its bits gives the same bits
 _FAR = 2**20  # a distance that no window reaches
 
 
@@ -32,12 +35,13 @@ class Wiring:
 
     Attributes:
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
-        derived: layers whose attention is given what is computed from the cached entries, one by one, not these.
+        derived: layer whose attention is given what is computed from the cached entries, one by one, not these -> KV
+            heads in its cache.
         problem: why no entry of this decoder may be evicted, or None.
     """
 
     readers: Mapping[int, int] = field(default_factory=dict)
-    derived: frozenset[int] = frozenset()
+    derived: Mapping[int, int] = field(default_factory=dict)
     problem: str | None = None
 
     def sources(self) -> frozenset[int]:
@@ -49,11 +53,13 @@ _known: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary
 
 
 def wiring_of(decoder: Any) -> Wiring:
-    """The wiring of a decoder; worked out once for each instance. Weights, buffers, modes and configuration stay as
-    they are."""
+    """The wiring of a decoder; worked out once for each instance, but for problems, which may pass. Weights, modes,
+    configuration, and whatever a call assigns to the attributes of a module, stay as they are."""
     found = _known.get(decoder)
     if found is None:
-        found = _known[decoder] = _find(decoder)
+        found = _find(decoder)
+        if found.problem is None:
+            _known[decoder] = found
     return found
 
 
@@ -75,31 +81,35 @@ def _find(decoder: Any) -> Wiring:
     except Exception as error:
         said = ": ".join(filter(None, [type(error).__name__, *str(error).strip().splitlines()[:1]]))
         return Wiring(problem=f"a call of its decoder with a DynamicCache fails ({said.rstrip('.')})")
-    return Wiring(dict(trial.readers), frozenset(trial.derived))
+    return Wiring(dict(trial.readers), dict(trial.derived))
 
 
 @contextmanager
 def _running(decoder: Any) -> Iterator[None]:
-    """The decoder in eval mode, with attention that computes nothing."""
+    """The decoder in eval mode and uncompiled, with attention that computes nothing. Nobody else sees it: the
+    configuration, which other models may share, is a copy meanwhile, and no method of a module is called for it."""
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
-    config, before = decoder.config, decoder.config._attn_implementation
-    training = [module for module in decoder.modules() if module.training]
-    compiled = decoder.__dict__.pop("_compiled_call_impl", None)
-    decoder.eval()
-    config._attn_implementation_internal = _NAME
+    own, ours = decoder.config, copy.copy(decoder.config)
+    ours._attn_implementation_internal = _NAME
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in decoder.modules()]
     try:
+        for module, attributes, _ in before:
+            held = vars(module)
+            held["training"] = False
+            held.pop("_compiled_call_impl", None)
+            held.update({name: ours for name, value in attributes.items() if value is own})
         yield
     finally:
-        config._attn_implementation_internal = before
-        if compiled is not None:
-            decoder._compiled_call_impl = compiled
-        for module in training:
-            module.training = True
+        for module, attributes, buffers in before:
+            for held, kept in ((vars(module), attributes), (module._buffers, buffers)):
+                for name in held.keys() - kept.keys():
+                    del held[name]
+                held.update(kept)
 
 
 def _call(decoder: Any, trial: _Trial) -> None:
-    """Three tokens, then a fourth, as a prompt and a decode step are."""
+    """Some tokens, then one more, as a prompt and a decode step are."""
     cache = DynamicCache(config=decoder.config)
     trial.watch(cache)
     device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -147,10 +157,12 @@ class _WatchedHybridLayer(_WatchedLayer, LinearAttentionAndFullAttentionLayer): 
 
 
 def _marked(entries: Tensor) -> Tensor:
-    """``entries`` [B, H, S, D] with NaN as one entry of the first head and one of the last."""
-    marked = torch.zeros_like(entries)
-    marked[:, 0, 0] = marked[:, -1, 1] = torch.nan
-    return marked
+    """Entries of the shape of ``entries`` [B, H, S, D], all alike but for NaN in some of them: for each head others."""
+    heads, slots, width = entries.shape[1:]
+    head, slot = (torch.arange(count, device=entries.device) for count in (heads, slots))
+    marks = ((head[:, None] + 1) * _MARKS >> slot) & 1 == 1
+    alike = torch.linspace(1.0, 2.0, width, dtype=entries.dtype, device=entries.device).expand_as(entries)
+    return alike.masked_fill(marks[..., None], torch.nan)
 
 
 class _Trial:
@@ -164,7 +176,7 @@ class _Trial:
     def __init__(self) -> None:
         self.marking = False
         self.readers: dict[int, int] = {}
-        self.derived: set[int] = set()
+        self.derived: dict[int, int] = {}
         self._layers: dict[int, _WatchedLayer] = {}
         self._seen: dict[int, list[nn.Module]] = {}
 
@@ -198,6 +210,8 @@ class _Trial:
             raise _Unwired(f"layer {layer.index} adds something of its own to the causal mask")
         if kwargs.get("position_bias") is not None:
             raise _Unwired(f"layer {layer.index} adds a bias for each position to its attention")
+        if kwargs.get("is_causal") is False:
+            raise _Unwired(f"layer {layer.index} attends in both directions")
         self._compare(layer, key, value)
         self._count(layer.index, module, index)
 
@@ -205,9 +219,11 @@ class _Trial:
         assert layer.given is not None
         pairs = list(zip((key, value), layer.given, strict=True))
         if not self.marking and any(given is not cached for given, cached in pairs):
-            self.derived.add(layer.index)
+            self.derived[layer.index] = layer.given[0].shape[1]
         if self.marking and not all(_keeps_marks(given, cached) for given, cached in pairs):
             raise _Unwired(f"layer {layer.index} rearranges keys or values after they went through its cache")
+        if self.marking and not all(_is_alike(given) for given, _ in pairs):
+            raise _Unwired(f"what layer {layer.index} makes of an entry of its cache depends on the place of the entry")
 
     def _count(self, index: int, module: nn.Module, own: int | None) -> None:
         earlier = self._seen[index]
@@ -234,6 +250,14 @@ def _keeps_marks(given: Tensor, cached: Tensor) -> bool:
     if marks.ndim != 3 or marks.shape[1] % wanted.shape[1] or marks.shape[2:] != wanted.shape[2:]:
         return False
     return torch.equal(marks, wanted.repeat_interleave(marks.shape[1] // wanted.shape[1], dim=1))
+
+
+def _is_alike(given: Tensor) -> bool:
+    """Whether the entries of each head that are not marked are the same, rounding aside."""
+    most, least = given.nan_to_num(-torch.inf).amax(2), given.nan_to_num(torch.inf).amin(2)
+    apart = (most - least).masked_fill(most < least, 0)  # a head whose entries are all marked
+    size = given.nan_to_num().abs().amax((2, 3))[..., None]
+    return bool((apart <= 16 * torch.finfo(given.dtype).eps * size).all())
 
 
 def _attention(
@@ -268,5 +292,5 @@ def _unbounded(kwargs: dict[str, Any]) -> bool:
     function = kwargs.get("mask_function")
     if function is None:
         return True
-    zero = torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")  # whatever the default device is
     return bool(function(zero, zero, zero + _FAR, zero))

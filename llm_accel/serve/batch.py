@@ -15,6 +15,7 @@ from llm_accel.common.generation import cache_bytes, end_tokens
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.layers.hybrid import state_bytes
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.jobs import Chance, Job, Row
 from llm_accel.serve.metrics import Metrics
@@ -176,6 +177,7 @@ class Runner:
         row = job.rows[0]
         ids = (*row.prompt, *row.tokens)[: cache.get_seq_length()]  # the last token was never fed
         nbytes = cache_bytes(cache) if handle is None else handle.report().kv_bytes
+        nbytes += sum(map(state_bytes, cache.layers))
         self._conversations.keep(job.session, Conversation(ids, cache, job.methods, nbytes))
 
     def _count(self, rows: Sequence[Row], handle: Handle | None, cache: Any) -> None:

@@ -19,7 +19,7 @@ class Conversation:
         ids: the tokens that it has seen.
         cache: their keys and values, compressed by ``methods``.
         methods: none for dense.
-        nbytes: bytes that it holds.
+        nbytes: bytes that it holds, linear-attention states included.
     """
 
     ids: tuple[int, ...]

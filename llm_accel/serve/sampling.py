@@ -57,7 +57,8 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
         device=device,
     )
     temperature, top_p, top_k, draw = column[:, :, None].unbind(1)
-    scaled, order = (logits[rows].double() / temperature).sort(dim=-1, descending=True, stable=True)
+    behind = logits[rows].double() - logits[rows].amax(-1, keepdim=True)  # no temperature makes infinities of 0
+    scaled, order = (behind / temperature).sort(dim=-1, descending=True, stable=True)
     likely = scaled.softmax(-1)
     before = likely.cumsum(-1) - likely
     rank = torch.arange(likely.shape[-1], device=device)

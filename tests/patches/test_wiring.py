@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.nemotron.modeling_nemotron import NemotronConfig, NemotronForCausalLM
 
 import llm_accel
-from llm_accel import EvictionError, SnapKV, UnsupportedModelError
+from llm_accel import AdaKV, EvictionError, RetrievalHeads, SnapKV, StreamingLLM, UnsupportedModelError
+from llm_accel.methods import MethodConfig
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.wiring import wiring_of
 from tests.contracts.oracle import masked, visible_columns
-from tests.patches.calls import Outside
+from tests.patches.calls import Outside, logits_of
 from tests.tiny import prompt, tiny_model
 
 Attend = Callable[..., Tensor]
@@ -54,9 +55,9 @@ def attention_of(module: LlamaAttention) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
 
 
-def odd_model(twist: Callable[[Attend, Tensor, Tensor], Tensor], **changes: Any) -> PreTrainedModel:
+def odd_model(twist: Callable[[Attend, Tensor, Tensor], Tensor], kv_heads: int = 2, **changes: Any) -> PreTrainedModel:
     """A tiny Llama with ``twist`` in its middle layer, and other attributes of that layer's attention."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_key_value_heads=kv_heads)
     attention = model.model.layers[1].self_attn
     attention.__class__, attention.twist = OddAttention, twist
     for name, value in changes.items():
@@ -72,6 +73,24 @@ def alibi(attend: Attend, key: Tensor, value: Tensor) -> Tensor:
     return attend(key, value, torch.zeros(1, 1, 1, key.shape[2]))
 
 
+def normalised(attend: Attend, key: Tensor, value: Tensor) -> Tensor:
+    return attend(nn.functional.normalize(key, dim=-1) * 4, value.contiguous())
+
+
+def interleaved(attend: Attend, key: Tensor, value: Tensor) -> Tensor:
+    """Of four heads, the first and the last stay where they are."""
+    return attend(key, value.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2))
+
+
+def turned(attend: Attend, key: Tensor, value: Tensor) -> Tensor:
+    """A rotary embedding after the cache, by places in it."""
+    angle = torch.arange(key.shape[2])[:, None] * torch.logspace(0, -2, key.shape[-1] // 2)
+    first, second = key.chunk(2, -1)
+    return attend(
+        torch.cat([first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()], -1), value
+    )
+
+
 def never(attend: Attend, key: Tensor, value: Tensor) -> Tensor:
     return repeated(value[:, :, -attend.length :]).transpose(1, 2)
 
@@ -85,6 +104,8 @@ UNWIRED: dict[str, tuple[Callable[[Attend, Tensor, Tensor], Tensor], str]] = {
     "heads tiled, not repeated": (lambda attend, k, v: attend(k.repeat(1, 2, 1, 1), repeated(v)), "layer 1 rearranges"),
     "another order of entries": (lambda attend, k, v: attend(k.flip(2), v.flip(2)), "layer 1 rearranges"),
     "sums over entries": (lambda attend, k, v: attend(k, v.cumsum(2)), "layer 1 rearranges"),
+    "keys turned by their place": (turned, "what layer 1 makes of an entry of its cache depends on the place"),
+    "both directions": (lambda attend, k, v: attend(k, v, is_causal=False), "layer 1 attends in both directions"),
     "attends twice": (lambda attend, k, v: attend(k, v) - attend(k, v), "layer 1 computes attention more than once"),
     "a mask of its own": (alibi, "layer 1 adds something of its own to the causal mask"),
     "a bias for positions": (
@@ -106,12 +127,33 @@ def test_what_cannot_be_followed_is_refused_at_apply(name: str) -> None:
     assert Outside.of(model) == before
 
 
+def test_heads_in_another_order_are_noticed_whichever_they_are() -> None:
+    with pytest.raises(UnsupportedModelError, match="layer 1 rearranges keys or values"):
+        llm_accel.apply(odd_model(interleaved, kv_heads=4), KEEP)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (AdaKV(budget=16, window=4), "heads that keep different entries are read from their stores directly"),
+        (RetrievalHeads(head_list=("0.0",)), r"layers \[1\] attend to what they compute from their entries"),
+        (StreamingLLM(budget=16, positions="cache"), r"layers \[1\] keep latents or the like"),
+    ],
+    ids=["adakv", "retrieval_heads", "positions in the cache"],
+)
+def test_methods_that_read_their_store_themselves_are_refused_where_attention_is_given_something_else(
+    config: MethodConfig, words: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        llm_accel.apply(odd_model(normalised), config)
+
+
 @pytest.mark.parametrize(
     ("twist", "changes"),
     [
         (lambda attend, k, v: attend(k, v), {}),
         (lambda attend, k, v: attend(repeated(k), repeated(v)), {"num_key_value_groups": 1}),
-        (lambda attend, k, v: attend(nn.functional.normalize(k, dim=-1) * 4, v.contiguous()), {}),
+        (normalised, {}),
     ],
     ids=["as it is", "repeated for the query heads", "normalised after the cache"],
 )
@@ -145,6 +187,93 @@ def test_what_changes_after_apply_is_noticed_in_the_call(name: str, error: type[
         model.model.layers[1].self_attn.twist = UNWIRED[name][0]
         with pytest.raises(error, match=words):
             model(prompt(LENGTH))
+
+
+def test_entries_that_are_left_out_later_are_noticed_where_attention_is_given_computed_ones() -> None:
+    model = odd_model(normalised)
+    with llm_accel.apply(model, KEEP):
+        model.model.layers[1].self_attn.twist = lambda attend, k, v: attend(k[:, :, 1:], v[:, :, 1:])
+        with pytest.raises(UnsupportedModelError, match=r"layer 1 \(OddAttention\) is not given the keys"):
+            model(prompt(LENGTH))
+
+
+def test_a_problem_is_not_remembered() -> None:
+    model = odd_model(UNWIRED["values of other heads"][0])
+    with pytest.raises(UnsupportedModelError):
+        llm_accel.apply(model, KEEP)
+    model.model.layers[1].self_attn.twist = lambda attend, k, v: attend(k, v)
+    llm_accel.apply(model, KEEP).remove()
+
+
+def test_another_model_with_the_same_configuration_notices_nothing_of_the_trial_call() -> None:
+    model = tiny_model("llama")
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    assert other.model.config is model.model.config
+    alone = logits_of(other)
+    meanwhile: list[Tensor] = []
+    with llm_accel.apply(other, KEEP):
+        compressed = logits_of(other)
+    hook = model.model.layers[0].register_forward_hook(lambda *_: meanwhile.append(logits_of(other)))
+    llm_accel.apply(model, KEEP).remove()
+    hook.remove()
+    assert meanwhile and all(torch.equal(one, alone) for one in meanwhile)
+
+    model, meanwhile = AutoModelForCausalLM.from_config(model.config).eval(), []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: meanwhile.append(logits_of(other)))
+    with llm_accel.apply(other, KEEP), llm_accel.apply(model, KEEP):
+        hook.remove()
+    assert meanwhile and all(torch.equal(one, compressed) for one in meanwhile)
+
+
+class MergingLinear(nn.Linear):
+    """Adapters of some libraries add themselves to the weight when they are told that training is over."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> MergingLinear:
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_the_trial_call_tells_no_module_that_training_is_over() -> None:
+    model = tiny_model("llama")
+    adapter = model.model.layers[1].mlp.up_proj
+    adapter.__class__ = MergingLinear
+    model.train()
+    llm_accel.apply(model, KEEP).remove()
+    assert adapter.training and not adapter.merged
+
+
+def test_the_trial_call_leaves_rotary_embeddings_that_depend_on_earlier_calls_as_they_are() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=32)
+    with torch.no_grad():
+        model(prompt(80))
+        before = model(prompt(LENGTH)).logits
+        llm_accel.apply(model, KEEP).remove()
+        assert torch.equal(model(prompt(LENGTH)).logits, before)
+
+
+def test_the_trial_call_compiles_nothing() -> None:
+    model, graphs = tiny_model("llama"), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    llm_accel.apply(model, KEEP).remove()
+    assert not graphs
+    with torch.no_grad():
+        model(prompt(LENGTH))
+    assert graphs
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model = tiny_model("llama")
+    with torch.device("meta"):
+        llm_accel.apply(model, KEEP).remove()
 
 
 def test_the_trial_call_leaves_no_trace() -> None:

@@ -75,6 +75,12 @@ def test_rows_choose_alone() -> None:
     assert Sampling(seed=5).source(0).random() != Sampling(seed=5).source(1).random()
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-308, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf, -4.0], [-1.0, -3.0, -2.0, -torch.inf, -0.5]])
+    assert choose(logits, [Sampling(temperature)] * 2, [0.999] * 2).tolist() == [1, 4]
+
+
 async def _batches(*jobs: tuple[MethodConfig | None, int, int, Any]) -> list[list[int]]:
     queue = JobQueue(ServeSettings(window_ms=0, max_batch=4, max_batch_tokens=100))
     made = []

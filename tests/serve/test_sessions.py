@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from transformers import DynamicCache
 
 import llm_accel
-from llm_accel.methods import SnapKV
+from llm_accel.methods import MethodConfig, SnapKV
+from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.layers.hybrid import states_of
+from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversation, Conversations
+from llm_accel.serve.metrics import Metrics
+from tests.families.build import text_model
 from tests.serve.kit import ALICE, BOB, Running
 from tests.serve.test_answers import needle_prompts
+from tests.tiny import left_padded
 
 
 def turn(running: Running, prompt: list[int], session: str = "talk", key: str = ALICE, **more: Any) -> tuple[str, int]:
@@ -69,3 +78,23 @@ def test_bounds_in_bytes() -> None:
     assert len(kept) == 2 and kept.nbytes == 80 and kept.take(("", "a"), (1, 2, 3), methods) is None
     kept.keep(("", "huge"), Conversation((1,), None, methods, 101))
     assert kept.take(("", "huge"), (1, 2), methods) is None and kept.nbytes <= 100
+
+
+@pytest.mark.parametrize("methods", [(SnapKV(budget=40),), ()], ids=["snapkv", "dense"])
+def test_states_of_linear_attention_count_among_the_bytes(methods: tuple[MethodConfig, ...]) -> None:
+    model, conversations = text_model("qwen3_next"), Conversations(limit=10, byte_limit=2**30)
+    runner = Runner(model, SimpleNamespace(), conversations, Metrics(), "eager")
+    handle = runner.use(methods)
+    cache: Any = DynamicCache(config=model.config) if handle is None else handle.new_cache()
+    prompt = left_padded([60])[0]
+    model.generate(prompt, **{CACHE: cache}, max_new_tokens=2, do_sample=False)
+    row = SimpleNamespace(prompt=tuple(prompt[0].tolist()), tokens=[1, 2])
+    job: Any = SimpleNamespace(session=("", "a"), rows=[row], methods=methods)
+    runner._keep_cache(job, handle, cache)
+    tensors = [t for layer in cache.layers for t in (*states_of(layer).values(), *entries_of(layer))]
+    assert conversations.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert any(states_of(layer) for layer in cache.layers)
+
+
+def entries_of(layer: Any) -> list[torch.Tensor]:
+    return [tensor for name in ("keys", "values") if (tensor := getattr(layer, name, None)) is not None]
