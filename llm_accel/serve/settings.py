@@ -11,8 +11,9 @@ from typing import Any
 
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.eval.arguments import DTYPES, one_of
+from llm_accel.methods import list_methods as methods
 from llm_accel.patches.plan import DECODES
-from llm_accel.registry import methods, parse_all
+from llm_accel.registry import parse_all
 
 KEY_VARIABLE = "LLM_ACCEL_API_KEY"
 _ALL = "all"
