@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TypeVar
 
 from llm_accel.errors import ConfigError, UnknownMethodError, unknown_name
@@ -48,6 +49,11 @@ def list_methods() -> Mapping[str, type[MethodConfig]]:
     Packages that declare a method in the entry-point group ``llm_accel.methods`` are imported when their class is
     looked up; :class:`ConfigError` then says what is wrong with one that cannot be used."""
     return _CATALOG
+
+
+def imported_methods() -> Mapping[str, type[MethodConfig]]:
+    """The methods among :func:`list_methods` whose classes are there without importing another package."""
+    return MappingProxyType(_registered)
 
 
 def register_method(cls: type[_Method]) -> type[_Method]:
