@@ -6,8 +6,6 @@ Names are loaded on first use, so that ``llm-accel --help`` does not wait for to
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from llm_accel.errors import (
@@ -40,8 +38,9 @@ if TYPE_CHECKING:
         StrideTokens,
         VASparse,
         VisionZip,
+        list_methods,
+        register_method,
     )
-    from llm_accel.registry import methods
     from llm_accel.report import LayerReport, Report
 
 __version__ = "0.1.0"
@@ -75,7 +74,8 @@ __all__ = [
     "VASparse",
     "VisionZip",
     "apply",
-    "methods",
+    "list_methods",
+    "register_method",
     "remove",
 ]
 
@@ -83,29 +83,18 @@ _HOMES = {
     "Handle": "llm_accel.api",
     "apply": "llm_accel.api",
     "remove": "llm_accel.api",
-    "methods": "llm_accel.registry",
     "LayerReport": "llm_accel.report",
     "Report": "llm_accel.report",
 }
 
 
-class _Package(types.ModuleType):
-    """The module with lazy names. ``llm_accel.methods`` is the registry function; the subpackage of the same name,
-    which the import system would bind over it, stays importable as ``from llm_accel.methods import SnapKV``."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOMES.get(name, "llm_accel.methods")), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "methods" or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "llm_accel.methods")), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

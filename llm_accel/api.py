@@ -153,7 +153,7 @@ def apply(
 
     Args:
         model: a decoder-only transformers model, text or vision-language, or what ``torch.compile`` made of it.
-        method: a name (see :func:`llm_accel.methods`), a configuration object, or a list of either to compose.
+        method: a name (see :func:`llm_accel.list_methods`), a configuration object, or a list of either to compose.
         trace: record the original positions of kept entries in ``Handle.report()``.
         strict: raise where a layer would be left as it is or a backend would be replaced by a slower one.
         decode: how tokens after the prompt are computed. "eager": layer by layer. "compiled": each step as one compiled

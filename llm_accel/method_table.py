@@ -1,14 +1,16 @@
-"""The table of all methods, for ``llm-accel methods`` and for the README. Generated from the registry only."""
+"""The table of all methods, for ``llm-accel methods`` and for the README. Generated from the classes only."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from llm_accel.errors import ConfigError
+from llm_accel.methods import BUILT_IN, MethodConfig, list_methods
 from llm_accel.methods.base import ENTRIES, INT64, to_text
-from llm_accel.registry import methods
 
 _COLUMNS = ("method", "paper", "what it cuts", "question in the prompt", "frees memory", "models")
 
@@ -20,23 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the table on stdout and returns the methods as plain data."""
-    data = describe()
+    data = describe(list_methods())
     print(json.dumps(data, indent=2) if args.json else text(data))
     return data
 
 
-def describe() -> dict[str, Any]:
-    """Every method as plain data: name -> paper, cuts, needs_query, frees_memory, kinds and options."""
-    return {
-        name: dataclasses.asdict(config.info)
-        | {
-            "class": config.__name__,
-            "options": {
-                field.name: {"default": field.default, "help": _help(field)} for field in dataclasses.fields(config)
-            },
-        }
-        for name, config in methods().items()
-    }
+def describe(methods: Mapping[str, type[MethodConfig]] | None = None) -> dict[str, Any]:
+    """Methods as plain data: name -> paper, cuts, needs_query, frees_memory, kinds and options, or the error that keeps
+    a third party's method from being used.
+
+    Args:
+        methods: name -> configuration class; None: those of this package.
+    """
+    methods = {cls.name: cls for cls in BUILT_IN} if methods is None else methods
+    return {name: _described(methods, name) for name in methods}
+
+
+def _described(methods: Mapping[str, type[MethodConfig]], name: str) -> dict[str, Any]:
+    try:
+        cls = methods[name]
+    except ConfigError as error:
+        return {"error": str(error)}
+    options = {field.name: {"default": field.default, "help": _help(field)} for field in dataclasses.fields(cls)}
+    return dataclasses.asdict(cls.info) | {"class": cls.__name__, "options": options}
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -53,7 +61,9 @@ def markdown() -> str:
 
 
 def text(data: dict[str, Any]) -> str:
-    """The table for a terminal, followed by the options of each method."""
+    """The table for a terminal, followed by the options of each method and by what cannot be used."""
+    broken = [entry["error"] for entry in data.values() if "error" in entry]
+    data = {name: entry for name, entry in data.items() if "error" not in entry}
     rows = [list(_COLUMNS)] + [_cells(name, entry) for name, entry in data.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -63,7 +73,7 @@ def text(data: dict[str, Any]) -> str:
         options = [(f"{key}={_shown(option['default'])}", option["help"]) for key, option in entry["options"].items()]
         longest = max(len(setting) for setting, _ in options)
         lines.extend(f"  {setting:<{longest}}  {help}" for setting, help in options)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\nnot usable: {error}" for error in broken)])
 
 
 def _cells(name: str, entry: dict[str, Any]) -> list[str]:

@@ -1,29 +1,13 @@
-"""Method names and the one text form of a method, ``name:option=value,...``, or of several, joined by ``+``."""
+"""The one text form of a method, ``name:option=value,...``, or of several, joined by ``+``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llm_accel.errors import ConfigError, UnknownMethodError, unknown_name
-from llm_accel.methods import ALL, Dense, MethodConfig
-
-_BY_NAME: Mapping[str, type[MethodConfig]] = MappingProxyType({config.name: config for config in ALL})
-
-
-def methods() -> Mapping[str, type[MethodConfig]]:
-    """All methods: name -> configuration class. Its ``info`` tells paper, what it cuts, whether it needs the query
-    in the prompt, whether it frees memory, and which kinds of model it works on."""
-    return _BY_NAME
-
-
-def config_class(name: str) -> type[MethodConfig]:
-    """The configuration class of a method; :class:`UnknownMethodError` lists the names, nearest first."""
-    if name not in _BY_NAME:
-        raise UnknownMethodError(unknown_name("method", name, _BY_NAME))
-    return _BY_NAME[name]
+from llm_accel.methods import Dense, MethodConfig, list_methods, method_class
 
 
 def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConfig:
@@ -37,10 +21,10 @@ def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConf
         return method
     if not isinstance(method, str):
         raise ConfigError(
-            f"method={method!r} is a {type(method).__name__}; give a method name ({', '.join(_BY_NAME)}), "
+            f"method={method!r} is a {type(method).__name__}; give a method name ({', '.join(list_methods())}), "
             "a configuration object, or a list of either."
         )
-    return config_class(method).build(**options)
+    return method_class(method).build(**options)
 
 
 def parse(spec: str) -> MethodConfig | None:
@@ -59,12 +43,13 @@ def parse_all(spec: str, more: Mapping[str, type[MethodConfig]] | None = None) -
     Args:
         more: methods that are known to the caller only, name -> configuration class.
     """
-    known = {**_BY_NAME, **(more or {})}
+    more = more or {}
+    names = [*list_methods(), *more]
     # a tuple among the options is written with + too, but none of its items is a method or has options
-    parts = re.split(rf"\+(?=\s*(?:[a-z]\w*\s*:|(?:{'|'.join(known)})\s*(?:\+|$)))", spec)
+    parts = re.split(rf"\+(?=\s*(?:[a-z]\w*\s*:|(?:{'|'.join(map(re.escape, names))})\s*(?:\+|$)))", spec)
     if len(parts) > 1:
-        del known[Dense.name]  # it is the model alone
-    configs = tuple(_parse_one(part, known) for part in parts)
+        names.remove(Dense.name)  # it is the model alone
+    configs = tuple(_parse_one(part, names, more) for part in parts)
     return () if configs == (Dense(),) else configs
 
 
@@ -73,10 +58,10 @@ def spec_of(configs: Sequence[MethodConfig]) -> str:
     return "+".join(config.spec() for config in configs) or Dense.name
 
 
-def _parse_one(spec: str, known: Mapping[str, type[MethodConfig]]) -> MethodConfig:
+def _parse_one(spec: str, names: Collection[str], more: Mapping[str, type[MethodConfig]]) -> MethodConfig:
     name, _, rest = (part.strip() for part in spec.partition(":"))
-    if name not in known:
-        raise UnknownMethodError(unknown_name("method", name, known))
+    if name not in names:
+        raise UnknownMethodError(unknown_name("method", name, names))
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -85,4 +70,4 @@ def _parse_one(spec: str, known: Mapping[str, type[MethodConfig]]) -> MethodConf
         if key in options:
             raise ConfigError(f"method {spec!r}: {key} was given twice; give it once.")
         options[key] = value
-    return known[name].parse(options)
+    return (more[name] if name in more else method_class(name)).parse(options)

@@ -10,9 +10,8 @@ import types
 
 import pytest
 
-from llm_accel import ConfigError, __version__, cli
+from llm_accel import ConfigError, __version__, cli, list_methods
 from llm_accel.common import bundled
-from llm_accel.registry import methods
 
 
 def in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -155,7 +154,7 @@ def test_missing_weights_of_the_bundled_model_are_explained(
 def test_methods_prints_the_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["methods"]) == 0
     output = capsys.readouterr()
-    for name, config in methods().items():
+    for name, config in list_methods().items():
         assert name in output.out and config.info.paper in output.out
     assert "observation window" in output.out and output.err == ""
 
@@ -163,7 +162,7 @@ def test_methods_prints_the_table_and_every_option(capsys: pytest.CaptureFixture
 def test_methods_as_json(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["methods", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert list(data) == list(methods())
+    assert list(data) == list(list_methods())
     snapkv = data["snapkv"]
     assert snapkv["class"] == "SnapKV" and snapkv["needs_query"] and snapkv["frees_memory"]
     assert snapkv["options"]["window"] == {"default": 32, "help": snapkv["options"]["window"]["help"]}

@@ -18,9 +18,10 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import llm_accel
-from llm_accel import cli
+from llm_accel import cli, list_methods
+from llm_accel.methods import catalog
 from llm_accel.patches.compiled import call
-from llm_accel.registry import methods, parse_all
+from llm_accel.registry import parse_all
 from tests.eval.needle_kit import tiny_model as tiny_reader
 from tests.eval.needle_kit import tokenizer
 from tests.pages import DOCS, ROOT, blocks
@@ -50,6 +51,12 @@ def test_links_lead_somewhere(page: Path):
 
 
 # --- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that examples register are gone after them."""
+    monkeypatch.setattr(catalog, "_registered", dict(catalog._registered))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +112,7 @@ def test_what_the_examples_print(capsys: pytest.CaptureFixture[str]):
 
 def test_every_method_has_a_page():
     text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "methods").glob("*.md"))
-    assert [name for name in methods() if f"<!-- options: {name} -->" not in text] == []
+    assert [name for name in list_methods() if f"<!-- options: {name} -->" not in text] == []
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

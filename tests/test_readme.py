@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from llm_accel import list_methods
 from llm_accel.cli import COMMANDS
 from llm_accel.method_table import markdown
-from llm_accel.registry import methods
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def script() -> ModuleType:
 
 def test_the_method_table_is_up_to_date(script: ModuleType):
     assert script.with_table(README, markdown()) == README
-    assert all(f"| `{name}` |" in README for name in methods())
+    assert all(f"| `{name}` |" in README for name in list_methods())
 
 
 @pytest.mark.parametrize("text", ["", "{begin}", "{end}{begin}", "{begin}{end}{begin}{end}"])

@@ -13,34 +13,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_accel
-from llm_accel import ConfigError, Dense, DyVTE, FlowCut, RandomKV, SnapKV, StreamingLLM, UnknownMethodError
-from llm_accel.methods import PromptCompression
+from llm_accel import (
+    ConfigError,
+    Dense,
+    DyVTE,
+    FlowCut,
+    RandomKV,
+    SnapKV,
+    StreamingLLM,
+    UnknownMethodError,
+    list_methods,
+)
+from llm_accel.methods import PromptCompression, method_class
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
-from llm_accel.registry import config_class, configure, methods, parse, parse_all, spec_of
+from llm_accel.registry import configure, parse, parse_all, spec_of
 from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL, WHOLE
 
-every_method = pytest.mark.parametrize("name", methods())
+every_method = pytest.mark.parametrize("name", list_methods())
 every_budgeted = pytest.mark.parametrize(
-    "name", [name for name, kind in methods().items() if issubclass(kind, Budgeted)]
+    "name", [name for name, kind in list_methods().items() if issubclass(kind, Budgeted)]
 )
 
 
 def test_names_of_the_public_contract():
-    assert {"snapkv": SnapKV, "streaming_llm": StreamingLLM, "random": RandomKV}.items() <= methods().items()
+    assert {"snapkv": SnapKV, "streaming_llm": StreamingLLM, "random": RandomKV}.items() <= list_methods().items()
 
 
 def test_the_registry_cannot_be_changed():
     with pytest.raises(TypeError):
-        methods()["mine"] = SnapKV
+        list_methods()["mine"] = SnapKV
 
 
 def test_every_method_is_in_the_contract_matrix():
-    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL, *WHOLE} == set(methods())
+    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL, *WHOLE} == set(list_methods())
 
 
 @every_method
 def test_every_method_is_public_documented_and_immutable(name: str):
-    kind = config_class(name)
+    kind = method_class(name)
     assert getattr(llm_accel, kind.__name__) is kind and kind.__name__ in llm_accel.__all__
     assert kind.__doc__ and kind.info.paper and kind.info.cuts
     assert all(field.metadata["help"] for field in dataclasses.fields(kind))
@@ -51,18 +61,12 @@ def test_every_method_is_public_documented_and_immutable(name: str):
     assert hash(config) == hash(kind())
 
 
-def test_the_registry_function_survives_the_subpackage_of_the_same_name():
-    import llm_accel.methods.selection
-
-    assert llm_accel.methods() is methods()
-
-
 # --- text form -------------------------------------------------------------------------------------------------------
 
 
 @every_method
 def test_a_bare_name_is_the_default_configuration(name: str):
-    config = config_class(name)()
+    config = method_class(name)()
     assert parse(name) == parse(f"{name}:") == parse(f" {name} ") == (None if name == "dense" else config)
     assert config.spec() == name
 
@@ -215,7 +219,7 @@ def test_lists_from_json_are_tuples():
     assert configure("snapkv", {"skip_layers": [0, 2]}) == SnapKV(skip_layers=(0, 2))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in methods().items() if issubclass(kind, PromptCompression)])
+@pytest.mark.parametrize("name", [name for name, kind in list_methods().items() if issubclass(kind, PromptCompression)])
 @pytest.mark.parametrize(
     ("options", "part"),
     [({"compress": "later"}, "'eager' or 'deferred'"), ({"multi_turn": None}, "'append' or 'recompress'")],

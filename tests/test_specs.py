@@ -10,12 +10,13 @@ from typing import Any
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from llm_accel import list_methods
 from llm_accel.errors import ConfigError, LlmAccelError
-from llm_accel.methods import ALL, Dense, MethodConfig, SnapKV
-from llm_accel.registry import methods, parse, parse_all, spec_of
+from llm_accel.methods import BUILT_IN, Dense, MethodConfig, SnapKV
+from llm_accel.registry import parse, parse_all, spec_of
 
 _TEXTS = st.text("abcXYZ019._-/ é", min_size=1).filter(lambda text: text == text.strip() and text.lower() != "none")
-_KINDS = [kind for kind in ALL if kind is not Dense]  # whose text form stands for no method
+_KINDS = [kind for kind in BUILT_IN if kind is not Dense]  # whose text form stands for no method
 _ANY = "abz_ 019+-.,:=/é\n\t\x00日"
 _PIECES = ("+", ":", ",", "=", " ", "none", "true", "0", "-1", "1e999", "64", "0.5", "1+2", "dense", "\x00", "é", "'")
 
@@ -67,7 +68,9 @@ def test_what_is_written_can_be_read_back(config: MethodConfig) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(_PIECES) | st.sampled_from(list(methods())) | st.text(_ANY, max_size=3), max_size=12))
+@given(
+    st.lists(st.sampled_from(_PIECES) | st.sampled_from(list(list_methods())) | st.text(_ANY, max_size=3), max_size=12)
+)
 def test_nonsense_is_explained(pieces: list[str]) -> None:
     text = "".join(pieces)
     try:

@@ -99,6 +99,9 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     if family == "gpt_oss":
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.self_attn.sinks)
+    for name, weight in model.named_parameters():
+        if name.endswith("k_norm.weight"):  # as after training: keys that all have one length tell methods nothing
+            weight.data += torch.rand_like(weight) - 0.5
     return model.float().eval()
 
 
@@ -108,12 +111,21 @@ def prompt(length: int, seed: int = 1, batch: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
 
 
-def left_padded(lengths: list[int], seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def distinct(length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids [1, length] none of which repeats: what a method makes of equal tokens may differ by rounding
+    alone, and then whether they are read in one call or in several decides which of them stays."""
+    generator = torch.Generator().manual_seed(seed)
+    return 3 + torch.randperm(VOCABULARY - 3, generator=generator)[None, :length]
+
+
+def left_padded(
+    lengths: list[int], seed: int = 1, make: Callable[[int, int], torch.Tensor] = prompt
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask [rows, max(lengths)] of rows with different lengths, padded on the left."""
     longest = max(lengths)
     ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
-        ids[row, longest - length :] = prompt(length, seed + row)[0]
+        ids[row, longest - length :] = make(length, seed + row)[0]
         mask[row, longest - length :] = 1
     return ids, mask

@@ -3,6 +3,7 @@
 from llm_accel.methods.adakv import AdaKV
 from llm_accel.methods.attend import Attend
 from llm_accel.methods.base import MethodConfig, MethodInfo
+from llm_accel.methods.catalog import list_methods, method_class, register_method
 from llm_accel.methods.dense import Dense
 from llm_accel.methods.downsample import Downsample
 from llm_accel.methods.dyvte import DyVTE
@@ -45,7 +46,8 @@ from llm_accel.methods.visual import (
     VisualTokens,
 )
 
-ALL: tuple[type[MethodConfig], ...] = (
+# in the order of the table; the one line that makes a method known
+BUILT_IN: tuple[type[MethodConfig], ...] = (
     SnapKV,
     PyramidKV,
     AdaKV,
@@ -64,9 +66,11 @@ ALL: tuple[type[MethodConfig], ...] = (
     RandomTokens,
     Dense,
 )
+for _method in BUILT_IN:
+    register_method(_method)
 
 __all__ = [
-    "ALL",
+    "BUILT_IN",
     "H2O",
     "WHOLE",
     "AdaKV",
@@ -116,7 +120,10 @@ __all__ = [
     "VisualInput",
     "VisualTokens",
     "WholeCache",
+    "list_methods",
     "load_exit_profile",
     "load_profile",
     "load_routers",
+    "method_class",
+    "register_method",
 ]

@@ -10,29 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.prompt_view import Depth, PromptView
-from llm_accel.methods.pyramidkv import pyramid_entries
+from llm_accel.methods.division import Division
+from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import ABSENT, FIRST, slots_of
 from llm_accel.methods.shard import HeadShard
 from llm_accel.methods.snapkv import SnapKV
 
-_BETA = 20
 _SHARES = 10**6  # alpha counts in millionths, so that shares are exact
 
 
 @dataclass(frozen=True)
-class AdaKV(SnapKV):
-    """SnapKV's votes compete across the heads of a layer; together the heads keep exactly as much as in SnapKV.
-    ``alpha=1`` leaves nothing to compete for and is SnapKV."""
+class AdaKV(Division):
+    """Scores compete across the heads of a layer, which together keep exactly as much as with the base alone.
+    ``alpha=1`` leaves nothing to compete for and is the base."""
 
-    alpha: float = option("share of the budget beside the window that each head has for sure, in [0, 1]", 0.2)
+    alpha: float = option("share of the budget that each head has for sure, beside what is always kept, in [0, 1]", 0.2)
     rule: Literal["floor", "blend"] = option(
         "floor: a sure share, the rest to the highest votes of all heads; blend: the published mix of both", "floor"
     )
     normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
-    base: Literal["snapkv", "pyramidkv"] = option("how layers are budgeted: all alike, or as in pyramidkv", "snapkv")
-    beta: int = option("steepness of base=pyramidkv", _BETA, most=10_000)
+    beta: int = option("steepness of base=pyramidkv", 20, most=10_000)
     page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096)
+
+    divides: ClassVar[Literal["layers", "heads"]] = "heads"
+    for_base: ClassVar[frozenset[str]] = Division.for_base | {"beta"}
 
     name: ClassVar[str] = "adakv"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -47,29 +48,20 @@ class AdaKV(SnapKV):
             self.fail("alpha", "a number in [0, 1]")
         if self.page < 1:
             self.fail("page", "an integer of at least 1")
-        if self.beta < 1 or (self.base != "pyramidkv" and self.beta != _BETA):
-            self.fail("beta", "an integer of at least 1, together with base='pyramidkv'")
         super().validate()
+        if self.normalize and not isinstance(self.score_method, SnapKV):
+            self.fail("normalize", f"false with base={self.base}, whose scores are no votes that add up to a whole")
 
     @property
     def page_size(self) -> int | None:
         return self.page
 
-    def layer_entries(self, length: int, depth: Depth) -> int:
-        return int(self.layer_entries_per_row(torch.tensor([length]), depth)[0])
-
-    def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
-        average = self.entries_per_row(lengths)
-        if self.base == "snapkv":
-            return average
-        return pyramid_entries(lengths, average, self.window, self.beta, depth)
-
-    def votes(self, view: PromptView) -> tuple[Tensor, Tensor]:
-        pooled, raw = super().votes(view)
-        if not self.normalize:
-            return pooled, raw
+    def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
+        if not (self.normalize and isinstance(self.score_method, SnapKV)):
+            return super().score_and_tie_break(view)
+        pooled, raw = self.score_method.votes(view)
         mass = raw.sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
-        return pooled / mass, raw / mass
+        return self.score_method.scores_of(pooled / mass, raw / mass)
 
     def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
         """What the heads keep, each a number of its own."""
@@ -84,23 +76,23 @@ class AdaKV(SnapKV):
 
         Args:
             rank: order of the entries as of :func:`~llm_accel.methods.selection.total_order`, int64 [B, H, S].
-            average: entries per head, window included, int64 [B].
+            average: entries per head, those always kept included, int64 [B].
             totals: entries of all heads of a row, int64 [B].
 
         Returns:
             bool [B, H, S], ``totals[b]`` of them True in row ``b``.
         """
-        chosen = (average - self.window).clamp(min=0)
+        chosen = (average - self.reserved).clamp(min=0)
         share = round(self.alpha * _SHARES)
         if self.rule == "floor":
             sure = torch.minimum(chosen, (chosen * share // _SHARES).clamp(min=int(share > 0)))[:, None]
         else:
-            won = best_of_all(rank, totals).sum(-1) - (rank > ABSENT).sum(-1).clamp(max=self.window)
+            won = best_of_all(rank, totals).sum(-1) - (rank > ABSENT).sum(-1).clamp(max=self.reserved)
             sure = blended(won.clamp(min=0), share)
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         steps = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
         place = torch.empty_like(order).scatter_(-1, order, steps)
-        secured = (place < self.window + sure[..., None]) & (rank > ABSENT)
+        secured = (place < self.reserved + sure[..., None]) & (rank > ABSENT)
         return best_of_all(rank.masked_fill(secured, FIRST), totals)
 
 

@@ -93,13 +93,16 @@ class MethodConfig:
     @classmethod
     def parse(cls, options: dict[str, str]) -> Self:
         """A configuration from text, as the command line gives it (``budget=1024,pool=max``)."""
-        hints = typing.get_type_hints(cls)
-        allowed = {field.name for field in dataclasses.fields(cls)}
-        typed = {
+        return cls.build(**cls.typed(options))
+
+    @classmethod
+    def typed(cls, options: dict[str, str]) -> dict[str, Any]:
+        """Options from text, each with the type of its field; unknown ones are left as they are."""
+        hints, allowed = typing.get_type_hints(cls), option_names(cls)
+        return {
             key: _from_text(cls.name, key, text, hints[key]) if key in allowed else text
             for key, text in options.items()
         }
-        return cls.build(**typed)
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from their defaults, in field order."""
@@ -110,6 +113,11 @@ class MethodConfig:
         """The configuration in the form of the command line, for example ``snapkv:budget=128``."""
         options = ",".join(f"{key}={to_text(value)}" for key, value in self.changed().items())
         return f"{self.name}:{options}" if options else self.name
+
+
+def option_names(cls: type[MethodConfig]) -> frozenset[str]:
+    """Names of the options of a method."""
+    return frozenset(field.name for field in dataclasses.fields(cls))
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -1,20 +1,20 @@
-"""PyramidKV: SnapKV's votes with budgets that shrink from the first layer to the last (arXiv 2406.02069)."""
+"""PyramidKV: budgets that shrink from the first layer to the last, for any score (arXiv 2406.02069)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
+from llm_accel.methods.division import Division
 from llm_accel.methods.prompt_view import Depth, PromptView
-from llm_accel.methods.snapkv import SnapKV
 
 
 @dataclass(frozen=True)
-class PyramidKV(SnapKV):
+class PyramidKV(Division):
     """Early layers, whose attention is broad, keep more entries and late ones fewer: the budget is their average."""
 
     beta: int = option(
@@ -29,16 +29,15 @@ class PyramidKV(SnapKV):
         frees_memory=True,
     )
 
+    divides: ClassVar[Literal["layers", "heads"]] = "layers"
+
     def validate(self) -> None:
         if self.beta < 1:
             self.fail("beta", "an integer of at least 1")
         super().validate()
 
-    def layer_entries(self, length: int, depth: Depth) -> int:
-        return int(self.layer_entries_per_row(torch.tensor([length]), depth)[0])
-
     def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
-        return pyramid_entries(lengths, self.entries_per_row(lengths), self.window, self.beta, depth)
+        return pyramid_entries(lengths, self.entries_per_row(lengths), self.reserved, self.beta, depth)
 
     def widest(self, counts: Tensor, view: PromptView) -> int:
         """A short row may keep all it has in a late layer, where a long one keeps less."""
@@ -55,7 +54,7 @@ def pyramid_entries(lengths: Tensor, average: Tensor, window: int, beta: int, de
     Args:
         lengths: real tokens of each row, int64 [B].
         average: entries per KV head of each row, averaged over the layers, window included, int64 [B].
-        window: entries that every layer keeps.
+        window: entries that every layer keeps whatever their scores.
         beta: the last layer keeps ``1 / beta`` of the average beside the window.
         depth: the layer. A ``later`` one is cut to the line of a prompt without end, whatever it has stored.
 

@@ -16,8 +16,8 @@ from llm_accel.methods.selection import per_head
 
 
 @dataclass(frozen=True)
-class SnapKV(PromptCompression):
-    """Keeps the observation window and the entries that its queries attend to most, per KV head."""
+class SnapKVOptions(PromptCompression):
+    """The options of SnapKV, for all methods that may score as it does."""
 
     window: int = option("observation window: last queries of the prompt, always kept", 32, most=8192)
     kernel: int = option("pooling kernel over neighbouring positions, odd", 7, most=255)
@@ -31,6 +31,14 @@ class SnapKV(PromptCompression):
     score_dtype: Literal["fp32", "compat"] = option(
         "fp32, or compat: probabilities rounded to the model's dtype as in the published code", "fp32"
     )
+
+    def score(self, view: PromptView) -> Tensor:
+        return self.score_and_tie_break(view)[0]
+
+
+@dataclass(frozen=True)
+class SnapKV(SnapKVOptions):
+    """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
     name: ClassVar[str] = "snapkv"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -73,13 +81,13 @@ class SnapKV(PromptCompression):
         inside = per_head(view.valid)[..., : raw.shape[-1]]
         return pooled_votes(raw, inside, self.kernel, self.pool), raw
 
-    def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
-        window_columns = (0, self.window)
-        pooled, raw = (F.pad(votes, window_columns) for votes in self.votes(view))
+    def scores_of(self, pooled: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`votes` returned as score and tie break of all S entries."""
+        pooled, raw = (F.pad(votes, (0, self.window)) for votes in (pooled, raw))
         return pooled, raw if self.tie == "raw" else None
 
-    def score(self, view: PromptView) -> Tensor:
-        return self.score_and_tie_break(view)[0]
+    def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
+        return self.scores_of(*self.votes(view))
 
     def always_keep(self, view: PromptView) -> Tensor:
         return view.newest(self.window)

@@ -10,8 +10,9 @@ from pathlib import Path
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.methods import list_methods
 from llm_accel.patches.plan import DECODES
-from llm_accel.registry import methods, parse_all
+from llm_accel.registry import parse_all
 
 KEY_VARIABLE = "LLM_ACCEL_API_KEY"
 _ALL = "all"
@@ -97,9 +98,9 @@ class ServeSettings(ModelOptions):
         own = {"dense", *(config.name for config in parse_all(self.method))}
         names = [name.strip() for name in (self.allow_methods or "").split(",") if name.strip()]
         for name in names:
-            if name not in methods() and name != _ALL:
-                raise ConfigError("--allow-methods: " + unknown_name("method", name, [*methods(), _ALL]))
-        return frozenset(methods() if _ALL in names else own.union(names))
+            if name not in list_methods() and name != _ALL:
+                raise ConfigError("--allow-methods: " + unknown_name("method", name, [*list_methods(), _ALL]))
+        return frozenset(list_methods() if _ALL in names else own.union(names))
 
     def keys(self) -> tuple[str, ...]:
         """The bearer keys; none for a server on loopback that asks for none.

@@ -1,32 +1,40 @@
-"""The matrix that every method passes. A new method joins with one line in ``METHODS``."""
+"""The matrix that every method passes. Methods that decide which KV entries stay join by being known by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llm_accel import H2O, AdaKV, PyramidKV, RandomKV, SnapKV, StreamingLLM
-from llm_accel.methods import Depth, PromptCompression, ScoreAndKeep, StepEviction
+from llm_accel import list_methods
+from llm_accel.methods import Depth, PromptCompression, PromptView, ScoreAndKeep, StepEviction
+from llm_accel.methods.base import option_names
 from llm_accel.report import LayerReport, Report
-from tests.tiny import FAMILIES, left_padded, prompt
+from tests.tiny import FAMILIES, distinct, left_padded
 
 BUDGET = 24
 LONG = 72
 SHORT = 12
 NEW = 6
 
+# options of the size of these prompts, for every method that has them
+SIZES = {"window": 8, "page": 8}
+OWN = {"pyramidkv": {"beta": 2, "kernel": 5}}
+
+
+def small(kind: type[ScoreAndKeep], **changes: Any) -> ScoreAndKeep:
+    """A method with a budget below :data:`LONG`."""
+    sizes = {key: size for key, size in SIZES.items() if key in option_names(kind)} | OWN.get(kind.name, {})
+    return kind(**({"budget": BUDGET} | sizes | changes))
+
+
 METHODS: dict[str, Callable[..., ScoreAndKeep]] = {
-    "snapkv": lambda **changes: SnapKV(**({"budget": BUDGET, "window": 8} | changes)),
-    "pyramidkv": lambda **changes: PyramidKV(**({"budget": BUDGET, "window": 8, "beta": 2, "kernel": 5} | changes)),
-    "adakv": lambda **changes: AdaKV(**({"budget": BUDGET, "window": 8, "page": 8} | changes)),
-    "h2o": lambda **changes: H2O(**({"budget": BUDGET} | changes)),
-    "streaming_llm": lambda **changes: StreamingLLM(**({"budget": BUDGET} | changes)),
-    "random": lambda **changes: RandomKV(**({"budget": BUDGET, "window": 8} | changes)),
+    name: partial(small, kind) for name, kind in list_methods().items() if issubclass(kind, ScoreAndKeep)
 }
 # methods that compute attention, with contracts of their own: the cache stays whole
 ATTENDING = ("hip",)
@@ -55,9 +63,9 @@ def make_batch(shape: str, long: bool) -> Batch:
     """``single``: one row; ``padded``: three rows of different lengths, padded on the left."""
     length = LONG if long else SHORT
     if shape == "single":
-        return Batch(prompt(length), None, (length,))
+        return Batch(distinct(length), None, (length,))
     lengths = (length, length // 2 + 1, length // 5 + 1)
-    return Batch(*left_padded(list(lengths)), lengths)
+    return Batch(*left_padded(list(lengths), make=distinct), lengths)
 
 
 def generate(model: PreTrainedModel, batch: Batch, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,9 +105,16 @@ def check_kept(method: str, kept: torch.Tensor, entries: int) -> list[set[int]]:
     heads = [{position for position in head if position >= 0} for head in kept.tolist()]
     assert sum(map(len, heads)) == len(heads) * entries
     for head in heads:
-        sure = min(entries, getattr(config, "window", 0) + 1)
+        sure = min(entries, config.reserved + 1)
         assert len(head) == entries if config.page_size is None else len(head) >= sure
     return heads
+
+
+def always_kept(config: ScoreAndKeep, seen: int, depth: Depth) -> set[int]:
+    """Positions of a row of ``seen`` tokens that a method says it always keeps, in every head."""
+    none, key = torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, seen, 4)
+    stated = config.always_keep(PromptView(none, key, 1, None, 1.0, None, None, layer=0, layers=1, depth=depth))
+    return set() if stated is None else set(stated.reshape(-1, seen).all(0).nonzero()[:, 0].tolist())
 
 
 def pages_held(kept: torch.Tensor, page: int, decoded: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import llm_accel
+from llm_accel.methods import Depth
 from llm_accel.patches.layers import RaggedLayer
 from tests.contracts.laws import (
     EXACT,
@@ -15,10 +16,12 @@ from tests.contracts.laws import (
 )
 from tests.contracts.matrix import (
     BUDGET,
+    LONG,
     METHODS,
     NEW,
     STEPWISE,
     acting,
+    always_kept,
     check_kept,
     check_stored,
     every_family,
@@ -32,6 +35,9 @@ from tests.contracts.matrix import (
 )
 from tests.contracts.oracle import masked, visible_columns
 from tests.tiny import tiny_model
+
+WINDOWS = {"snapkv": 8, "pyramidkv": 8, "adakv": 8, "random": 8, "h2o": BUDGET // 2}
+SINKS = {"h2o": 4, "streaming_llm": 4}
 
 
 @every_shape
@@ -147,10 +153,17 @@ def test_always_kept_entries_stay(method: str) -> None:
         for layer, depth in acting(handle.report()):
             for row, length in enumerate(batch.lengths):
                 seen = length + (NEW - 1 if method in STEPWISE else 0)
-                recent = getattr(config, "window", BUDGET // 2)
                 for kept in check_kept(method, layer.kept[row], config.layer_entries(seen, depth)):
-                    assert kept >= set(range(min(seen, getattr(config, "sinks", 0))))
-                    assert kept >= set(range(max(0, seen - recent), seen))
+                    assert kept >= always_kept(config, seen, depth)
+
+
+def test_what_methods_say_they_always_keep() -> None:
+    """Sinks, windows and recent entries, so that the test above asks for them."""
+    stated = {name: always_kept(make(), LONG, Depth()) for name, make in METHODS.items() if name in WINDOWS | SINKS}
+    for name, window in WINDOWS.items():
+        assert stated[name] >= set(range(LONG - window, LONG))
+    for name, sinks in SINKS.items():
+        assert stated[name] >= set(range(sinks))
 
 
 @every_method

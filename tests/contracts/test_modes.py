@@ -18,6 +18,7 @@ from tests.contracts.matrix import (
     STEPWISE,
     Batch,
     acting,
+    always_kept,
     check_kept,
     check_stored,
     every_method,
@@ -162,7 +163,7 @@ def test_recompress_cuts_each_turn_back_to_the_budget(family: str, method: str, 
         check_stored(method, layer, stored_after(method, 4 - 1, replace(depth, later=True)))
         kept = layer.kept[0, 0]
         assert torch.equal(kept, kept.sort().values)
-        assert kept[-1] == layer.logical_length - 4
+        assert set(kept.tolist()) >= always_kept(METHODS[method](), layer.logical_length - 3, depth)
 
 
 @every_method

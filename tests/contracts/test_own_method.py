@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 import llm_accel
 from llm_accel import SnapKV, UnsupportedCallError
-from llm_accel.methods import PromptView
+from llm_accel.methods import PromptCompression, PromptView, catalog
+from llm_accel.registry import parse
 from tests.contracts.laws import (
     EXACT,
     check_copied_cache,
@@ -92,11 +95,18 @@ def test_evicted_is_masked(family: str, shape: str) -> None:
     assert (logits - expected_logits).abs().max() <= EXACT
 
 
+@pytest.mark.parametrize(
+    "method", ["key_norm", "pyramidkv:base=key_norm,beta=2", "adakv:base=key_norm,page=8", "adakv:base=random:window=8"]
+)
 @every_shape
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_the_laws_of_every_method(family: str, shape: str) -> None:
-    model, batch, config = tiny_model(family), make_batch(shape, long=True), KeyNorm(budget=BUDGET)
-    check_nothing_to_cut(model, batch, KeyNorm(budget=LONG + NEW))
+def test_the_laws_of_every_method(family: str, shape: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a score alone, and of the divisions of a budget with it."""
+    monkeypatch.setitem(catalog._registered, "key_norm", KeyNorm)
+    parsed = parse(method)
+    assert isinstance(parsed, PromptCompression)
+    model, batch, config = tiny_model(family), make_batch(shape, long=True), replace(parsed, budget=BUDGET)
+    check_nothing_to_cut(model, batch, replace(parsed, budget=LONG + NEW))
     check_nothing_to_cut(model, make_batch(shape, long=False), config)
     check_undo(family, batch, config)
     check_no_memory(model, shape, config)

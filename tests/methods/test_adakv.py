@@ -102,7 +102,7 @@ def test_equal_heads_share_evenly(problem: Problem, alpha: float, rule: Rule) ->
 def oracle(config: AdaKV, view: PromptView) -> list[set[int]]:
     """Both rules for one unpadded row with loops and sorts."""
     length, window, entries = view.slots, config.window, config.entries(view.slots)
-    pooled, raw = (votes[0].tolist() for votes in config.votes(view))
+    pooled, raw = (votes[0].tolist() for votes in config.score_method.votes(view))
     heads, old = range(view.kv_heads), range(length - window)
     chosen = entries - window
     own = {head: sorted(old, key=lambda slot, h=head: (-pooled[h][slot], -raw[h][slot], slot)) for head in heads}
@@ -180,7 +180,7 @@ def test_heads_that_hold_different_numbers_compete_again(seed: int, rule: Rule, 
     starts = torch.randint(0, 30, (2, 3), generator=torch.Generator().manual_seed(seed))
     ragged = replace(view, start=starts, depth=Depth(later=True))
     config = AdaKV(budget=12, window=4, rule=rule, alpha=alpha)
-    votes = config.votes(ragged)[1]
+    votes = config.score_method.votes(ragged)[1]
     for row in range(2):
         for head in range(3):
             alone = replace(
@@ -189,7 +189,9 @@ def test_heads_that_hold_different_numbers_compete_again(seed: int, rule: Rule, 
                 key=view.key[row : row + 1, head : head + 1, starts[row, head] :],
                 kv_heads=1,
             )
-            assert torch.allclose(votes[row, head, starts[row, head] :], config.votes(alone)[1][0, 0], atol=1e-6)
+            assert torch.allclose(
+                votes[row, head, starts[row, head] :], config.score_method.votes(alone)[1][0, 0], atol=1e-6
+            )
     kept = config.select(ragged)
     for row, heads in enumerate(kept_sets(kept)):
         assert sum(map(len, heads)) == min(36, int((40 - starts[row]).sum()))

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import llm_accel
-from llm_accel import ConfigError, LlmAccelError
+from llm_accel import ConfigError, LlmAccelError, list_methods
 from llm_accel.methods.base import ENTRIES, INT64, LAYERS, MethodConfig, option
-from llm_accel.registry import methods, parse
+from llm_accel.registry import parse
 from tests.tiny import prompt, tiny_model
 from tests.tiny_vlm import decode, inputs, tiny_vlm
 
@@ -33,12 +33,12 @@ def numbers(kind: type[MethodConfig]) -> dict[str, float]:
     }
 
 
-OPTIONS = [(name, field) for name, kind in methods().items() for field in numbers(kind)]
+OPTIONS = [(name, field) for name, kind in list_methods().items() for field in numbers(kind)]
 
 
 @pytest.mark.parametrize(("name", "field"), OPTIONS)
 def test_nothing_beyond_the_bound(name: str, field: str) -> None:
-    kind, most = methods()[name], numbers(methods()[name])[field]
+    kind, most = list_methods()[name], numbers(list_methods()[name])[field]
     one = getattr(kind(), field)
     for huge in (most + most, -most - most, 10**400, 10**5000):
         for value in (huge, (huge,), ((huge, 1, 1),)):
@@ -91,7 +91,7 @@ COMMON = {"budget": 40, "min_prefill_len": 0}
 
 
 def at_its_bound(name: str, field: str, sign: int) -> MethodConfig:
-    kind, most = methods()[name], numbers(methods()[name])[field]
+    kind, most = list_methods()[name], numbers(list_methods()[name])[field]
     value: Any = sign * (most if isinstance(most, int) else float(most))
     if typing.get_origin(typing.get_type_hints(kind)[field]) is tuple:
         value = (value,)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from llm_accel import AdaKV, ConfigError, PyramidKV, SnapKV
-from llm_accel.methods import Depth, MethodInfo, PromptCompression, PromptView
+from llm_accel import ConfigError, SnapKV
+from llm_accel.methods import Depth, MethodInfo, PromptCompression, PromptView, ScoreAndKeep, catalog
+from llm_accel.methods.base import option
 from llm_accel.methods.snapkv import pooled_votes
+from llm_accel.registry import parse
 from tests.methods.views import Problem, check_laws, kept_sets, problems, row_of, view_of
 from tests.pages import tutorial_method
 
@@ -115,29 +117,34 @@ def test_a_method_without_a_score_says_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    "text",
     [
-        SnapKV(budget=12, window=4),
-        PyramidKV(budget=12, window=4, beta=4),
-        AdaKV(budget=12, window=4),
-        AdaKV(budget=12, window=4, rule="blend", base="pyramidkv"),
+        "lower:budget=12,window=4{}",
+        "pyramidkv:budget=12,window=4,beta=4,base=lower{}",
+        "adakv:budget=12,window=4,base=lower{}",
+        "adakv:budget=12,window=4,rule=blend,beta=4,base=pyramidkv:base=lower{}",
     ],
-    ids=lambda config: config.spec(),
 )
-def test_how_a_budget_is_divided_does_not_depend_on_the_sign_of_scores(config: SnapKV) -> None:
+def test_how_a_budget_is_divided_does_not_depend_on_the_sign_of_scores(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scores that all lie eight lower keep the same entries."""
     view = replace(view_of(Problem((40, 23), 3, 2, 4, 12, True, 5)), depth=Depth(1, 3))
 
-    class Lower(type(config)):  # type: ignore[misc]
-        shift: ClassVar[float] = 0.0
+    @dataclass(frozen=True)
+    class Lower(SnapKV):
+        name: ClassVar[str] = "lower"
+        shift: float = option("how much lower scores are", 0.0)
 
         def votes(self, view: PromptView) -> tuple[Tensor, Tensor]:
             pooled, raw = ((one * 256).round() / 256 for one in super().votes(view))  # so that no sum is rounded
             return pooled - self.shift, raw - self.shift
 
-    options = config.changed()
-    lower = type("Lowest", (Lower,), {"shift": 8.0})(**options)
-    assert torch.equal(lower.select(view), Lower(**options).select(view))
+    monkeypatch.setitem(catalog._registered, "lower", Lower)
+    separator = "," if text.startswith("lower") else ":"
+    plain, lower = (parse(text.format(f"{separator}shift={shift}")) for shift in (0.0, 8.0))
+    assert isinstance(plain, ScoreAndKeep) and isinstance(lower, ScoreAndKeep)
+    assert torch.equal(lower.select(view), plain.select(view))
 
 
 def test_pooling_takes_scores_of_any_sign_and_no_padding() -> None:

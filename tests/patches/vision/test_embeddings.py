@@ -10,12 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 import llm_accel
-from llm_accel import UnsupportedCallError
-from llm_accel.registry import methods
+from llm_accel import UnsupportedCallError, list_methods
 from tests.tiny_vlm import ONE, decode, inputs, tiny_vlm
 from tests.vision_oracle import decoder_inputs
 
-VISUAL = [name for name, kind in methods().items() if kind.info.kinds == ("vision",)]
+VISUAL = [name for name, kind in list_methods().items() if kind.info.kinds == ("vision",)]
 
 
 def embedded(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:

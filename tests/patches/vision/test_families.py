@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import llm_accel
-from llm_accel import Downsample, FlowCut, StrideTokens, VisionZip
-from llm_accel.registry import methods
+from llm_accel import Downsample, FlowCut, StrideTokens, VisionZip, list_methods
 from tests.patches.calls import Outside
 from tests.tiny_vlm import (
     FAMILIES,
@@ -126,7 +125,7 @@ def test_text_alone_passes_through_and_nothing_is_remembered(family: str) -> Non
         assert torch.equal(decode(model, one)[1], first[1])
 
 
-@pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.info.kinds == ("vision",)])
+@pytest.mark.parametrize("name", [name for name, kind in list_methods().items() if kind.info.kinds == ("vision",)])
 def test_text_alone_passes_through_every_method(name: str) -> None:
     model = model_of("llava")
     text = inputs(model, [Scene((12,)), Scene((5,))])
