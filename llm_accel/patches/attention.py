@@ -16,6 +16,7 @@ from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, ReplyLayer
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
@@ -114,10 +115,10 @@ class AccelAttention:
         readers = session.plan.reader_count(index)
         if keeper is None:
             output = layer.attend(self.base, module, query, key, value, **kwargs)
-            layer.after_readers(readers, key, value, layer.own_storage if session.closing else None)
+            layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
             return output
         eviction = Eviction(session, keeper, layer, index, kwargs)
-        if session.flushing:
+        if session.phase is Phase.DEFERRED_EVICTION:
             key, value = eviction.before_attention(query, key, value)
         fused = eviction.attended(query, key, value)
         if fused is not None:

@@ -15,6 +15,7 @@ from llm_accel.methods.roles import ScoreAndKeep, StepEviction
 from llm_accel.methods.selection import without
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
@@ -33,7 +34,9 @@ class Eviction:
         self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, kwargs: dict[str, Any]
     ) -> None:
         self.session, self.keeper, self.layer, self.index, self.kwargs = session, keeper, layer, index, kwargs
-        self.closing = session.closing  # set to cut at the end of a chunk; slots are overwritten after the prompt only
+        self.closing = (
+            session.phase is Phase.PREFILL_END
+        )  # set to cut at the end of a chunk; slots are overwritten after the prompt only
 
     def before_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Deferred compression: evicts from the prompt, keeps the new token, returns what attention may see."""
@@ -75,9 +78,9 @@ class Eviction:
             else:
                 assert isinstance(self.layer, SlotLayer)
                 self._step(self.keeper, self.layer, query, key)
-        elif self.session.closing:
+        elif self.session.phase is Phase.PREFILL_END:
             self._close(query, key)
-        elif self.session.observing:
+        elif self.session.phase is Phase.PREFILL_CHUNK:
             self._observed(query)
         elif self.keeper.cuts_every is not None:
             self._cut(self._observed(query), key, self.keeper.cuts_every)
@@ -115,7 +118,7 @@ class Eviction:
                 layer.keep(self._select(None, key), self.session.plan.trace)
             else:
                 layer.own_storage()
-            if self.session.closing:
+            if self.session.phase is Phase.PREFILL_END:
                 layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
             layer.choose_spare(keeper.victims(layer.view()))
@@ -123,7 +126,7 @@ class Eviction:
     def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
         """A simulated step: everything stays stored, the method says what the next token sees."""
         layer.accumulate(self._votes(query, key, layer.shown_start()), self._decay(keeper, query))
-        if self.session.closing:
+        if self.session.phase is Phase.PREFILL_END:
             layer.own_storage()
             lengths = layer.row_lengths().expand(key.shape[0])
             entries = None if keeper.ratio is None else keeper.entries_per_row(lengths)

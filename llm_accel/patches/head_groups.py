@@ -12,6 +12,7 @@ from llm_accel.patches.base_attention import of_heads
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.layers import GroupedLayer
 from llm_accel.patches.layers.grouped import HeadGroup
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention
 
@@ -54,7 +55,7 @@ class GroupedAttention:
                 output = part.new_empty(*part.shape[:2], query.shape[1], part.shape[-1]) if output is None else output
                 output[:, :, heads] = part
             self._evict(group, part_query, part_kwargs)
-        if self.session.closing:
+        if self.session.phase is Phase.PREFILL_END:
             self.layer.compressed = any(group.store.compressed for group in self.layer.groups)
         assert output is not None
         return output
@@ -84,5 +85,5 @@ class GroupedAttention:
             if stream and self.split.prefill != "dense":
                 eviction.closing = True
             eviction.after_attention(query, store.keys)
-        elif self.session.closing:
+        elif self.session.phase is Phase.PREFILL_END:
             store.own_storage()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_accel.methods.head_roles import HeadMask
 from llm_accel.patches.base_attention import of_heads
 from llm_accel.patches.layers import AccelLayer
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention
 
@@ -18,9 +19,9 @@ from llm_accel.patches.sink_window import sink_window_attention
 def masked_rows(mask: HeadMask, session: Session, length: int) -> int:
     """How many of the newest ``length`` queries lose the masked heads. In phase "decode" that begins with the last
     token of the prompt, whose output is the first token of the answer."""
-    if mask.phase == "all" or not (session.closing or session.observing):
+    if mask.phase == "all" or not session.phase.in_prompt:
         return length
-    return 1 if session.closing else 0
+    return 1 if session.phase is Phase.PREFILL_END else 0
 
 
 def attend_without(

@@ -15,6 +15,7 @@ from llm_accel.methods import ReplyDecoding
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import ReplyLayer
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
@@ -63,7 +64,7 @@ class ReplyStep:
 
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the newest queries, [B, T, Hq, Dv]: the model's own but for the penalty in decode steps."""
-        decoding = self.layer.pictured and not self.session.in_prompt
+        decoding = self.layer.pictured and not self.session.phase.in_prompt
         weights = self._weights(query, key) if decoding else None
         if weights is not None and self.method.penalises:
             # the attention received until now counts as a constant in the penalty, which it is not
@@ -76,7 +77,7 @@ class ReplyStep:
                 into = self._spoke(weights, query, key)
             if into is not None:
                 self.layer.prune(into, self.session.plan.trace)
-        elif self.session.in_prompt:
+        elif self.session.phase.in_prompt:
             self._heard(query, key)
         return output
 
@@ -87,15 +88,15 @@ class ReplyStep:
             layer.mark(rows.visual)
         if self.method.penalises and width is not None:
             layer.observe(query, width)
-        if self.session.closing:
+        if self.session.phase is Phase.PREFILL_END:
             layer.own_storage()
             layer.begin_reply()
-        if self.method.penalises and (width is None or (self.session.closing and layer.pictured)):
+        if self.method.penalises and (width is None or (self.session.phase is Phase.PREFILL_END and layer.pictured)):
             watched = query if layer.window is None else layer.window
             softmax = softmax_of(self.kwargs, key.shape[-1])
             with torch.no_grad():
                 layer.receive(column_votes(watched, key, layer.start, heads=query.shape[1], **softmax))
-        if self.session.closing:
+        if self.session.phase is Phase.PREFILL_END:
             layer.window = None
             layer.received = layer.received if layer.pictured else None
 

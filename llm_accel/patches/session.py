@@ -12,6 +12,7 @@ from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.patches.layers.hybrid import LinearLayer, state_bytes
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
@@ -30,12 +31,9 @@ class Session:
         plan: what the methods do to this model.
         ours: those of the cache's layers that are ours, by index.
         prompt_end: logical length at which the prompt is complete; None when nobody announced it.
-        closing: whether the running call completes the prompt, so that layers evict after their attention.
-        flushing: whether layers evict before the attention of the running call (deferred compression).
+        phase: what the running call does to the cache.
         passing: whether the cache serves the running call only, which was to have none.
-        in_prompt: whether the running call brings tokens of a prompt, not decoded ones.
         visual: what became of visual tokens.
-        observing: whether layers remember the last queries, because more of the prompt or the eviction is to come.
         padding: leading padding tokens of each row, int64 [B], where the running call tells them, else None.
         rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
         arrived_at: positions of the running call's tokens in such methods, int64 [B, T], else None.
@@ -52,11 +50,8 @@ class Session:
         self.layers = cache.layers
         self.ours = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, AccelLayer)}
         self.prompt_end: int | None = None
-        self.closing = False
-        self.flushing = False
-        self.observing = False
+        self.phase = Phase.PREFILL_CHUNK
         self.passing = False
-        self.in_prompt = False
         self.visual = VisualState()
         self.padding: Tensor | None = None
         self.protect: Tensor | None = None
@@ -138,26 +133,25 @@ class Session:
             layer.expected = True
             layer.missing, layer.arriving = 0, None
             layer.given = layer.reading = None
-        for held in (
-            self.layers if not torch.compiler.is_compiling() else ()
-        ):  # a graph is made for one mode of autograd
-            if isinstance(held, AccelLayer | LinearLayer):
-                held.thaw()
+        if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd
+            for held in self.layers:
+                if isinstance(held, AccelLayer | LinearLayer):
+                    held.thaw()
         keeper = self.plan.keeper
         if past == 0:
             self._forget()
-        self.flushing = self._awaiting_decode and length == 1 and not self._prompt_open(past)
-        in_prompt = self.in_prompt = length > 1 or past == 0 or self._prompt_open(past)
-        complete = in_prompt and (self.prompt_end is None or past + length >= self.prompt_end)
-        self.padding = self._read_padding(length, past, attention_mask) if in_prompt else None
-        if complete:
-            self.prompt_end = None
-        if complete and keeper is not None and keeper.deferred:
-            self._awaiting_decode, complete = True, False
-        if self.flushing:
+        if length > 1 or past == 0 or self._prompt_open(past):
+            complete = self.prompt_end is None or past + length >= self.prompt_end
+            self.padding = self._read_padding(length, past, attention_mask)
+            if complete:
+                self.prompt_end = None
+            if complete and keeper is not None and keeper.deferred:
+                self._awaiting_decode, complete = True, False
+            self.phase = Phase.PREFILL_END if complete else Phase.PREFILL_CHUNK
+        else:
+            self.padding = None
+            self.phase = Phase.DEFERRED_EVICTION if self._awaiting_decode else Phase.DECODE
             self._awaiting_decode = False
-        self.closing = complete
-        self.observing = in_prompt and not complete
 
     def rank_positions(self, decoder: Any, inputs: Tensor, past: int, given: Tensor | None) -> Tensor:
         """Positions of the new tokens where positions are ranks in the cache, int64 [B, T]; a first prompt keeps those
@@ -256,7 +250,7 @@ class Session:
                 )
             if layer.reading is not None:
                 raise EvictionError(f"{layer.reading.left} layers that read the entries of layer {index} never did.")
-        if not (self.closing or self.flushing):
+        if self.phase not in (Phase.PREFILL_END, Phase.DEFERRED_EVICTION):
             return
         for index, layer in self.ours.items():
             if isinstance(layer, GroupedLayer) and self.plan.split is not None and layer.stream.heads:
@@ -269,7 +263,8 @@ class Session:
         for index, layer in self.ours.items():
             if index in self.plan.skipped or layer.compressed:
                 continue
-            seen = layer.cumulative_length - int(self.flushing)  # the first decoded token is no part of the prompt
+            # the first decoded token is no part of the prompt
+            seen = layer.cumulative_length - int(self.phase is Phase.DEFERRED_EVICTION)
             entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))
             if entries < seen:
                 raise EvictionError(

@@ -97,7 +97,7 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
     """
     session.visual.rest()
     embeddings = kwargs.get("inputs_embeds")
-    if not session.in_prompt or embeddings is None:
+    if not session.phase.in_prompt or embeddings is None:
         return _caught_up(session, kwargs, past)
     if visual is None and session.plan.tokens is not None:
         raise UnsupportedCallError(
