@@ -141,8 +141,10 @@ def check_positions(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig
     if ranked is None:
         return
     reason = why_no_rotary(decoder)
-    if reason is None and skipped:
-        reason = f"its layers {sorted(skipped)} keep their own positions ({'; '.join(sorted(set(skipped.values())))})"
+    layers = dict(enumerate(_cache_layers(decoder.config)))
+    others = {index: why for index, why in skipped.items() if not _has_no_positions(layers.get(index))}
+    if reason is None and others:
+        reason = f"its layers {sorted(others)} keep their own positions ({'; '.join(sorted(set(others.values())))})"
     if reason is None and wiring.derived:
         reason = f"layers {sorted(wiring.derived)} keep latents or the like, from which keys are computed"
     if reason is not None:
@@ -150,6 +152,11 @@ def check_positions(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig
             f"{ranked.spec()} turns keys to their rank in the cache, which {decoder.config.model_type} does not allow: "
             f"{reason}. Use positions='original'."
         )
+
+
+def _has_no_positions(layer: Any) -> bool:
+    """Whether a layer of the cache holds a linear-attention state and nothing else."""
+    return has_linear_state(layer) and not isinstance(layer, CacheLayerMixin)
 
 
 def _why_not(layer: Any, config: Any) -> str:

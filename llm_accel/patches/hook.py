@@ -94,6 +94,7 @@ class DecoderHook:
         if self.plan.reply is not None:
             look(session, self.plan.reply, kwargs)
         self._latest = weakref.ref(session)
+        session.unfinished = True
         kwargs["llm_accel"] = session
         return args, kwargs
 

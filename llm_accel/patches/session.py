@@ -11,7 +11,7 @@ from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, U
 from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
-from llm_accel.patches.layers.hybrid import LinearLayer, state_bytes
+from llm_accel.patches.layers.hybrid import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
@@ -41,6 +41,7 @@ class Session:
         room: tokens that will be decoded after the prompt, where that was announced, else None.
         eager_because: why this cache's decode steps must not be compiled, or None.
         lease: the buffers of fixed size that hold the entries between compiled decode steps, or None.
+        unfinished: whether a call has begun and has not come to its end.
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
     """
@@ -60,6 +61,7 @@ class Session:
         self.room: int | None = None
         self.eager_because: str | None = None
         self.lease: Lease | None = None
+        self.unfinished = False
         self.reading = False
         self.outcome: Tensor | None = None
         self._awaiting_decode = False
@@ -127,9 +129,10 @@ class Session:
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+        torn = self.unfinished and any(map(_may_be_ahead, self.layers))
+        if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
+            raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         for layer in self.ours.values():
-            if layer.get_seq_length() != past:
-                raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
             layer.expected = True
             layer.missing, layer.arriving = 0, None
             layer.given = layer.reading = None
@@ -250,6 +253,7 @@ class Session:
                 )
             if layer.reading is not None:
                 raise EvictionError(f"{layer.reading.left} layers that read the entries of layer {index} never did.")
+        self.unfinished = False
         if self.phase not in (Phase.PREFILL_END, Phase.DEFERRED_EVICTION):
             return
         for index, layer in self.ours.items():
@@ -293,3 +297,11 @@ class Session:
             report.physical_length = keys.shape[-2]
             report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
         return report
+
+
+def _may_be_ahead(layer: Any) -> bool:
+    """Whether a call that failed may have left something in this layer which its length does not show."""
+    if isinstance(layer, AccelLayer) and layer.reading is not None:
+        return True
+    stock = not isinstance(layer, AccelLayer) and getattr(layer, "keys", None) is not None
+    return has_seen_tokens(layer) or (stock and layer.get_seq_length() > 0)

@@ -115,7 +115,7 @@ def _call(decoder: Any, trial: _Trial) -> None:
     device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
     for length, past in ((_TOKENS, 0), (1, _TOKENS)):
         trial.begin()
-        decoder(
+        decoder.forward(  # the hooks on it are meant for calls of its user
             input_ids=torch.ones(1, length, dtype=torch.long, device=device),
             attention_mask=torch.ones(1, past + length, dtype=torch.long, device=device),
             use_cache=True,

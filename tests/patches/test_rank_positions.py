@@ -8,6 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llm_accel
 from llm_accel import StreamingLLM, UnsupportedModelError
+from llm_accel.patches.cache_name import CACHE
+from tests.families.build import widened
+from tests.families.shrink import tiny_config
+from tests.patches.calls import logits_of
 from tests.tiny import ATTENTION, CONFIGS, left_padded, prompt, tiny_model
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "glm4")
@@ -37,6 +41,29 @@ def test_each_step_equals_the_kept_tokens_as_a_fresh_text(family: str) -> None:
     for seen, logits in zip(range(21, 61), steps, strict=True):
         kept = stream[:3] + stream[seen - 13 : seen]
         assert (model(torch.tensor([kept])).logits[0, -1] - logits).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_linear_attention_beside_it_has_no_positions_and_sees_the_whole_stream() -> None:
+    config = tiny_config("qwen3_next", layer_types=["full_attention", "linear_attention"] * 2)
+    torch.manual_seed(0)
+    model, seen, stream = widened(AutoModelForCausalLM.from_config(config)), [], prompt(60)[0].tolist()
+    model.model.layers[0].register_forward_hook(lambda _module, _args, output: seen.append(output[0, -1]))
+    with llm_accel.apply(model, StreamingLLM(budget=16, sinks=3, positions="cache")) as handle:
+        seen.clear()
+        cache = handle.new_cache()
+        for tokens in (stream[:20], *([token] for token in stream[20:])):
+            model(torch.tensor([tokens]), **{CACHE: cache})
+    steps = seen[1:]
+    seen.clear()
+    for end in range(21, 61):
+        model(torch.tensor([stream[:3] + stream[end - 13 : end]]))
+    torch.testing.assert_close(torch.stack(steps), torch.stack(seen), atol=1e-4, rtol=1e-4)
+
+    ids, mask = left_padded([40, 13])
+    dense = logits_of(model, ids, mask)
+    with llm_accel.apply(model, StreamingLLM(budget=64, positions="cache")):
+        torch.testing.assert_close(logits_of(model, ids, mask), dense, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -116,8 +116,10 @@ class DecodeCall:
                 session.lease.end(broken=lost)
             if lost or not isinstance(error, Exception):
                 raise
+            session.unfinished = False
             self._give_up(session, error)
             return None
+        session.unfinished = False
         lease.seal()
         lease.advance()
         self._proven.add(key)

@@ -40,6 +40,11 @@ def state_bytes(layer: Any) -> int:
     return sum(tensor.nbytes for tensor in states_of(layer).values())
 
 
+def has_seen_tokens(layer: Any) -> bool:
+    """Whether the linear-attention state of a cache layer, if it has one, has seen any."""
+    return has_linear_state(layer) and any(layer.has_previous_state.values())
+
+
 def states_of(layer: Any) -> dict[str, Tensor]:
     """The tensors of a linear-attention state by name; empty where the layer has none, or none yet."""
     if not has_linear_state(layer):
