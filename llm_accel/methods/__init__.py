@@ -4,6 +4,7 @@ from llm_accel.methods.adakv import AdaKV
 from llm_accel.methods.attend import Attend
 from llm_accel.methods.base import MethodConfig, MethodInfo
 from llm_accel.methods.catalog import list_methods, method_class, register_method
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.dense import Dense
 from llm_accel.methods.downsample import Downsample
 from llm_accel.methods.dyvte import DyVTE
@@ -75,6 +76,7 @@ __all__ = [
     "WHOLE",
     "AdaKV",
     "Attend",
+    "Claim",
     "Cut",
     "CutModel",
     "CutView",

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.methods.claims import Claim
 
 ENTRIES = 2**30  # tokens, cache entries, and periods counted in them: more than any context holds
 LAYERS = 4096  # layers, and layer indices: more than any model has
@@ -69,6 +70,12 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Checks that involve values; raises :class:`ConfigError`."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        """What the method decides alone, so that no other one with the same claim can be applied with it. The text goes
+        on from the method's name in a message, {other} being the other method; empty: both do what the claim says."""
+        return {}
 
     def fail(self, field: str, allowed: str) -> typing.NoReturn:
         """Raises the error for one option: what was given and what is allowed."""

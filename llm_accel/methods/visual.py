@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import ENTRIES, MethodConfig, option
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.shard import WHOLE, HeadShard
 
@@ -60,6 +61,10 @@ class VisualInput(VisualBudget):
         "models whose positions have one axis",
         "original",
     )
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.VISUAL_TOKENS: ""} | ({Claim.LAYER_CUT: ""} if self.always_cuts else {})
 
     def second_stage(self, model: CutModel) -> Cut | None:
         """The cut inside the language model that takes out what was let through beyond the target; None: there is none.
@@ -221,6 +226,10 @@ class Cut:
 class LayerCut(MethodConfig):
     """Role: lets visual tokens leave the language model after one of its layers. Layers up to it keep their entries for
     the whole generation, later ones never get them."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.LAYER_CUT: ""}
 
     @abstractmethod
     def after(self, layers: int) -> int:
