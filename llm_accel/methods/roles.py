@@ -29,11 +29,8 @@ class WholeCache(MethodConfig):
         "and longer calls: as many as needed, in buckets",
         None,
         most=ENTRIES,
+        least=1,
     )
-
-    def validate(self) -> None:
-        if self.capacity is not None and self.capacity < 1:
-            self.fail("capacity", "an integer of at least 1, or None")
 
     @property
     def claims(self) -> Mapping[Claim, str]:
@@ -177,15 +174,12 @@ class PromptCompression(ScoreAndKeep):
         "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
         None,
         most=ENTRIES,
+        least=1,
     )
 
     def validate(self) -> None:
         super().validate()
-        if self.recompress_every is None:
-            return
-        if self.recompress_every < 1:
-            self.fail("recompress_every", "an integer of at least 1, or None")
-        if self.ratio is not None:
+        if self.recompress_every is not None and self.ratio is not None:
             raise ConfigError(
                 f"{self.name}: recompress_every={self.recompress_every} caps a cache whose prompt is not known; "
                 f"give budget instead of ratio={self.ratio}."

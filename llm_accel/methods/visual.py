@@ -23,8 +23,10 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VisualBudget(MethodConfig):
     """How many visual tokens of an image a method keeps. An image with fewer passes through untouched."""
 
-    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES)
-    keep_ratio: float | None = option("fraction of the visual tokens kept, in (0, 1]; not with target", None)
+    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES, least=1)
+    keep_ratio: float | None = option(
+        "fraction of the visual tokens kept, in (0, 1]; not with target", None, share="(0, 1]"
+    )
 
     default_ratio: ClassVar[float] = 1 / 3
 
@@ -33,10 +35,6 @@ class VisualBudget(MethodConfig):
             raise ConfigError(
                 f"{self.name}: target={self.target} and keep_ratio={self.keep_ratio} were both given; give one of them."
             )
-        if self.target is not None and self.target < 1:
-            self.fail("target", "an integer of at least 1, or None")
-        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
-            self.fail("keep_ratio", "a number in (0, 1], the fraction of the visual tokens that is kept")
 
     @property
     def default_target(self) -> int | None:

@@ -60,8 +60,8 @@ class Batch:
 
 
 def make_batch(shape: str, long: bool, make: Callable[[int, int], torch.Tensor] = distinct) -> Batch:
-    """``single``: one row; ``padded``: three rows of different lengths, padded on the left. ``make`` gives the token ids
-    of a row from its length and a seed."""
+    """``single``: one row; ``padded``: three rows of different lengths, padded on the left. ``make`` gives token ids of
+    a row from its length and a seed."""
     length = LONG if long else SHORT
     if shape == "single":
         return Batch(make(length, 1), None, (length,))
