@@ -1,6 +1,7 @@
 """Training-free inference acceleration for HuggingFace models: one line on, one line off, a report of what was saved.
 
-Names are loaded on first use, so that ``llm-accel --help`` does not wait for torch.
+Names are loaded on first use, so that ``llm-accel --help`` does not wait for torch. The classes of all methods of the
+package are among them.
 """
 
 from __future__ import annotations
@@ -8,93 +9,52 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llm_accel.errors import (
-    AlreadyAppliedError,
-    ConfigError,
-    EvictionError,
-    LlmAccelError,
-    UnknownMethodError,
-    UnsupportedCallError,
-    UnsupportedModelError,
-)
+from llm_accel.errors import AlreadyAppliedError as AlreadyAppliedError
+from llm_accel.errors import ConfigError as ConfigError
+from llm_accel.errors import EvictionError as EvictionError
+from llm_accel.errors import LlmAccelError as LlmAccelError
+from llm_accel.errors import UnknownMethodError as UnknownMethodError
+from llm_accel.errors import UnsupportedCallError as UnsupportedCallError
+from llm_accel.errors import UnsupportedModelError as UnsupportedModelError
 
 if TYPE_CHECKING:
-    from llm_accel.api import Handle, apply, remove
-    from llm_accel.methods import (
-        H2O,
-        AdaKV,
-        Dense,
-        Downsample,
-        DyVTE,
-        FastV,
-        FlowCut,
-        HiP,
-        PyramidKV,
-        RandomKV,
-        RandomTokens,
-        RetrievalHeads,
-        SnapKV,
-        StreamingLLM,
-        StrideTokens,
-        VASparse,
-        VisionZip,
-        list_methods,
-        register_method,
-    )
-    from llm_accel.report import LayerReport, Report
+    from llm_accel.api import Handle as Handle
+    from llm_accel.api import apply as apply
+    from llm_accel.api import remove as remove
+    from llm_accel.methods import *  # noqa: F403
+    from llm_accel.report import LayerReport as LayerReport
+    from llm_accel.report import Report as Report
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "H2O",
-    "AdaKV",
-    "AlreadyAppliedError",
-    "ConfigError",
-    "Dense",
-    "Downsample",
-    "DyVTE",
-    "EvictionError",
-    "FastV",
-    "FlowCut",
-    "Handle",
-    "HiP",
-    "LayerReport",
-    "LlmAccelError",
-    "PyramidKV",
-    "RandomKV",
-    "RandomTokens",
-    "Report",
-    "RetrievalHeads",
-    "SnapKV",
-    "StreamingLLM",
-    "StrideTokens",
-    "UnknownMethodError",
-    "UnsupportedCallError",
-    "UnsupportedModelError",
-    "VASparse",
-    "VisionZip",
-    "apply",
-    "list_methods",
-    "register_method",
-    "remove",
-]
 
 _HOMES = {
     "Handle": "llm_accel.api",
     "apply": "llm_accel.api",
     "remove": "llm_accel.api",
+    "list_methods": "llm_accel.methods",
+    "register_method": "llm_accel.methods",
     "LayerReport": "llm_accel.report",
     "Report": "llm_accel.report",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name == "__all__":
+        errors = [key for key, value in globals().items() if isinstance(value, type) and issubclass(value, Exception)]
+        return sorted([*_HOMES, *errors, *_classes()])
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif not name[:1].isupper() or name not in (classes := _classes()):  # other names must not load torch
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "llm_accel.methods")), name)
+    else:
+        value = classes[name]
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+def _classes() -> dict[str, type]:
+    return {cls.__name__: cls for cls in importlib.import_module("llm_accel.methods").BUILT_IN}

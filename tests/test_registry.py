@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,17 @@ def test_every_method_is_public_documented_and_immutable(name: str):
         config.anything = 1
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
     assert hash(config) == hash(kind())
+
+
+def test_names_wait_for_torch_until_they_are_used():
+    code = (
+        "import sys, llm_accel; from llm_accel import ConfigError, cli; loaded = set(sys.modules)\n"
+        "assert not hasattr(llm_accel, 'no_such_name') and 'torch' not in loaded\n"
+        "assert llm_accel.SnapKV.name == 'snapkv' and 'SnapKV' in dir(llm_accel) and 'torch' in sys.modules\n"
+        "assert not hasattr(llm_accel, 'PromptCompression') and llm_accel.methods.PromptCompression\n"
+        "from llm_accel import *; assert SnapKV and apply and LlmAccelError and list_methods"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- text form -------------------------------------------------------------------------------------------------------

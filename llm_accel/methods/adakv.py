@@ -24,13 +24,15 @@ class AdaKV(Division):
     """Scores compete across the heads of a layer, which together keep exactly as much as with the base alone.
     ``alpha=1`` leaves nothing to compete for and is the base."""
 
-    alpha: float = option("share of the budget that each head has for sure, beside what is always kept, in [0, 1]", 0.2)
+    alpha: float = option(
+        "share of the budget that each head has for sure, beside what is always kept, in [0, 1]", 0.2, share="[0, 1]"
+    )
     rule: Literal["floor", "blend"] = option(
         "floor: a sure share, the rest to the highest votes of all heads; blend: the published mix of both", "floor"
     )
     normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
-    beta: int = option("steepness of base=pyramidkv", 20, most=10_000)
-    page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096)
+    beta: int = option("steepness of base=pyramidkv", 20, most=10_000, least=1)
+    page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096, least=1)
 
     divides: ClassVar[Literal["layers", "heads"]] = "heads"
     for_base: ClassVar[frozenset[str]] = Division.for_base | {"beta"}
@@ -44,10 +46,6 @@ class AdaKV(Division):
     )
 
     def validate(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            self.fail("alpha", "a number in [0, 1]")
-        if self.page < 1:
-            self.fail("page", "an integer of at least 1")
         super().validate()
         if self.normalize and not isinstance(self.score_method, SnapKV):
             self.fail("normalize", f"false with base={self.base}, whose scores are no votes that add up to a whole")

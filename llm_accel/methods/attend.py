@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.shard import WHOLE, HeadShard
 
 
@@ -98,6 +99,15 @@ class FixedStep(Protocol):
 @dataclass(frozen=True)
 class Attend(MethodConfig):
     """Role: computes the attention of a layer in another way."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {
+            Claim.ATTENTION: "",
+            Claim.ORDER: "reads entries in the order of their positions, which the cache of {other} does not keep; "
+            "combine it with a method that compresses the prompt and keeps as many entries in each head: snapkv, "
+            "pyramidkv, random.",
+        }
 
     def dense_layer(self, layer: int, layers: int) -> str | None:
         """Why a layer is left to the model's own attention; None where the method acts on it."""

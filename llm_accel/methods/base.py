@@ -6,11 +6,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from llm_accel.errors import ConfigError, unknown_name
+from llm_accel.methods.claims import Claim
 
 ENTRIES = 2**30  # tokens, cache entries, and periods counted in them: more than any context holds
 LAYERS = 4096  # layers, and layer indices: more than any model has
@@ -19,14 +20,22 @@ _MOST_ITEMS = 2**16  # of a tuple
 _SHOWN = 100  # characters of a value in a message
 
 
-def option(help: str, default: Any, most: float = INT64) -> Any:
+def option(
+    help: str,
+    default: Any,
+    most: float = INT64,
+    least: int | None = None,
+    share: Literal["(0, 1]", "[0, 1]"] | None = None,
+) -> Any:
     """A dataclass field with a one-line help, used by Python, the command line and the docs alike.
 
     Args:
         most: the largest magnitude of a number, or of each one in a tuple: beyond what makes sense, and before work,
             memory or integers of a tensor would run out.
+        least: the smallest number that is allowed, where there is one.
+        share: the interval of a number that is a share of something.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "most": most})
+    return dataclasses.field(default=default, metadata={"help": help, "most": most, "least": least, "share": share})
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,18 @@ class MethodConfig:
                 self.fail(field.name, _described(hints[field.name]))
             if type(value) is int and float in _alternatives(hints[field.name]):
                 object.__setattr__(self, field.name, float(value))  # ratio=1 and ratio=1.0 have one text form
+            self._check_bounds(field, hints[field.name])
             self._check_size(field.name, value, field.metadata.get("most", INT64))
         self.validate()
 
     def validate(self) -> None:
         """Checks that involve values; raises :class:`ConfigError`."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        """What the method decides alone, so that no other one with the same claim can be applied with it. The text goes
+        on from the method's name in a message, {other} being the other method; empty: both do what the claim says."""
+        return {}
 
     def fail(self, field: str, allowed: str) -> typing.NoReturn:
         """Raises the error for one option: what was given and what is allowed."""
@@ -80,6 +96,18 @@ class MethodConfig:
         largest = max(_numbers(value), key=abs, default=0)
         if abs(largest) > most:
             self.fail(field, f"at most {most}" if largest > 0 else f"at least {-most}")
+
+    def _check_bounds(self, field: dataclasses.Field[Any], hint: Any) -> None:
+        """A number against the bounds of its option; other values that the option takes have none."""
+        value, kinds = getattr(self, field.name), _alternatives(hint)
+        least, share = field.metadata.get("least"), field.metadata.get("share")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        others = "".join(f", or {_described(kind)}" for kind in kinds if kind not in (int, float))
+        if least is not None and value < least:
+            self.fail(field.name, f"{'a number' if float in kinds else 'an integer'} of at least {least}{others}")
+        if share is not None and not (0 <= value <= 1 and (value > 0 or share == "[0, 1]")):
+            self.fail(field.name, f"a number in {share}{others}")
 
     @classmethod
     def build(cls, **options: Any) -> Self:

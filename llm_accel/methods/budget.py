@@ -22,7 +22,7 @@ class Budgeted(MethodConfig):
         f"KV entries kept per KV head and layer; {DEFAULT_BUDGET} when no ratio is given", None, most=2 * ENTRIES
     )
     ratio: float | None = option(
-        "fraction of the prompt (earlier turns included) kept, in (0, 1]; not with budget", None
+        "fraction of the prompt (earlier turns included) kept, in (0, 1]; not with budget", None, share="(0, 1]"
     )
 
     def validate(self) -> None:
@@ -33,8 +33,6 @@ class Budgeted(MethodConfig):
         if self.ratio is None and (self.budget if self.budget is not None else DEFAULT_BUDGET) < self.least:
             default = f"; None means {DEFAULT_BUDGET}" if self.budget is None else ""
             self.fail("budget", f"an integer above {self.least - 1} ({self.reserved_for}{default})")
-        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
-            self.fail("ratio", "a number in (0, 1], the fraction of the prompt that is kept")
 
     @property
     def reserved(self) -> int:

@@ -23,7 +23,7 @@ class FastV(VisualBudget, LayerCut):
     """Keeps, from layer ``layer`` on, the visual tokens that the end of the prompt attends to most."""
 
     layer: int = option(
-        "the first layer that sees fewer tokens; ranked by the attention of the one before it", 2, most=LAYERS
+        "the first layer that sees fewer tokens; ranked by the attention of the one before it", 2, most=LAYERS, least=1
     )
 
     default_ratio: ClassVar[float] = 0.5
@@ -35,11 +35,6 @@ class FastV(VisualBudget, LayerCut):
         frees_memory=True,
         kinds=("vision",),
     )
-
-    def validate(self) -> None:
-        if self.layer < 1:
-            self.fail("layer", "a layer index of at least 1")
-        super().validate()
 
     def after(self, layers: int) -> int:
         if self.layer >= layers:

@@ -40,8 +40,8 @@ MANY = 1024
 class FlowCut(TowerCut):
     """Cuts patches inside the vision tower, those that least information flows from."""
 
-    ema: float = option("weight of the newest layer in the accumulated score, in (0, 1]", 0.5)
-    cut_every: int = option("layers between two cuts", 2, most=LAYERS)
+    ema: float = option("weight of the newest layer in the accumulated score, in (0, 1]", 0.5, share="(0, 1]")
+    cut_every: int = option("layers between two cuts", 2, most=LAYERS, least=1)
     schedule: Literal["adaptive", "static"] = option(
         f"adaptive: how much is cut follows the entropy of attention, per image; static: as for entropy "
         f"{STATIC_ENTROPY}, without waiting for the device",
@@ -53,7 +53,7 @@ class FlowCut(TowerCut):
         "auto",
     )
     llm_layer: int = option(
-        "the layer after which the second stage cuts, or the first one that the model allows", 1, most=LAYERS
+        "the layer after which the second stage cuts, or the first one that the model allows", 1, most=LAYERS, least=0
     )
     vision_factor: float = option(
         "times the target that enters the language model before a second stage", 2.0, most=1000.0
@@ -69,12 +69,6 @@ class FlowCut(TowerCut):
     )
 
     def validate(self) -> None:
-        if not 0.0 < self.ema <= 1.0:
-            self.fail("ema", "a number in (0, 1]")
-        if self.cut_every < 1:
-            self.fail("cut_every", "an integer of at least 1")
-        if self.llm_layer < 0:
-            self.fail("llm_layer", "a layer index")
         if self.vision_factor <= 1.0:
             self.fail("vision_factor", "a number above 1")
         super().validate()

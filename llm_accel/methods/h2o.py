@@ -25,16 +25,19 @@ class H2O(StepEviction):
     budget and the new token, adds the attention to the scores, and frees the slot of the lowest old entry."""
 
     heavy: int | None = option(
-        "heavy hitters kept; what the recent entries leave of the budget when not given", None, most=ENTRIES
+        "heavy hitters kept; what the recent entries leave of the budget when not given", None, most=ENTRIES, least=0
     )
     recent: int | None = option(
-        "newest entries, always kept; when not given half of the budget, or what sinks leave", None, most=ENTRIES
+        "newest entries, always kept; when not given half of the budget, or what sinks leave",
+        None,
+        most=ENTRIES,
+        least=0,
     )
-    sinks: int = option("first real tokens, always kept; 0 in the paper", 4, most=ENTRIES)
+    sinks: int = option("first real tokens, always kept; 0 in the paper", 4, most=ENTRIES, least=0)
     norm: Literal["sum", "mean"] = option(
         "rank by attention received: its sum, or its mean per query that could see it", "sum"
     )
-    decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0)
+    decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0, share="(0, 1]")
     semantics: Literal["real_drop", "sim"] = option(
         "real_drop: entries are evicted; sim: the masking simulation of the authors, which frees no memory", "real_drop"
     )
@@ -48,15 +51,9 @@ class H2O(StepEviction):
     )
 
     def validate(self) -> None:
-        if self.sinks < 0:
-            self.fail("sinks", "an integer of at least 0")
-        if self.recent is not None and self.recent < 0:
-            self.fail("recent", "an integer of at least 0, or None for half of the budget")
         self._settle_split()
         if self.hides and self.recent == 0:
             self.fail("recent", "an integer of at least 1 with semantics=sim, which counts the new token as recent")
-        if not 0.0 < self.decay <= 1.0:
-            self.fail("decay", "a number in (0, 1]")
         super().validate()
 
     def _settle_split(self) -> None:
@@ -65,8 +62,6 @@ class H2O(StepEviction):
             return
         if self.ratio is not None:
             raise ConfigError("h2o: heavy and recent count entries; give budget instead of ratio, or leave them out.")
-        if self.heavy is not None and self.heavy < 0:
-            self.fail("heavy", "an integer of at least 0, or None")
         if self.heavy is not None and self.recent is not None:
             total = self.heavy + self.recent
             if self.budget not in (None, total):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from llm_accel.methods.base import LAYERS, MethodConfig, option
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.head_profile import Head, HeadProfile
 from llm_accel.methods.roles import PromptCompression, StepEviction
 
@@ -75,6 +77,11 @@ class HeadMethod(MethodConfig):
         "heads.json of `llm-accel heads` or a DuoAttention pattern; None: the bundled model's own profile", None
     )
     skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", (), most=LAYERS)
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        alone = "cannot be combined with {other}; for SnapKV on the heads that keep everything give full_budget."
+        return dict.fromkeys(Claim, alone)
 
     @property
     @abstractmethod

@@ -38,7 +38,7 @@ BREAK_EVEN = {"cpu": 16384, "cuda": 32768}
 class HiP(Attend):
     """Prefill and decode read a part of the cache; all of it stays, so that nothing is lost for later queries."""
 
-    sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256, most=ENTRIES)
+    sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256, most=ENTRIES, least=0)
     window: int = option("recent tokens that every query sees", 1024, most=ENTRIES)
     budget: int = option("tokens chosen beside sink and window, for each query block and KV head", 2048, most=ENTRIES)
     budget_edge: int | None = option("budget of the edge layers; None: twice the budget", None, most=ENTRIES)
@@ -57,7 +57,10 @@ class HiP(Attend):
     share_heads: Literal["group", "all"] = option("heads that share a choice: those of a KV head, or all", "group")
     refresh: tuple[int, ...] = option("decode steps between two choices of each stage", (16, 8, 4), most=ENTRIES)
     min_prefill_len: int | Literal["auto"] = option(
-        "prompts shorter than this are dense; auto: where the default settings break even", "auto", most=ENTRIES
+        "prompts shorter than this are dense; auto: where the default settings break even",
+        "auto",
+        most=ENTRIES,
+        least=0,
     )
     selector: Literal["stages", "tree", "exact"] = option(
         "stages: pruning in stages; tree: halving tree; exact: reads every key, to see what the others miss", "stages"
@@ -74,8 +77,6 @@ class HiP(Attend):
     def validate(self) -> None:
         self._validate_stages()
         block, most = self.block_k, min((tokens for _, tokens, _ in self.stages if tokens), default=2**62)
-        if self.sink < 0:
-            self.fail("sink", "an integer of at least 0")
         for name in ("budget", "budget_edge"):
             value = getattr(self, name)
             if value is not None and not (0 < value <= most and value % block == 0):
@@ -91,8 +92,6 @@ class HiP(Attend):
             )
         if self.window <= max(self.refresh):
             self.fail("window", f"an integer above {max(self.refresh)}, the longest refresh period")
-        if self.min_prefill_len != "auto" and self.min_prefill_len < 0:
-            self.fail("min_prefill_len", "an integer of at least 0, or 'auto'")
 
     def _validate_stages(self) -> None:
         chunks = [chunk for chunk, _, _ in self.stages]

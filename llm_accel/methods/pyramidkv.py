@@ -18,7 +18,10 @@ class PyramidKV(Division):
     """Early layers, whose attention is broad, keep more entries and late ones fewer: the budget is their average."""
 
     beta: int = option(
-        "steepness: the last layer keeps 1/beta of the average beside the window; 1 is uniform", 20, most=10_000
+        "steepness: the last layer keeps 1/beta of the average beside the window; 1 is uniform",
+        20,
+        most=10_000,
+        least=1,
     )
 
     name: ClassVar[str] = "pyramidkv"
@@ -30,11 +33,6 @@ class PyramidKV(Division):
     )
 
     divides: ClassVar[Literal["layers", "heads"]] = "layers"
-
-    def validate(self) -> None:
-        if self.beta < 1:
-            self.fail("beta", "an integer of at least 1")
-        super().validate()
 
     def layer_entries_per_row(self, lengths: Tensor, depth: Depth) -> Tensor:
         return pyramid_entries(lengths, self.entries_per_row(lengths), self.reserved, self.beta, depth)

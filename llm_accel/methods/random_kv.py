@@ -17,18 +17,13 @@ from llm_accel.methods.selection import uniform
 class RandomKV(PromptCompression):
     """Keeps the last entries and a seeded random choice of the others, drawn per layer and KV head."""
 
-    window: int = option("last entries of the prompt, always kept", 32, most=ENTRIES)
+    window: int = option("last entries of the prompt, always kept", 32, most=ENTRIES, least=0)
     seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
 
     name: ClassVar[str] = "random"
     info: ClassVar[MethodInfo] = MethodInfo(
         paper="control, no paper", cuts="KV cache after the prompt", needs_query=False, frees_memory=True
     )
-
-    def validate(self) -> None:
-        if self.window < 0:
-            self.fail("window", "an integer of at least 0")
-        super().validate()
 
     @property
     def reserved(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.shard import WHOLE, HeadShard
 
 
@@ -41,6 +43,16 @@ class ReplyDecoding(MethodConfig):
     @abstractmethod
     def watched_queries(self) -> int | None:
         """How many of the last queries of a prompt count in the attention received; None: all."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        if not self.attends:
+            return {Claim.DECODING: ""}
+        in_layers = (
+            "computes attention and chooses entries while decoding, which {other} would decide too; combine it with "
+            "methods on visual tokens, or leave only its contrast on (beta=0, keep=1)."
+        )
+        return {Claim.DECODING: "", Claim.KV: in_layers, Claim.ATTENTION: in_layers}
 
     def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
         """Operation -> (backend, reason) for the decode steps of one model."""

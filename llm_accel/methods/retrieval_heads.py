@@ -27,15 +27,17 @@ class RetrievalHeads(HeadMethod):
         "stream: non-retrieval heads keep sinks and window; mask: ablation", "stream"
     )
     head_list: tuple[str, ...] = option("heads given by hand as layer.head, for example 3.0+3.2, instead of scores", ())
-    sinks: int = option("first real tokens that a streaming head keeps", 64, most=ENTRIES)
-    recent: int = option("newest entries that a streaming head keeps, the current token included", 256, most=ENTRIES)
-    full: float | None = option("stream: share of all KV heads that keep everything, by score", None)
+    sinks: int = option("first real tokens that a streaming head keeps", 64, most=ENTRIES, least=0)
+    recent: int = option(
+        "newest entries that a streaming head keeps, the current token included", 256, most=ENTRIES, least=1
+    )
+    full: float | None = option("stream: share of all KV heads that keep everything, by score", None, share="[0, 1]")
     full_budget: int | None = option("stream: SnapKV budget of the heads that keep everything", None, most=ENTRIES)
     prefill: Literal["dense", "chunk", "lambda"] = option(
         "stream: all see the whole prompt; cut after each chunk; or sinks and window at every position", "dense"
     )
     k: int | None = option(
-        "mask: query heads masked, the best by score; None: all that were detected", None, most=LAYERS * LAYERS
+        "mask: query heads masked, the best by score; None: all that were detected", None, most=LAYERS * LAYERS, least=0
     )
     mask_mode: Literal["zero", "uniform", "window"] = option(
         "mask: no output; equal weight on all entries; or sinks and window only", "zero"
@@ -55,14 +57,6 @@ class RetrievalHeads(HeadMethod):
     )
 
     def validate(self) -> None:
-        if self.sinks < 0:
-            self.fail("sinks", "an integer of at least 0")
-        if self.recent < 1:
-            self.fail("recent", "an integer of at least 1")
-        if self.full is not None and not 0.0 <= self.full <= 1.0:
-            self.fail("full", "a number from 0 to 1, or None for what the detector recommends")
-        if self.k is not None and self.k < 0:
-            self.fail("k", "an integer of at least 0, or None for all detected heads")
         if len(set(self.skip_layers)) != len(self.skip_layers) or any(index < 0 for index in self.skip_layers):
             self.fail("skip_layers", "distinct layer indices counted from 0")
         if not all(_HEAD.fullmatch(item) for item in self.head_list):

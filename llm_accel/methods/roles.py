@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
 from llm_accel.methods.budget import Budgeted
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.selection import best_slots, per_head, total_order, without
 
@@ -27,11 +29,12 @@ class WholeCache(MethodConfig):
         "and longer calls: as many as needed, in buckets",
         None,
         most=ENTRIES,
+        least=1,
     )
 
-    def validate(self) -> None:
-        if self.capacity is not None and self.capacity < 1:
-            self.fail("capacity", "an integer of at least 1, or None")
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return dict.fromkeys(Claim, "is the model as it is; give it alone, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class ScoreAndKeep(Budgeted):
         super().validate()
         if len(set(self.skip_layers)) != len(self.skip_layers) or any(index < 0 for index in self.skip_layers):
             self.fail("skip_layers", "distinct layer indices counted from 0")
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.KV: ""} if self.page_size is None else {Claim.KV: "", Claim.ORDER: ""}
 
     @property
     def deferred(self) -> bool:
@@ -168,15 +175,12 @@ class PromptCompression(ScoreAndKeep):
         "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
         None,
         most=ENTRIES,
+        least=1,
     )
 
     def validate(self) -> None:
         super().validate()
-        if self.recompress_every is None:
-            return
-        if self.recompress_every < 1:
-            self.fail("recompress_every", "an integer of at least 1, or None")
-        if self.ratio is not None:
+        if self.recompress_every is not None and self.ratio is not None:
             raise ConfigError(
                 f"{self.name}: recompress_every={self.recompress_every} caps a cache whose prompt is not known; "
                 f"give budget instead of ratio={self.ratio}."
@@ -211,6 +215,10 @@ class StepView:
 @dataclass(frozen=True)
 class StepEviction(ScoreAndKeep):
     """Role: keeps the cache at its budget during decoding, by overwriting one entry per KV head and step."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.KV: "", Claim.ORDER: ""}
 
     @property
     def recompresses(self) -> bool:

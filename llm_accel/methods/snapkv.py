@@ -19,7 +19,7 @@ from llm_accel.methods.selection import per_head
 class SnapKVOptions(PromptCompression):
     """The options of SnapKV, for all methods that may score as it does."""
 
-    window: int = option("observation window: last queries of the prompt, always kept", 32, most=8192)
+    window: int = option("observation window: last queries of the prompt, always kept", 32, most=8192, least=1)
     kernel: int = option("pooling kernel over neighbouring positions, odd", 7, most=255)
     pool: Literal["max", "avg"] = option("pooling of the votes: max or avg", "max")
     gqa: Literal["mean", "max"] = option(
@@ -46,8 +46,6 @@ class SnapKV(SnapKVOptions):
     )
 
     def validate(self) -> None:
-        if self.window < 1:
-            self.fail("window", "an integer of at least 1")
         if self.kernel < 1 or self.kernel % 2 == 0:
             self.fail("kernel", "an odd integer of at least 1")
         super().validate()

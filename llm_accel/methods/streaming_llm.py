@@ -17,7 +17,7 @@ from llm_accel.methods.roles import StepEviction, StepView
 class StreamingLLM(StepEviction):
     """Only the sinks and the last entries stay, in the prompt and at every decode step: the floor for other methods."""
 
-    sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES)
+    sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES, least=0)
     positions: Literal["original", "cache"] = option(
         "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
         "original",
@@ -30,11 +30,6 @@ class StreamingLLM(StepEviction):
         needs_query=False,
         frees_memory=True,
     )
-
-    def validate(self) -> None:
-        if self.sinks < 0:
-            self.fail("sinks", "an integer of at least 0")
-        super().validate()
 
     @property
     def reserved(self) -> int:

@@ -30,21 +30,27 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VASparse(ReplyDecoding):
     """Aims at fewer hallucinations, not at speed. ``alpha=0``, ``beta=0`` and ``keep=1`` switch its three parts off."""
 
-    alpha: float = option("weight of the contrast with the second path; 0: no contrast", 0.1, most=100.0)
-    beta: float = option("weight of the penalty on entries that draw attention; 0: no penalty", 0.1, most=100.0)
+    alpha: float = option("weight of the contrast with the second path; 0: no contrast", 0.1, most=100.0, least=0)
+    beta: float = option(
+        "weight of the penalty on entries that draw attention; 0: no penalty", 0.1, most=100.0, least=0
+    )
     lam: float = option(
-        "weight of the attention paid to the image against that of the newest query; 0: none", 0.1, most=1e6
+        "weight of the attention paid to the image against that of the newest query; 0: none", 0.1, most=1e6, least=0
     )
-    keep: float = option("fraction of the generated tokens kept as they are, in (0, 1]; 1: all", 0.9)
+    keep: float = option("fraction of the generated tokens kept as they are, in (0, 1]; 1: all", 0.9, share="(0, 1]")
     merge: int | None = option(
-        "discarded tokens per entry that they are summed into; None: they are dropped", 10, most=ENTRIES
+        "discarded tokens per entry that they are summed into; None: they are dropped", 10, most=ENTRIES, least=1
     )
-    mask_rate: float = option("share of the visual tokens that the second path does not see, in [0, 1]", 0.5)
-    plausibility: float = option("least probability of a token against the likeliest one, in [0, 1]; 0: any", 0.1)
-    prune_every: int = option("generated tokens between two selections", 16, most=ENTRIES)
-    protect_last: int = option("newest tokens that always stay", 4, most=ENTRIES)
+    mask_rate: float = option(
+        "share of the visual tokens that the second path does not see, in [0, 1]", 0.5, share="[0, 1]"
+    )
+    plausibility: float = option(
+        "least probability of a token against the likeliest one, in [0, 1]; 0: any", 0.1, share="[0, 1]"
+    )
+    prune_every: int = option("generated tokens between two selections", 16, most=ENTRIES, least=1)
+    protect_last: int = option("newest tokens that always stay", 4, most=ENTRIES, least=0)
     sink_window: int | None = option(
-        "last queries of a prompt that count as attention received; None: all", 32, most=ENTRIES
+        "last queries of a prompt that count as attention received; None: all", 32, most=ENTRIES, least=1
     )
     saliency_head: Literal["last", "mean"] = option("attention to the image: of the last head, or the mean", "last")
     seed: int = option("which visual tokens the second path does not see", 0)
@@ -57,21 +63,6 @@ class VASparse(ReplyDecoding):
         frees_memory=True,
         kinds=("vision",),
     )
-
-    def validate(self) -> None:
-        for name in ("alpha", "beta", "lam"):
-            if getattr(self, name) < 0:
-                self.fail(name, "a number of at least 0")
-        if not 0.0 < self.keep <= 1.0:
-            self.fail("keep", "a number in (0, 1], the fraction of the generated tokens that is kept")
-        for name in ("mask_rate", "plausibility"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                self.fail(name, "a number in [0, 1]")
-        for name in ("merge", "prune_every", "sink_window"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                self.fail(name, "an integer of at least 1" + ("" if name == "prune_every" else ", or None"))
-        if self.protect_last < 0:
-            self.fail("protect_last", "an integer of at least 0")
 
     @property
     def penalises(self) -> bool:

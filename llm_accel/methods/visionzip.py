@@ -30,10 +30,16 @@ class VisionZip(TowerMerge):
     """Keeps the visual tokens that the class token looks at, and merges the others into a few."""
 
     dominant: int = option(
-        "tokens kept for the attention they get; a share, where target or keep_ratio is given", 54, most=ENTRIES
+        "tokens kept for the attention they get; a share, where target or keep_ratio is given",
+        54,
+        most=ENTRIES,
+        least=1,
     )
     contextual: int = option(
-        "tokens that the others are merged into; a share, where target or keep_ratio is given", 10, most=ENTRIES
+        "tokens that the others are merged into; a share, where target or keep_ratio is given",
+        10,
+        most=ENTRIES,
+        least=0,
     )
 
     name: ClassVar[str] = "visionzip"
@@ -44,13 +50,6 @@ class VisionZip(TowerMerge):
         frees_memory=True,
         kinds=("vision",),
     )
-
-    def validate(self) -> None:
-        if self.dominant < 1:
-            self.fail("dominant", "an integer of at least 1")
-        if self.contextual < 0:
-            self.fail("contextual", "an integer of at least 0")
-        super().validate()
 
     @property
     def default_target(self) -> int | None:

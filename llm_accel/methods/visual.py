@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import ENTRIES, MethodConfig, option
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.shard import WHOLE, HeadShard
 
@@ -22,8 +23,10 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VisualBudget(MethodConfig):
     """How many visual tokens of an image a method keeps. An image with fewer passes through untouched."""
 
-    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES)
-    keep_ratio: float | None = option("fraction of the visual tokens kept, in (0, 1]; not with target", None)
+    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES, least=1)
+    keep_ratio: float | None = option(
+        "fraction of the visual tokens kept, in (0, 1]; not with target", None, share="(0, 1]"
+    )
 
     default_ratio: ClassVar[float] = 1 / 3
 
@@ -32,10 +35,6 @@ class VisualBudget(MethodConfig):
             raise ConfigError(
                 f"{self.name}: target={self.target} and keep_ratio={self.keep_ratio} were both given; give one of them."
             )
-        if self.target is not None and self.target < 1:
-            self.fail("target", "an integer of at least 1, or None")
-        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
-            self.fail("keep_ratio", "a number in (0, 1], the fraction of the visual tokens that is kept")
 
     @property
     def default_target(self) -> int | None:
@@ -60,6 +59,10 @@ class VisualInput(VisualBudget):
         "models whose positions have one axis",
         "original",
     )
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.VISUAL_TOKENS: ""} | ({Claim.LAYER_CUT: ""} if self.always_cuts else {})
 
     def second_stage(self, model: CutModel) -> Cut | None:
         """The cut inside the language model that takes out what was let through beyond the target; None: there is none.
@@ -221,6 +224,10 @@ class Cut:
 class LayerCut(MethodConfig):
     """Role: lets visual tokens leave the language model after one of its layers. Layers up to it keep their entries for
     the whole generation, later ones never get them."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.LAYER_CUT: ""}
 
     @abstractmethod
     def after(self, layers: int) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
     WHOLE,
     Attend,
+    Claim,
     Cut,
     Depth,
     HeadMask,
-    HeadMethod,
     HeadShard,
     HeadSplit,
     LayerCut,
@@ -96,16 +96,13 @@ class Plan:
         places = [
             (Depth(rank, len(acting), later=False), Depth(rank, len(acting), later=True)) for rank in range(len(acting))
         ]
-        keeper = next((config for config in self.configs if isinstance(config, ScoreAndKeep)), None)
-        attender = next((config for config in self.configs if isinstance(config, Attend)), None)
-        tokens = next((config for config in self.configs if isinstance(config, VisualInput)), None)
+        tokens = _first(self.configs, VisualInput)
         if tokens is not None and (self.cut is None or any(isinstance(config, LayerCut) for config in self.configs)):
             tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
-        object.__setattr__(self, "keeper", keeper)
         object.__setattr__(self, "tokens", tokens)
-        reply = next((config for config in self.configs if isinstance(config, ReplyDecoding)), None)
-        object.__setattr__(self, "reply", reply)
-        object.__setattr__(self, "attender", attender)
+        object.__setattr__(self, "keeper", _first(self.configs, ScoreAndKeep))
+        object.__setattr__(self, "attender", _first(self.configs, Attend))
+        object.__setattr__(self, "reply", _first(self.configs, ReplyDecoding))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
@@ -130,7 +127,7 @@ class Plan:
     @property
     def whole(self) -> WholeCache | None:
         """The method that keeps everything, or None."""
-        return next((config for config in self.configs if isinstance(config, WholeCache)), None)
+        return _first(self.configs, WholeCache)
 
     @property
     def capacity(self) -> int:
@@ -174,49 +171,26 @@ class Plan:
         return " + ".join(config.spec() for config in self.configs)
 
 
+_Role = TypeVar("_Role", bound=MethodConfig)
+
+
+def _first(configs: Sequence[MethodConfig], role: type[_Role]) -> _Role | None:
+    """The method that plays a role; only one does."""
+    return next((config for config in configs if isinstance(config, role)), None)
+
+
 def check_composition(configs: Sequence[MethodConfig]) -> None:
     """Raises :class:`ConfigError` where two methods would decide the same thing."""
     if not configs:
         raise ConfigError("method=[] names no method; give at least one.")
-    whole = next((config for config in configs if isinstance(config, WholeCache)), None)
-    if whole is not None and len(configs) > 1:
-        raise ConfigError(f"{whole.spec()} is the model as it is; give it alone, or leave it out.")
-    keepers = [config.spec() for config in configs if isinstance(config, ScoreAndKeep)]
-    if len(keepers) > 1:
-        raise ConfigError(f"{' and '.join(keepers)} both decide which KV entries stay; give one of them.")
-    attenders = [config.spec() for config in configs if isinstance(config, Attend)]
-    if len(attenders) > 1:
-        raise ConfigError(f"{' and '.join(attenders)} both compute attention; give one of them.")
-    for config in configs if attenders else ():
-        slots = isinstance(config, ScoreAndKeep) and (isinstance(config, StepEviction) or config.page_size is not None)
-        if slots:
-            raise ConfigError(
-                f"{attenders[0]} reads entries in the order of their positions, which the cache of {config.spec()} "
-                "does not keep; combine it with a method that compresses the prompt and keeps as many entries in each "
-                "head: snapkv, pyramidkv, random."
-            )
-    choosers = [config.spec() for config in configs if isinstance(config, VisualInput)]
-    if len(choosers) > 1:
-        raise ConfigError(
-            f"{' and '.join(choosers)} both decide which visual tokens reach the decoder; give one of them."
-        )
-    cuts = [config.spec() for config in configs if isinstance(config, LayerCut)]
-    cuts += [config.spec() for config in configs if isinstance(config, VisualInput) and config.always_cuts]
-    if len(cuts) > 1:
-        raise ConfigError(f"{' and '.join(cuts)} both let visual tokens leave after a layer; give one of them.")
-    replies = [config for config in configs if isinstance(config, ReplyDecoding)]
-    if len(replies) > 1:
-        raise ConfigError(
-            f"{' and '.join(config.spec() for config in replies)} both decode the reply; give one of them."
-        )
-    for spec in (*keepers, *attenders) if replies and replies[0].attends else ():
-        raise ConfigError(
-            f"{replies[0].spec()} computes attention and chooses entries while decoding, which {spec} would decide "
-            "too; combine it with methods on visual tokens, or leave only its contrast on (beta=0, keep=1)."
-        )
-    by_head = [config.spec() for config in configs if isinstance(config, HeadMethod)]
-    if by_head and len(configs) > 1:
-        raise ConfigError(
-            f"{by_head[0]} cannot be combined with {', '.join(c.spec() for c in configs if c.spec() != by_head[0])}; "
-            "for SnapKV on the heads that keep everything give full_budget."
-        )
+    for claim in Claim:
+        claiming = [config for config in configs if claim in config.claims]
+        if len(claiming) > 1:
+            raise ConfigError(_conflict(claim, *claiming[:2]))
+
+
+def _conflict(claim: Claim, one: MethodConfig, other: MethodConfig) -> str:
+    for config, against in ((one, other), (other, one)):
+        if config.claims[claim]:
+            return f"{config.spec()} {config.claims[claim].format(other=against.spec())}"
+    return f"{one.spec()} and {other.spec()} both {claim.value}; give one of them."

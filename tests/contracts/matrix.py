@@ -59,13 +59,14 @@ class Batch:
         return self.ids[index : index + 1, self.ids.shape[1] - self.lengths[index] :]
 
 
-def make_batch(shape: str, long: bool) -> Batch:
-    """``single``: one row; ``padded``: three rows of different lengths, padded on the left."""
+def make_batch(shape: str, long: bool, make: Callable[[int, int], torch.Tensor] = distinct) -> Batch:
+    """``single``: one row; ``padded``: three rows of different lengths, padded on the left. ``make`` gives token ids of
+    a row from its length and a seed."""
     length = LONG if long else SHORT
     if shape == "single":
-        return Batch(distinct(length), None, (length,))
+        return Batch(make(length, 1), None, (length,))
     lengths = (length, length // 2 + 1, length // 5 + 1)
-    return Batch(*left_padded(list(lengths), make=distinct), lengths)
+    return Batch(*left_padded(list(lengths), make=make), lengths)
 
 
 def generate(model: PreTrainedModel, batch: Batch, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:

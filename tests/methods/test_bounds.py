@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import time
 import typing
@@ -46,6 +47,24 @@ def test_nothing_beyond_the_bound(name: str, field: str) -> None:
                 kind(**{field: value})
             assert field in str(caught.value) and "give" in str(caught.value) and len(str(caught.value)) < 500
     assert getattr(kind(), field) == one
+
+
+BOUNDED = [
+    (name, field)
+    for name, kind in list_methods().items()
+    for field in dataclasses.fields(kind)
+    if field.metadata["least"] is not None or field.metadata["share"] is not None
+]
+
+
+@pytest.mark.parametrize(("name", "field"), BOUNDED, ids=lambda value: getattr(value, "name", value))
+def test_nothing_below_the_bound(name: str, field: dataclasses.Field[Any]) -> None:
+    least, share = field.metadata["least"], field.metadata["share"]
+    allowed = f"of at least {least}" if share is None else re.escape(f"a number in {share}")
+    wrong = [least - 1, -(10**6)] if share is None else [-0.5, 1.5, *([0.0] if share == "(0, 1]" else [])]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"^{name}: {field.name}={value}(\.0)? is not allowed; give .*{allowed}"):
+            list_methods()[name](**{field.name: value})
 
 
 def test_what_was_given_and_what_is_allowed() -> None:

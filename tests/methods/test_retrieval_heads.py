@@ -28,7 +28,7 @@ def profile(**changes: Any) -> HeadProfile:
     [
         ("sinks=-1", "at least 0"),
         ("recent=0", "at least 1"),
-        ("full=1.5", "from 0 to 1"),
+        ("full=1.5", r"in \[0, 1\]"),
         ("mode=mask,k=-1", "at least 0"),
         ("mode=mask,full=0.5", "full belong to mode=stream"),
         ("k=4", "k belong to mode=mask"),
