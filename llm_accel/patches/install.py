@@ -67,6 +67,7 @@ def make_plan(
         )
     wiring = wiring_of(decoder)
     skipped = skipped_layers(decoder, wiring, configs, strict)
+    visual = plan_visual(model, configs, skipped, trace)  # what it refuses is more telling than what follows from it
     if wiring.problem is not None:
         raise UnsupportedModelError(f"{decoder.config.model_type} cannot be accelerated: {wiring.problem}.")
     check_positions(decoder, wiring, configs, skipped)
@@ -83,7 +84,7 @@ def make_plan(
         if isinstance(config, Attend | ReplyDecoding | StepEviction):
             backends |= config.backends(_problem(decoder))
     shard = head_shard(model)
-    heads, visual = plan_heads(model, configs, skipped, shard), plan_visual(model, configs, skipped, trace)
+    heads = plan_heads(model, configs, skipped, shard)
     check_readers(decoder, wiring, configs, splits=heads.get("split") is not None)
     check_derived(decoder, wiring, configs, splits=heads.get("split") is not None)
     backends |= heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)

@@ -142,6 +142,7 @@ def test_the_decoder_sees_no_tombstone(method: object) -> None:
     for layer in model.get_decoder().layers:
         layer.register_forward_pre_hook(lambda module, args: inputs_of.append(args[0]))
     with llm_accel.apply(model, method):
+        inputs_of.clear()  # of the trial call
         batch = inputs(model, UNEQUAL)
         output = model.generate(
             **batch, max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
