@@ -29,7 +29,10 @@ def text_model(case: str) -> PreTrainedModel:
     family, _, variant = case.partition(":")
     config = tiny_config(family, **(VARIANTS[family][variant] if variant else {}))
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    return widened(kind._from_config(_decoder_of(config, kind.config_class), dtype=torch.float32))
+    config = _decoder_of(config, kind.config_class)
+    # SDPA of earlier transformers leaves the cap on logits out, which only the methods then know of
+    capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    return widened(kind._from_config(config, dtype=torch.float32, **capped))
 
 
 def _decoder_of(config: PretrainedConfig, wanted: type[PretrainedConfig]) -> PretrainedConfig:
