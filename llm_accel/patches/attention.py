@@ -99,20 +99,20 @@ class AccelAttention:
         if layer.attended:
             return self._again(layer, module, query, index, **kwargs)
         layer.attended = True
+        readers = session.plan.reader_count(index)
+        if not readers:
+            layer.given = None  # nobody else looks for these entries, which must not be held past their eviction
         if session.padding is not None:
             layer.pad(session.padding.to(key.device), query.shape[2])
         split = session.plan.split
         if split is not None and isinstance(layer, GroupedLayer):
-            layer.given = None
             return GroupedAttention(session, split, layer, index, self.base)(module, query, key, value, kwargs)
         key = layer.turned_keys(session.rotary, key, session.arrived_at)
         watch(session, index, (query, key, value), layer.start, kwargs)
         reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
-            layer.given = None
             return ReplyStep(session, reply, layer, kwargs).attend(self.base, module, query, key, value)
         keeper = session.plan.keeper if index not in session.plan.skipped else None
-        readers = session.plan.reader_count(index)
         if keeper is None:
             output = layer.attend(self.base, module, query, key, value, **kwargs)
             layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)

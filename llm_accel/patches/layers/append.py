@@ -216,8 +216,9 @@ class AccelLayer(DynamicLayer, Lendable):
         Args:
             key, value: what attention was called with, [B, H, P, D].
         """
-        self.reading = Reading(key, value, readers, then)
-        if not readers:
+        if readers:
+            self.reading = Reading(key, value, readers, then)
+        else:
             self._finish_reading(then)
 
     def read_once(self) -> None:
