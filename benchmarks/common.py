@@ -25,7 +25,7 @@ from llm_accel.common.generation import cache_bytes
 from llm_accel.eval.tasks.bench.contestants import make_inputs
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers import AccelLayer
+from llm_accel.cache import AccelLayer
 from llm_accel.registry import parse
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.patches.base_attention import base_function
 from llm_accel.patches.compiled.cache import FixedCache
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, ReplyLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.replay import Replay

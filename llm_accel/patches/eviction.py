@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_accel.cache import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attend import AttentionView
@@ -14,7 +15,6 @@ from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction
 from llm_accel.methods.selection import without
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 

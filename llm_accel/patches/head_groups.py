@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_accel.cache import GroupedLayer
+from llm_accel.cache.grouped import HeadGroup
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods.head_roles import HeadSplit
 from llm_accel.patches.base_attention import of_heads
 from llm_accel.patches.eviction import Eviction
-from llm_accel.patches.layers import GroupedLayer
-from llm_accel.patches.layers.grouped import HeadGroup
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention

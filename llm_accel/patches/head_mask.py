@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer
 from llm_accel.methods.head_roles import HeadMask
 from llm_accel.patches.base_attention import of_heads
-from llm_accel.patches.layers import AccelLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention

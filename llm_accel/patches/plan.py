@@ -6,6 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from llm_accel.cache import (
+    AccelLayer,
+    AttendingLayer,
+    GroupedLayer,
+    HidingLayer,
+    RaggedLayer,
+    RelativeSlotLayer,
+    ReplyLayer,
+    SlotLayer,
+)
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
     WHOLE,
@@ -25,16 +35,6 @@ from llm_accel.methods import (
     WholeCache,
 )
 from llm_accel.patches.families import VisionFamily
-from llm_accel.patches.layers import (
-    AccelLayer,
-    AttendingLayer,
-    GroupedLayer,
-    HidingLayer,
-    RaggedLayer,
-    RelativeSlotLayer,
-    ReplyLayer,
-    SlotLayer,
-)
 
 Decode = Literal["eager", "compiled", "auto"]
 DECODES: tuple[Decode, ...] = get_args(Decode)

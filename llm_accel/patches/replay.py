@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from llm_accel.cache.autograd_modes import thawed
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.vision.state import VisualState
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from llm_accel.cache import ReplyLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.kernels.gradient import without_gradient
 from llm_accel.methods import ReplyDecoding
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import ReplyLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 

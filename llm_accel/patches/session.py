@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
+from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
-from llm_accel.patches.layers.hybrid import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState

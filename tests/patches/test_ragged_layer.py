@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import AdaKV, EvictionError, UnsupportedCallError
-from llm_accel.patches.layers import RaggedLayer
+from llm_accel.cache import RaggedLayer
 from tests.contracts.matrix import pages_held
 from tests.patches.calls import IDS, MASK
 from tests.tiny import prompt, tiny_model

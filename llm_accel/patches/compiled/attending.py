@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer, AttendingLayer
 from llm_accel.methods.attend import Attend
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.compiled.entries import FixedEntries
 from llm_accel.patches.compiled.fixed import Shape
-from llm_accel.patches.layers import AccelLayer, AttendingLayer
 
 
 class FixedAttending(FixedEntries):

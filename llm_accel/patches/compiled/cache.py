@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from llm_accel.cache import AccelLayer, AttendingLayer, GroupedLayer, RaggedLayer, SlotLayer
+from llm_accel.cache.linear import LinearLayer
 from llm_accel.kernels.block_list import BLOCK_K
 from llm_accel.patches.base_attention import stores_latents
 from llm_accel.patches.compiled.attending import FixedAttending
@@ -18,8 +20,6 @@ from llm_accel.patches.compiled.groups import FixedGroups
 from llm_accel.patches.compiled.linear import FixedLinear
 from llm_accel.patches.compiled.pages import FixedPages
 from llm_accel.patches.compiled.slots import FixedSlots
-from llm_accel.patches.layers import AccelLayer, AttendingLayer, GroupedLayer, RaggedLayer, SlotLayer
-from llm_accel.patches.layers.hybrid import LinearLayer
 from llm_accel.patches.vision.state import VisualState
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer
 from llm_accel.kernels import ragged_decode
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.patches.base_attention import attend_visible, softmax_of
 from llm_accel.patches.compiled.fixed import GRANULE, FixedLayer, Shape
-from llm_accel.patches.layers import AccelLayer
 
 
 class FixedEntries(FixedLayer):

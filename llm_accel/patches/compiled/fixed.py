@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from llm_accel.patches.layers import AccelLayer, RaggedLayer
+from llm_accel.cache import AccelLayer, RaggedLayer
 
 GRANULE = 64  # capacities are multiples of it
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_accel.cache.grouped import HeadGroup
 from llm_accel.patches.compiled.fixed import FixedLayer
-from llm_accel.patches.layers.grouped import HeadGroup
 
 
 class FixedGroups(FixedLayer):

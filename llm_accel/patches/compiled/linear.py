@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from llm_accel.patches.layers.hybrid import LinearLayer, states_of
+from llm_accel.cache.linear import LinearLayer, states_of
 
 
 class FixedLinear(LinearAttentionLayer):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer, RaggedLayer
+from llm_accel.cache.ragged import numbered
 from llm_accel.kernels.ragged_decode import ragged_attention
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.compiled.fixed import FixedLayer, Shape
-from llm_accel.patches.layers import AccelLayer, RaggedLayer
-from llm_accel.patches.layers.ragged import numbered
 
 
 class FixedPages(FixedLayer):

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer, SlotLayer
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.roles import StepEviction, StepView
 from llm_accel.methods.shard import WHOLE
 from llm_accel.patches.base_attention import attend_visible, softmax_of
 from llm_accel.patches.compiled.fixed import FixedLayer, Shape
-from llm_accel.patches.layers import AccelLayer, SlotLayer
 
 
 class FixedSlots(FixedLayer):

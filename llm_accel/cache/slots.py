@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.methods.roles import StepView
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.modes import writable
 
 
 class SlotLayer(AccelLayer):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.lending import Lendable
-from llm_accel.patches.layers.modes import thawed
-from llm_accel.patches.layers.stock import has_linear_state
+from llm_accel.cache.autograd_modes import thawed
+from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.lending import Lendable
+from llm_accel.cache.stock import has_linear_state
 
 _KINDS = ("conv", "recurrent")
 _PREFIX = "linear."

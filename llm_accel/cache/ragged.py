@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.kernels.ragged_decode import ragged_attention
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.modes import writable
 
 
 class RaggedLayer(AccelLayer):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.base_attention import attend
-from llm_accel.patches.layers.append import AccelLayer
 
 
 class HidingLayer(AccelLayer):

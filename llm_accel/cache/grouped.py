@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.slots import SlotLayer
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.slots import SlotLayer
 
 _GROUPS = ("full", "stream")
 _OWN = ("cumulative_length", "compressed")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from llm_accel.cache.autograd_modes import thawed
+from llm_accel.cache.headroom import appended
+from llm_accel.cache.joining import joined, leading
+from llm_accel.cache.lending import Lendable
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 from llm_accel.patches.base_attention import attend
-from llm_accel.patches.layers.joining import joined, leading
-from llm_accel.patches.layers.lending import Lendable
-from llm_accel.patches.layers.modes import thawed
-from llm_accel.patches.layers.room import appended
 from llm_accel.patches.rotary import Rotary
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.methods.attend import Attend, AttentionView, Memory
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers.append import AccelLayer
 
 _PREFIX = "memory."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_accel.patches.layers.modes import writable
-from llm_accel.patches.layers.slots import SlotLayer
+from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.slots import SlotLayer
 from llm_accel.patches.rotary import Rotary, slot_ranks
 
 
