@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import thawed
 from llm_accel.cache.headroom import appended
 from llm_accel.cache.joining import joined, leading
 from llm_accel.cache.lending import Lendable
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
-from llm_accel.patches.base_attention import attend
 from llm_accel.patches.rotary import Rotary
 
 
@@ -206,9 +206,9 @@ class AccelLayer(DynamicLayer, Lendable):
         newest = self.positions[..., -1:] + steps
         self.positions = torch.cat([self.positions, newest], dim=-1)
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
-        return attend(base, module, query, key, value, self.start, **kwargs)
+        return attention.dense(query, key, value, self.start)
 
     def after_readers(self, readers: int, key: Tensor, value: Tensor, then: Callable[[], None] | None) -> None:
         """Does ``then`` once ``readers`` later layers have attended to these entries too, at once where there are none.
@@ -233,11 +233,9 @@ class AccelLayer(DynamicLayer, Lendable):
         if then is not None:
             then()
 
-    def attend_again(
-        self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def attend_again(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of another layer's queries over the same entries, [B, T, Hq, Dv]."""
-        return self.attend(base, module, query, key, value, **kwargs)
+        return self.attend(attention, query, key, value)
 
     def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import writable
 from llm_accel.cache.layer import AccelLayer
 from llm_accel.kernels.ragged_decode import ragged_attention
 from llm_accel.methods.shard import WHOLE, HeadShard
-from llm_accel.patches.base_attention import softmax_of
 
 
 class RaggedLayer(AccelLayer):
@@ -104,11 +104,11 @@ class RaggedLayer(AccelLayer):
         self._place(count)
         return key_states, value_states
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the newest queries over all stored entries, [B, T, Hq, Dv]."""
         if self.table is None:
-            return super().attend(base, module, query, key, value, **kwargs)
-        softmax = softmax_of(kwargs, query.shape[-1])
+            return super().attend(attention, query, key, value)
+        softmax = attention.softmax(query.shape[-1])
         return ragged_attention(query, self.keys, self.values, self.table, self.lengths(), **softmax)
 
     def all_keys(self, key: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.layer import AccelLayer
 from llm_accel.methods.attend import Attend, AttentionView, Memory
 from llm_accel.methods.shard import WHOLE, HeadShard
-from llm_accel.patches.base_attention import softmax_of
 
 _PREFIX = "memory."
 
@@ -36,23 +36,21 @@ class AttendingLayer(AccelLayer):
         self.memory: Memory | None = None
         self.sparse_calls = 0
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The method's attention, or dense attention where it leaves the call to the model, [B, T, Hq, Dv]."""
-        softmax = softmax_of(kwargs, key.shape[-1])
+        softmax = attention.softmax(key.shape[-1])
         view = AttentionView(
             query, key, value, self.start, **softmax, layer=self.index, layers=self.layers, heads=self.heads
         )
         output, self.memory = self.method.attend(view, self.memory)
         if output is None:
-            return super().attend(base, module, query, key, value, **kwargs)
+            return super().attend(attention, query, key, value)
         self.sparse_calls += 1
         return output
 
-    def attend_again(
-        self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def attend_again(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Dense: what the method remembers belongs to this layer's own queries."""
-        return super().attend(base, module, query, key, value, **kwargs)
+        return super().attend(attention, query, key, value)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest ``-tokens_to_remove`` tokens."""

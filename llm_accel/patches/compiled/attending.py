@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_accel.cache import AccelLayer, AttendingLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.methods.attend import Attend
-from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.compiled.entries import FixedEntries
 from llm_accel.patches.compiled.fixed import Shape
 
@@ -55,7 +54,7 @@ class FixedAttending(FixedEntries):
         """The step has been done."""
         self._own.advance()
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The method's attention, or dense attention in steps that it leaves."""
-        output = self._own.attend(query, key, value, self.lengths, **softmax_of(kwargs, key.shape[-1]))
-        return super().attend(base, module, query, key, value, **kwargs) if output is None else output
+        output = self._own.attend(query, key, value, self.lengths, **attention.softmax(key.shape[-1]))
+        return super().attend(attention, query, key, value) if output is None else output

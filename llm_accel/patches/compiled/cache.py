@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from llm_accel.cache import AccelLayer, AttendingLayer, GroupedLayer, RaggedLayer, SlotLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.linear import LinearLayer
 from llm_accel.kernels.block_list import BLOCK_K
 from llm_accel.patches.base_attention import stores_latents
@@ -66,13 +67,11 @@ class FixedCache(Cache):
         """Bytes of all buffers."""
         return sum(tensor.nbytes for layer in self.fixed for tensor in layer.tensors())
 
-    def attend(
-        self, index: int, base: str, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def attend(self, index: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, [B, 1, Hq, Dv]."""
         layer = self.layers[index]
         assert isinstance(layer, FixedLayer)
-        return layer.attend(base, module, query, key, value, **kwargs)
+        return layer.attend(attention, query, key, value)
 
 
 class Recipe:

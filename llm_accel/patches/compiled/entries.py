@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_accel.cache import AccelLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.kernels import ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.patches.base_attention import attend_visible, softmax_of
 from llm_accel.patches.compiled.fixed import GRANULE, FixedLayer, Shape
 
 
@@ -67,16 +65,16 @@ class FixedEntries(FixedLayer):
         self.lengths.add_(1)
         return self.keys, self.values
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Over the entries of each row alone where there is a kernel for it, else over the buffers under a mask."""
         if self.pages is not None:
             keys, values = (pool.view(-1, GRANULE, pool.shape[-1]) for pool in (self.keys, self.values))
             lengths = self.lengths[:, None].expand(self.pages.shape[:2])
-            softmax = softmax_of(kwargs, query.shape[-1])
+            softmax = attention.softmax(query.shape[-1])
             return ragged_decode.ragged_attention(query, keys, values, self.pages, lengths, **softmax)
         slots = torch.arange(key.shape[2], device=key.device)
         visible = slots[None, None, None] < self.lengths[:, None, None, None]
-        return attend_visible(base, module, query, key, value, visible, **kwargs)
+        return attention.visible(query, key, value, visible)
 
 
 def _has_kernel(shape: Shape, group: int) -> bool:

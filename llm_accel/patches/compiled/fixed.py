@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from llm_accel.cache import AccelLayer, RaggedLayer
+from llm_accel.cache.attention import Attention
 
 GRANULE = 64  # capacities are multiples of it
 
@@ -78,7 +79,7 @@ class FixedLayer(CacheLayerMixin):
     def advance(self) -> None:
         """The step that :meth:`begin` announced has been done."""
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one new query per row over what :meth:`update` returned, and the eviction after it,
         [B, 1, Hq, Dv]."""
         raise NotImplementedError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.grouped import HeadGroup
 from llm_accel.patches.compiled.fixed import FixedLayer
 
@@ -40,10 +40,10 @@ class FixedGroups(FixedLayer):
             part.update(key_states.index_select(1, heads), value_states.index_select(1, heads))
         return key_states, value_states
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One call per group, merged into one output."""
         output = query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
         for part, readers in zip(self.parts, self._readers, strict=True):
             rows = query.index_select(1, readers)
-            output[:, :, readers] = part.attend(base, module, rows, part.keys, part.values, **kwargs)
+            output[:, :, readers] = part.attend(attention, rows, part.keys, part.values)
         return output

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_accel.cache import AccelLayer, RaggedLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.cache.ragged import numbered
 from llm_accel.kernels.ragged_decode import ragged_attention
-from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.compiled.fixed import FixedLayer, Shape
 
 
@@ -79,7 +77,7 @@ class FixedPages(FixedLayer):
         self.lengths.add_(1)
         return key_states, value_states
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Over the entries of each head alone."""
-        softmax = softmax_of(kwargs, query.shape[-1])
+        softmax = attention.softmax(query.shape[-1])
         return ragged_attention(query, self.keys, self.values, self.table, self.lengths, **softmax)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_accel.cache import AccelLayer, SlotLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.roles import StepEviction, StepView
 from llm_accel.methods.shard import WHOLE
-from llm_accel.patches.base_attention import attend_visible, softmax_of
 from llm_accel.patches.compiled.fixed import FixedLayer, Shape
 
 
@@ -89,9 +87,9 @@ class FixedSlots(FixedLayer):
         self.start.copy_((self.start - 1).clamp(min=0))
         return self.keys, self.values
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Over all slots that are not empty; then chooses what the next token takes."""
-        softmax = softmax_of(kwargs, key.shape[-1])
+        softmax = attention.softmax(key.shape[-1])
         held = StepView(self.positions, self.scores)
         # all heads are here; said aloud, because the compiler takes no object from a default
         view = AttentionView(
@@ -101,7 +99,7 @@ class FixedSlots(FixedLayer):
         if step is None:
             slots = torch.arange(key.shape[2], device=key.device)
             visible = slots[None, None, None] >= self.start[:, None, None, None]
-            output = attend_visible(base, module, query, key, value, visible, **kwargs)
+            output = attention.visible(query, key, value, visible)
             if self.scores is not None:
                 votes = column_votes(query, key, self.start, heads=self.positions.shape[1], group="sum", **softmax)
                 self.scores.mul_(self._keeper.score_decay).add_(votes)
