@@ -7,15 +7,15 @@ from llm_accel.cache.ragged import RaggedLayer
 from llm_accel.cache.relative import RelativeSlotLayer
 from llm_accel.cache.reply import ReplyLayer
 from llm_accel.cache.slots import SlotLayer
-from llm_accel.cache.sparse import AttendingLayer
+from llm_accel.cache.sparse import SparseLayer
 
 __all__ = [
     "AccelLayer",
-    "AttendingLayer",
     "GroupedLayer",
     "HidingLayer",
     "RaggedLayer",
     "RelativeSlotLayer",
     "ReplyLayer",
     "SlotLayer",
+    "SparseLayer",
 ]

@@ -1,23 +1,35 @@
-"""The plain cache layer: logical length (what transformers reads) apart from physical length (what is stored)."""
+"""The plain cache layer: entries are appended, attention sees all of them, and what is evicted is gone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from llm_accel.cache.attention import Attention
-from llm_accel.cache.autograd_modes import thawed
+from llm_accel.cache.fixed import GRANULE, FixedForm, FixedSpec, restoring
 from llm_accel.cache.headroom import appended
-from llm_accel.cache.joining import joined, leading
-from llm_accel.cache.lending import Lendable
+from llm_accel.cache.store import EntryStore
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
-from llm_accel.patches.rotary import Rotary
+from llm_accel.kernels.ragged_decode import ragged_attention
+
+
+class Stage(Enum):
+    """Where a layer stands in a call.
+
+    IDLE: no entries are under way.
+    AWAITED: a call with the plug-in has begun and its entries have not come yet.
+    ARRIVED: they have, and our attention has not seen them yet.
+    """
+
+    IDLE = auto()
+    AWAITED = auto()
+    ARRIVED = auto()
 
 
 @dataclass
@@ -36,118 +48,31 @@ class Reading:
     then: Callable[[], None] | None
 
 
-class AccelLayer(DynamicLayer, Lendable):
-    """Keys and values of one full-attention layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in
-    slots ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
+class AccelLayer(EntryStore):
+    """An :class:`EntryStore` that takes part in the calls of a model.
 
     Attributes:
-        cumulative_length: tokens that came here; the name that ``CacheLayerMixin.reset`` clears.
-        removed: tokens of the prompt that were taken out before they came here; they count in the logical length.
-        missing: those of the running call, until its entries come.
+        stage: where it stands in the running call.
+        missing: tokens of the running call that were taken out before they came here.
         arriving: original positions of the running call's entries, int64 [B, n], -1 for padding, where they are traced
             and tokens may be taken out; else None.
-        start: first real slot of each row, int64 [B]; None when every slot is real.
-        padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
-        expected: whether a call with the plug-in has begun and its entries have not come yet.
         given: keys and values as :meth:`update` returned them, until attention has seen them, else None.
-        attended: whether our attention has seen the newest entries; False while they are on their way to it.
         reading: what later layers of the running call read in these entries, else None.
-        pictured: whether a prompt with visual tokens came here or was taken out on its way.
-        compressed: whether entries were evicted since the last reset.
-        floor: physical length right after the last eviction; rolling back below it is impossible.
-        window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
-        positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
-        kept: ``positions`` right after the last eviction.
     """
 
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    keys: Tensor  # None only before the first update
-    values: Tensor
-    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
-    shared_tensors: ClassVar[tuple[str, ...]] = ()
-    plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "pictured", "compressed", "floor")
-    # what lies beside the slots: the dimension of the slots and what stands where a row has none
-    slotted: ClassVar[dict[str, tuple[int, int]]] = {"window": (-2, 0), "positions": (-1, -1), "kept": (-1, -1)}
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._clear()
-
     def _clear(self) -> None:
-        self.cumulative_length = 0
-        self.removed = 0
+        super()._clear()
+        self.stage = Stage.IDLE
         self.missing = 0
         self.arriving: Tensor | None = None
-        self.start: Tensor | None = None
-        self.padding: Tensor | None = None
-        self.expected = False
         self.given: tuple[Tensor, Tensor] | None = None
-        self.attended = True
         self.reading: Reading | None = None
-        self.pictured = False
-        self.compressed = False
-        self.floor = 0
-        self.window: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.kept: Tensor | None = None
-        self.lease = None
 
-    def get_seq_length(self) -> int:
-        """Logical length: tokens seen by the model, the only length that transformers may read."""
-        return self.cumulative_length + self.removed
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(0, 0): the sentinel that makes our mask function return None; validity lives in this layer."""
-        return 0, 0
-
-    def physical_length(self) -> int:
-        """Slots stored."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
-
-    def mean_length(self) -> int:
-        """Slots stored per KV head, averaged where heads store different numbers."""
-        return self.physical_length()
-
-    def row_lengths(self) -> Tensor:
-        """Real entries of each row, per KV head on average and rounded up, int64 [B]; [1] where all rows are alike."""
-        lengths = torch.full((1,), self.physical_length(), device=self.keys.device)
-        return lengths if self.start is None else lengths - self.start
-
-    def seen(self) -> Tensor | None:
-        """Tokens that each row has seen, int64 [B], [1] where all rows are alike; None until some are evicted."""
-        if not self.compressed:
-            return None
-        seen = torch.full((1,), self.cumulative_length, device=self.keys.device)
-        return seen if self.padding is None else seen - self.padding
-
-    @property
-    def rows(self) -> int:
-        """Rows that are stored."""
-        return self.keys.shape[0]
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads that are stored."""
-        return self.keys.shape[1]
-
-    def token_bytes(self) -> int:
-        """Bytes that one token takes in all rows and heads."""
-        return (self.keys.nbytes + self.values.nbytes) // self.physical_length()
-
-    def nbytes(self) -> int:
-        """Bytes of the storage behind keys and values, views included."""
-        if not self.physical_length():
-            return 0
-        return int(self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes())
-
-    def thaw(self) -> None:
-        """Makes tensors of a call in inference mode usable in a call outside of it."""
-        held = self.__dict__
-        for name, content in held.items():
-            if isinstance(content, Tensor) and content.is_inference():
-                held[name] = thawed(content)
+    def await_entries(self) -> None:
+        """A call has begun."""
+        self.stage = Stage.AWAITED
+        self.missing, self.arriving = 0, None
+        self.given = self.reading = None
 
     def pad(self, padding: Tensor, count: int) -> None:
         """Marks the leading padding of each row, int64 [B], after ``count`` new tokens of an incomplete prompt."""
@@ -157,7 +82,10 @@ class AccelLayer(DynamicLayer, Lendable):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Stores new entries [B, Hk, T, D] and returns what attention is called with, as :meth:`add` does."""
+        """Stores new entries [B, Hk, T, D] and returns what attention is called with, as :meth:`add` does; within a
+        graph, as :meth:`write` does."""
+        if self.fixed is not None:
+            return self.write(self.fixed, key_states, value_states)
         self.given = self.add(key_states, value_states)
         return self.given
 
@@ -177,14 +105,14 @@ class AccelLayer(DynamicLayer, Lendable):
     def _admit(self, count: int) -> None:
         """Counts new tokens; refuses, before anything changes, those of a model without the plug-in, whose attention
         knows nothing of evicted entries."""
-        if not self.expected:
+        if self.stage is Stage.IDLE:
             raise UnsupportedCallError(
                 "this cache was filled with the plug-in, and this call runs without it; apply the same method again, "
                 "or start with a new cache."
             )
-        if not self.attended:
+        if self.stage is Stage.ARRIVED:
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
-        self.expected = self.attended = False
+        self.stage = Stage.ARRIVED
         self.cumulative_length += count
         self.removed += self.missing
 
@@ -198,13 +126,6 @@ class AccelLayer(DynamicLayer, Lendable):
             self.kept = self.positions
         elif self.positions is not None:
             self.append_positions(count)
-
-    def append_positions(self, count: int) -> None:
-        """Notes the original positions of ``count`` decoded entries."""
-        assert self.positions is not None
-        steps = torch.arange(1, count + 1, device=self.positions.device)
-        newest = self.positions[..., -1:] + steps
-        self.positions = torch.cat([self.positions, newest], dim=-1)
 
     def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Dense attention of the newest queries over what :meth:`update` returned, [B, T, Hq, Dv]."""
@@ -237,7 +158,7 @@ class AccelLayer(DynamicLayer, Lendable):
         """Attention of another layer's queries over the same entries, [B, T, Hq, Dv]."""
         return self.attend(attention, query, key, value)
 
-    def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
+    def turned_keys(self, rotary: Any, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Keys as attention must see them; ``given`` unless positions are ranks in the cache."""
         return given
 
@@ -249,23 +170,12 @@ class AccelLayer(DynamicLayer, Lendable):
         """What attention is called with after everything but ``kept`` was evicted: ``key`` and ``value`` cut to it."""
         return gather_entries(kept.repeat_interleave(key.shape[1] // kept.shape[1], dim=1), key, value)[:2]
 
-    def kept_positions(self) -> Tensor | None:
-        """Original positions of the entries kept at the last eviction, int64 [B, Hk, n], or None."""
-        return self.kept
-
     def observe(self, query: Tensor, width: int) -> None:
         """Remembers the last ``width`` queries of an incomplete prompt, in memory of their own."""
         recent = query[:, :, -width:]
         if self.window is not None and recent.shape[2] < width:
             recent = torch.cat([self.window, recent], dim=2)[:, :, -width:]
         self.window = recent.clone(memory_format=torch.contiguous_format)
-
-    def own_storage(self) -> None:
-        """Copies keys or values that are views into a larger tensor, so that they do not keep it alive."""
-        if self.keys.untyped_storage().nbytes() > self.keys.nbytes:
-            self.keys = self.keys.clone(memory_format=torch.contiguous_format)
-        if self.values.untyped_storage().nbytes() > self.values.nbytes:
-            self.values = self.values.clone(memory_format=torch.contiguous_format)
 
     def keep(self, indices: Tensor, trace: bool) -> None:
         """Evicts everything but the slots ``indices``, int64 [B, Hk, n], ascending, -1 first in shorter rows."""
@@ -289,101 +199,97 @@ class AccelLayer(DynamicLayer, Lendable):
         self.floor = self.physical_length()
         self.window = None
 
-    def _positions_of(self, indices: Tensor) -> Tensor:
-        if self.positions is not None:
-            return self.positions.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, -1)
-        offset = 0 if self.start is None else self.start[:, None, None]
-        return (indices - offset).masked_fill(indices < 0, -1)
+    # The fixed form: keys and values [B, Hk, C, D]; row ``b`` holds its entries in slots ``0..lengths[b]-1``, oldest
+    # first.
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest ``-tokens_to_remove`` tokens; refuses to go back past an eviction."""
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        remaining = self.physical_length() + tokens_to_remove
-        if tokens_to_remove > 0 or remaining < self.floor:
-            most = self.physical_length() - self.floor
-            limit = f", at most {most} of them: older entries were evicted" if self.floor else ""
-            raise UnsupportedCallError(
-                f"cannot crop the cache by {tokens_to_remove}: give a negative number of tokens{limit}."
-            )
-        self._drop_newest(-tokens_to_remove)
-        self.cumulative_length += tokens_to_remove
-        if self.positions is not None:
-            self.positions = self.positions[..., :tokens_to_remove]
-        if self.window is not None:
-            self.window = self.window[:, :, :tokens_to_remove]
+    def allocate(self, spec: FixedSpec) -> FixedForm:
+        """Empty buffers for the fixed form."""
+        tensors = spec.shape.buffers() | {"lengths": spec.shape.numbers(spec.shape.rows)}
+        if spec.kernel:  # the same slots as pages of the ragged kernel, int64 [B, Hk, C / 64]
+            size = (spec.shape.rows, spec.shape.heads, spec.shape.capacity // GRANULE)
+            pages = torch.arange(size[0] * size[1] * size[2], device=spec.shape.device)
+            tensors["pages"] = pages.view(size)
+        return FixedForm(tensors, spec)
 
-    def _drop_newest(self, count: int) -> None:
-        super().crop(-count)
+    def fix(self, form: FixedForm) -> None:
+        """Puts the entries into the buffers of ``form``; nothing else holds them from then on."""
+        form.held, form.steps = self.physical_length(), 0
+        self._put(form)
+        self.fixed = form
+        self._let_go()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders rows, for beam search."""
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+    def _put(self, form: FixedForm) -> None:
+        """Rows move to the left, past their padding."""
+        count, start = form.held, self.start
+        for name, held in (("keys", self.keys), ("values", self.values)):
+            if start is not None:
+                slots = torch.arange(count, device=held.device) + start[:, None]
+                held = _of_rows(held, slots.clamp(max=count - 1))
+            form.tensors[name][:, :, :count] = held
+        form.tensors["lengths"].fill_(count)
+        if start is not None:
+            form.tensors["lengths"].sub_(start)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row ``repeats`` times."""
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+    def _let_go(self) -> None:
+        self._keys = self._values = None  # type: ignore[assignment]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps only the given rows."""
-        self._map_rows(lambda rows: rows[indices.to(rows.device)])
-
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if not self.physical_length():
-            return
-        self._map_tensors(change, self.row_tensors)
-
-    def _map_tensors(self, change: Callable[[Tensor], Tensor], names: Iterable[str]) -> None:
-        for name in names:
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, change(rows))
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything the layer holds: tensors and plain values, by attribute name."""
-        tensors = {name: getattr(self, name) for name in (*self.row_tensors, *self.shared_tensors)}
-        plain = {name: getattr(self, name) for name in self.plain_values}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}, plain
-
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Fills an empty layer with what :meth:`state` gave."""
-        if tensors:
-            self.lazy_initialization(tensors["keys"], tensors["values"])
-        for name, content in (tensors | values).items():
-            setattr(self, name, content)
-
-    def join(self, parts: Sequence[Self], length: int) -> None:
-        """Fills an empty layer with the rows of ``parts``, whose prompts are complete, as if they had been read in one
-        call that pads them on the left to ``length`` tokens."""
-        self.lazy_initialization(parts[0].keys, parts[0].values)
-        stored, device = max(part.physical_length() for part in parts), self.device
-        traced = any(part.positions is not None for part in parts)
-        for part in parts:
-            if traced and part.positions is None:
-                part.positions = part._slot_positions()
-            if part.kept is None and any(other.kept is not None for other in parts):
-                part.kept = part.positions
-        self._join_entries(parts, stored)
-        for name, (dim, empty) in self.slotted.items():
-            setattr(self, name, joined([getattr(part, name) for part in parts], dim, empty))
-        self.padding = leading([length - part.cumulative_length for part in parts], parts, "padding", device)
-        self.compressed = any(part.compressed for part in parts)
-        self.cumulative_length = length
-        self.floor = self.physical_length() if self.compressed else 0
-
-    def _join_entries(self, parts: Sequence[Self], stored: int) -> None:
-        """The part of :meth:`join` that depends on how entries are stored; ``stored``: slots of the longest part."""
+    def _take_back(self, form: FixedForm) -> None:
+        """Rows move back to the right."""
+        count = form.held + form.steps
         for name in ("keys", "values"):
-            setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
-        self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+            held = form.tensors[name][:, :, :count]
+            if self.start is None:
+                held = held.clone(memory_format=torch.contiguous_format)
+            else:
+                slots = torch.arange(count, device=held.device) - self.start[:, None]
+                held = _of_rows(held, slots.clamp(min=0))
+            setattr(self, name, held)
+        self._note_steps(form.steps)
 
-    def _slot_positions(self) -> Tensor:
-        """Original position of each slot of an unevicted prompt, int64 [B, Hk, P], -1 for padding."""
-        slots = torch.arange(self.physical_length(), device=self.keys.device)
-        return self._positions_of(slots.expand(*self.keys.shape[:2], -1)).clamp(min=-1)
+    def _note_steps(self, steps: int) -> None:
+        if self.positions is not None and steps:
+            self.append_positions(steps)
 
-    def reset(self) -> None:
-        """Forgets everything; the layer can be filled again."""
-        self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False
-        self._clear()
+    def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one new entry per row, [B, Hk, 1, D]; returns the buffers."""
+        keys, values, lengths = (form.tensors[name] for name in ("keys", "values", "lengths"))
+        slot = lengths[:, None, None, None]
+        keys.scatter_(2, slot.expand(key_states.shape), key_states)
+        values.scatter_(2, slot.expand(value_states.shape), value_states)
+        lengths.add_(1)
+        return keys, values
+
+    def attend_fixed(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one new query per row over what :meth:`write` returned, [B, 1, Hq, Dv]: over the entries of each
+        row alone where there is a kernel for it, else over the buffers under a mask."""
+        assert self.fixed is not None
+        tensors, pages = self.fixed.tensors, self.fixed.tensors.get("pages")
+        if pages is None:
+            slots = torch.arange(key.shape[2], device=key.device)
+            visible = slots[None, None, None] < tensors["lengths"][:, None, None, None]
+            return attention.visible(query, key, value, visible)
+        keys, values = (tensors[name].view(-1, GRANULE, tensors[name].shape[-1]) for name in ("keys", "values"))
+        lengths = tensors["lengths"][:, None].expand(pages.shape[:2])
+        return ragged_attention(query, keys, values, pages, lengths, **attention.softmax(query.shape[-1]))
+
+    def begin_step(self) -> Hashable:
+        """What is constant in the next step and may not be so in every step; each value of it is a graph of its own."""
+        return None
+
+    def end_step(self) -> None:
+        """The graph has added one token."""
+        assert self.fixed is not None
+        self.fixed.steps += 1
+        self.cumulative_length += 1
+        self.stage = Stage.IDLE
+
+    def backup(self) -> Callable[[], None]:
+        """Call the result to undo a step that failed half-way. Entries that no step overwrites are not copied."""
+        assert self.fixed is not None
+        return restoring(self.fixed.beside_entries())
+
+
+def _of_rows(entries: Tensor, slots: Tensor) -> Tensor:
+    """The slots of each row, int64 [B, n], of [B, H, C, D] in every head."""
+    index = slots[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[-1])
+    return entries.gather(2, index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from dataclasses import replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,22 @@ from torch import Tensor
 
 from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.fixed import FixedForm, FixedSpec
 from llm_accel.cache.layer import AccelLayer
 from llm_accel.kernels.ragged_decode import ragged_attention
-from llm_accel.methods.shard import WHOLE, HeadShard
+
+
+class Heads(Protocol):
+    """Which of a layer's heads are here, where processes share them."""
+
+    @property
+    def count(self) -> int:
+        """Processes that share the heads."""
+        ...
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Sum over the processes, of any shape."""
+        ...
 
 
 class RaggedLayer(AccelLayer):
@@ -39,7 +53,7 @@ class RaggedLayer(AccelLayer):
     shared_tensors = ("table",)
     plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
 
-    def __init__(self, page: int, heads: HeadShard = WHOLE) -> None:
+    def __init__(self, page: int, heads: Heads) -> None:
         self.page, self.heads = page, heads
         super().__init__()
 
@@ -58,15 +72,18 @@ class RaggedLayer(AccelLayer):
 
     def lengths(self) -> Tensor:
         """Entries of each row and head, int64 [B, Hk]."""
+        self.unfix()
         assert self.start is not None
         return self.longest - self.start
 
     def physical_length(self) -> int:
         """Entries of the longest head."""
+        self.unfix()
         return super().physical_length() if self.table is None else self.longest
 
     def mean_length(self) -> int:
         """Entries per head of the row that holds most, rounded up."""
+        self.unfix()
         return super().mean_length() if self.table is None else self.longest - self.excess
 
     def row_lengths(self) -> Tensor:
@@ -231,6 +248,71 @@ class RaggedLayer(AccelLayer):
         self.keys, self.values = self.keys[source], self.values[source]
         self.table, self.used = table, source.numel()
         self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
+
+    # The fixed form: every head owns all the pages that it will need, and the first of those it holds are filled.
+
+    def allocate(self, spec: FixedSpec) -> FixedForm:
+        """Empty buffers for the fixed form: ``shape.capacity`` is the entries per head, on average, that there will be
+        place for, those to come among them."""
+        if self.table is None:
+            return super().allocate(spec)
+        shape, page = spec.shape, self.page
+        entries = shape.heads * shape.capacity
+        pages = shape.rows * (-(-entries // page) + shape.heads)  # every head may leave a page half full
+        pool = replace(shape, rows=pages, heads=1, capacity=page).buffers()
+        longest = entries - shape.heads * spec.room + spec.room
+        table = shape.numbers(shape.rows, shape.heads, -(-longest // page)).fill_(-1)
+        tensors = {name: buffer[:, 0] for name, buffer in pool.items()}
+        return FixedForm(tensors | {"table": table, "lengths": shape.numbers(shape.rows, shape.heads)}, spec)
+
+    def _put(self, form: FixedForm) -> None:
+        """The pages of each head move to the first of those that it has in the buffers."""
+        if self.table is None:
+            super()._put(form)
+            return
+        assert form.spec is not None
+        tensors = form.tensors
+        tensors["lengths"].copy_(self.lengths())
+        table, _ = numbered(self._pages_for(tensors["lengths"] + form.spec.room))
+        tensors["table"].fill_(-1)
+        tensors["table"][..., : table.shape[2]] = table
+        owner = (self.table >= 0).nonzero(as_tuple=True)
+        source, target = self.table[owner], tensors["table"][owner]
+        tensors["keys"][target], tensors["values"][target] = self.keys[source], self.values[source]
+
+    def _take_back(self, form: FixedForm) -> None:
+        """Only pages that hold something move back."""
+        if "table" not in form.tensors:
+            super()._take_back(form)
+            return
+        lengths = form.tensors["lengths"]
+        pages = self._pages_for(lengths)
+        self.table, self.used = numbered(pages)
+        filled = form.tensors["table"][..., : self.table.shape[2]][self.table >= 0]
+        self.keys, self.values = form.tensors["keys"][filled], form.tensors["values"][filled]
+        self.longest += form.steps
+        self.start = self.longest - lengths
+        self.room = int((pages * self.page - lengths).min())
+        self._note_steps(form.steps)
+
+    def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one new entry per head, [B, Hk, 1, D]; returns just these, :meth:`attend_fixed` reads the pool."""
+        if "table" not in form.tensors:
+            return super().write(form, key_states, value_states)
+        lengths = form.tensors["lengths"]
+        slot = self._slots(form.tensors["table"], lengths[..., None])[..., 0]
+        for name, new in (("keys", key_states), ("values", value_states)):
+            form.tensors[name].view(-1, new.shape[-1])[slot] = new[:, :, 0]
+        lengths.add_(1)
+        return key_states, value_states
+
+    def attend_fixed(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one new query per row over the entries of each head alone, [B, 1, Hq, Dv]."""
+        assert self.fixed is not None
+        if "table" not in self.fixed.tensors:
+            return super().attend_fixed(attention, query, key, value)
+        pool = (self.fixed.tensors[name] for name in ("keys", "values", "table", "lengths"))
+        return ragged_attention(query, *pool, **attention.softmax(query.shape[-1]))
 
 
 def numbered(pages: Tensor) -> tuple[Tensor, int]:

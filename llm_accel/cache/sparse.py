@@ -1,48 +1,66 @@
-"""A cache layer whose attention a method computes."""
+"""A cache layer with the index of a sparse attention beside its entries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from llm_accel.cache.attention import Attention
+from llm_accel.cache.fixed import FixedForm, FixedSpec, IndexStep
 from llm_accel.cache.layer import AccelLayer
-from llm_accel.methods.attend import Attend, AttentionView, Memory
-from llm_accel.methods.shard import WHOLE, HeadShard
 
 _PREFIX = "memory."
 
 
-class AttendingLayer(AccelLayer):
+class Memory(Protocol):
+    """What a sparse attention remembers of its latest decode step."""
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The memory after the rows of the batch were reordered, repeated or selected."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and numbers to be stored with the cache."""
+
+
+class Sparse(Protocol):
+    """The attention of one layer, computed by a method."""
+
+    def attend(
+        self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, memory: Any
+    ) -> tuple[Tensor | None, Any]:
+        """Output [B, T, Hq, Dv], or None where dense attention is to be computed, and the memory for the next call."""
+
+    def remember(self, tensors: dict[str, Tensor], values: dict[str, int]) -> Any:
+        """The memory that :meth:`Memory.state` wrote."""
+
+    def fixed_step(self, rows: int, heads: int, device: torch.device) -> IndexStep:
+        """The index in tensors of fixed size."""
+
+
+class SparseLayer(AccelLayer):
     """Keys and values as in the base; the memory is forgotten whenever the cache is rolled back or emptied.
 
     Attributes:
-        method: computes the attention.
-        index: index of the layer.
-        layers: number of layers of the model.
-        heads: which of the layer's heads are here.
-        memory: what the method remembers of the latest decode step, or None.
-        sparse_calls: attention calls that the method computed; the others were dense.
+        sparse: computes the attention.
+        memory: what it remembers of the latest decode step, or None.
+        sparse_calls: attention calls that it computed; the others were dense.
     """
 
-    def __init__(self, method: Attend, index: int, layers: int, heads: HeadShard = WHOLE) -> None:
-        self.method, self.index, self.layers, self.heads = method, index, layers, heads
+    def __init__(self, sparse: Sparse) -> None:
+        self.sparse = sparse
         super().__init__()
 
     def _clear(self) -> None:
         super()._clear()
-        self.memory: Memory | None = None
+        self.memory: Any = None
         self.sparse_calls = 0
 
     def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The method's attention, or dense attention where it leaves the call to the model, [B, T, Hq, Dv]."""
-        softmax = attention.softmax(key.shape[-1])
-        view = AttentionView(
-            query, key, value, self.start, **softmax, layer=self.index, layers=self.layers, heads=self.heads
-        )
-        output, self.memory = self.method.attend(view, self.memory)
+        output, self.memory = self.sparse.attend(attention, query, key, value, self.start, self.memory)
         if output is None:
             return super().attend(attention, query, key, value)
         self.sparse_calls += 1
@@ -75,7 +93,41 @@ class AttendingLayer(AccelLayer):
         own_tensors, tensors = _divided(tensors)
         own_values, values = _divided(values)
         super().restore(tensors, values)
-        self.memory = self.method.remember(own_tensors, own_values) if own_values else None
+        self.memory = self.sparse.remember(own_tensors, own_values) if own_values else None
+
+    def allocate(self, spec: FixedSpec) -> FixedForm:
+        """Empty buffers for the fixed form, the index among them."""
+        form = super().allocate(spec)
+        form.index = self.sparse.fixed_step(spec.shape.rows, spec.heads, spec.shape.device)
+        return form
+
+    def _put(self, form: FixedForm) -> None:
+        super()._put(form)
+        form.index.take(self.memory, form.held, self.start)
+
+    def _take_back(self, form: FixedForm) -> None:
+        super()._take_back(form)
+        self.memory = form.index.give()
+        self.sparse_calls += form.index.sparse_steps
+
+    def begin_step(self) -> Hashable:
+        """What is constant in the next step."""
+        assert self.fixed is not None
+        pattern: Hashable = self.fixed.index.begin()
+        return pattern
+
+    def end_step(self) -> None:
+        """The graph has added one token."""
+        assert self.fixed is not None
+        super().end_step()
+        self.fixed.index.advance()
+
+    def attend_fixed(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The method's attention of one new query per row, or dense attention in steps that it leaves."""
+        assert self.fixed is not None
+        lengths, softmax = self.fixed.tensors["lengths"], attention.softmax(key.shape[-1])
+        output: Tensor | None = self.fixed.index.attend(query, key, value, lengths, **softmax)
+        return super().attend_fixed(attention, query, key, value) if output is None else output
 
 
 def _divided(named: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,9 +10,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
+from llm_accel.cache.layer import Stage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.patches.base_attention import ModelAttention, base_function
-from llm_accel.patches.compiled.cache import FixedCache
+from llm_accel.patches.compiled.cache import GraphCache
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
@@ -54,12 +55,12 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | FixedCache | Replay | None = None,
+        llm_accel: Session | GraphCache | Replay | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
         model = ModelAttention(self.base, module, kwargs)
-        if isinstance(llm_accel, FixedCache | Replay):
+        if isinstance(llm_accel, GraphCache | Replay):
             index: Any = getattr(module, "layer_idx", None)
             return llm_accel.attend(index, model, query, key, value), None
         if llm_accel is None:
@@ -95,9 +96,9 @@ class AccelAttention:
         index: int,
     ) -> Tensor:
         """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
-        if layer.attended:
+        if layer.stage is not Stage.ARRIVED:
             return self._again(layer, attention, query, index)
-        layer.attended = True
+        layer.stage = Stage.IDLE
         readers = session.plan.reader_count(index)
         if not readers:
             layer.given = None  # nobody else looks for these entries, which must not be held past their eviction

@@ -11,7 +11,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attend import AttentionView
 from llm_accel.methods.prompt_view import Depth, PromptView
-from llm_accel.methods.roles import ScoreAndKeep, StepEviction
+from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
@@ -61,7 +61,7 @@ class Eviction:
         view = AttentionView(
             query, key, value, layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
         )
-        step = keeper.attend_and_choose(view, layer.view())
+        step = keeper.attend_and_choose(view, step_view(layer))
         if step is None:
             return None
         output, layer.scores, victims = step
@@ -119,7 +119,7 @@ class Eviction:
             if self.session.phase is Phase.PREFILL_END:
                 layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(layer.view()))
+            layer.choose_spare(keeper.victims(step_view(layer)))
 
     def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
         """A simulated step: everything stays stored, the method says what the next token sees."""
@@ -197,3 +197,8 @@ class Eviction:
                 f"layer {self.index}. {type(self.keeper).__name__} overrides `select`, which is what keeps them: have "
                 "it give a `score(view)` instead, or call without protect_mask."
             )
+
+
+def step_view(layer: SlotLayer) -> StepView:
+    """What a method sees of a layer when it chooses the next victims."""
+    return StepView(layer.seen_positions(), layer.scores)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llm_accel.cache import GroupedLayer
 from llm_accel.cache.grouped import HeadGroup
+from llm_accel.cache.layer import Stage
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods.head_roles import HeadSplit
 from llm_accel.patches.base_attention import ModelAttention
@@ -49,7 +50,7 @@ class GroupedAttention:
             heads = group.index(query.device, group_size)
             attention = self.attention.of_heads(heads)
             part_query = query.index_select(1, heads)
-            group.store.attended = True
+            group.store.stage = Stage.IDLE
             if not merged:
                 part = self._attend(group, attention, part_query)
                 output = part.new_empty(*part.shape[:2], query.shape[1], part.shape[-1]) if output is None else output

@@ -8,13 +8,13 @@ from typing import Literal, TypeVar, get_args
 
 from llm_accel.cache import (
     AccelLayer,
-    AttendingLayer,
     GroupedLayer,
     HidingLayer,
     RaggedLayer,
     RelativeSlotLayer,
     ReplyLayer,
     SlotLayer,
+    SparseLayer,
 )
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
@@ -35,6 +35,7 @@ from llm_accel.methods import (
     WholeCache,
 )
 from llm_accel.patches.families import VisionFamily
+from llm_accel.patches.steps import SparseAttention
 
 Decode = Literal["eager", "compiled", "auto"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
@@ -143,7 +144,7 @@ class Plan:
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
         if self.attender is not None and self.attender.dense_layer(index, self.layers) is None:
-            return AttendingLayer(self.attender, index, self.layers, self.heads)
+            return SparseLayer(SparseAttention(self.attender, index, self.layers, self.heads))
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:
