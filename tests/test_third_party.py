@@ -70,7 +70,7 @@ def test_a_class_registered_twice_replaces_itself_and_no_other() -> None:
     class Mine(KeyNorm):  # type: ignore[misc, valid-type]
         name: ClassVar[str] = "snapkv"
 
-    with pytest.raises(ConfigError, match=r"Mine has the name 'snapkv' of llm_accel.methods.snapkv:SnapKV"):
+    with pytest.raises(ConfigError, match=r"Mine has the name 'snapkv' of llm_accel.methods.kv.snapkv:SnapKV"):
         register_method(Mine)
     assert list_methods()["snapkv"] is SnapKV
 

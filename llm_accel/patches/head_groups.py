@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.methods.head_roles import HeadSplit
+from llm_accel.methods.kv.head_roles import HeadSplit
 from llm_accel.patches.base_attention import of_heads
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.layers import GroupedLayer

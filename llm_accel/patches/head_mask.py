@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_accel.methods.head_roles import HeadMask
+from llm_accel.methods.kv.head_roles import HeadMask
 from llm_accel.patches.base_attention import of_heads
 from llm_accel.patches.layers import AccelLayer
 from llm_accel.patches.phase import Phase

@@ -8,7 +8,7 @@ import torch
 import llm_accel
 from llm_accel import ConfigError, DyVTE, FlowCut, SnapKV, UnsupportedCallError
 from llm_accel.methods import CutModel
-from llm_accel.methods.flowcut import MANY
+from llm_accel.methods.visual.flowcut import MANY
 from llm_accel.patches.vision.tombstones import buried, surplus_of, tombstones
 from tests.patches.vision.test_stages import in_pieces
 from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, frames, inputs, pixels, require_mode, tiny_vlm

@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
 from llm_accel.eval.tasks.vision.settings import parse_method
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import spec_of
 
 _FLAT = {"dense": ("-", INK), "blind": (":", MUTED), "blank": ("-.", MUTED)}

@@ -15,7 +15,7 @@ from llm_accel.eval.tasks.vision.controls import CONTROLS
 from llm_accel.eval.tasks.vision.questions import TASKS
 from llm_accel.eval.tasks.vision.scenes import SPLITS
 from llm_accel.methods import MethodConfig
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import parse_all, spec_of
 
 SCENES = "scenes"

@@ -12,9 +12,9 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import MethodConfig, option, option_names
 from llm_accel.methods.catalog import imported_methods, list_methods
+from llm_accel.methods.kv.snapkv import SnapKVOptions
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.roles import PromptCompression, ScoreAndKeep
-from llm_accel.methods.snapkv import SnapKVOptions
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import LAYERS, MethodInfo, option
 from llm_accel.methods.selection import top_tokens
-from llm_accel.methods.tower import TowerCut, TowerView, probabilities, relation
-from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery
+from llm_accel.methods.visual.base import Cut, CutModel, CutView, LastQuery
+from llm_accel.methods.visual.tower import TowerCut, TowerView, probabilities, relation
 
 STATIC_ENTROPY = 0.8
 # visual tokens of an image from which on it gets two stages: more than one tile has

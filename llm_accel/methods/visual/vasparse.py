@@ -20,10 +20,10 @@ from torch import Tensor
 from llm_accel.kernels import column_votes
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
-from llm_accel.methods.clusters import cluster_centres
-from llm_accel.methods.reply import ReplyDecoding
 from llm_accel.methods.selection import select_top, uniform
 from llm_accel.methods.shard import WHOLE, HeadShard
+from llm_accel.methods.visual.clusters import cluster_centres
+from llm_accel.methods.visual.reply import ReplyDecoding
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
 from llm_accel.methods.selection import top_tokens, uniform
-from llm_accel.methods.visual import VisualTokens
+from llm_accel.methods.visual.base import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.exit_profile import MAKE
-from llm_accel.methods.visual import CutModel, CutView
+from llm_accel.methods.visual.base import CutModel, CutView
+from llm_accel.methods.visual.exit_profile import MAKE
 
 FORMAT = "llm_accel dyvte routers 1"
 

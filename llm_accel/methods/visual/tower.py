@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.methods.visual import VisualTokens
+from llm_accel.methods.visual.base import VisualTokens
 
 # probabilities held at once where all queries are looked at
 _BLOCK = 1 << 24

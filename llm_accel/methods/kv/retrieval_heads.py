@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
-from llm_accel.methods.head_profile import Head, HeadProfile
-from llm_accel.methods.head_roles import HeadMask, HeadMethod, HeadSplit, ModelHeads, per_layer
-from llm_accel.methods.snapkv import SnapKV
-from llm_accel.methods.streaming_llm import StreamingLLM
+from llm_accel.methods.kv.head_profile import Head, HeadProfile
+from llm_accel.methods.kv.head_roles import HeadMask, HeadMethod, HeadSplit, ModelHeads, per_layer
+from llm_accel.methods.kv.snapkv import SnapKV
+from llm_accel.methods.kv.streaming_llm import StreamingLLM
 
 _HEAD = re.compile(r"(\d+)\.(\d+)")
 

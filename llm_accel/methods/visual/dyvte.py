@@ -13,9 +13,9 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods.base import LAYERS, MethodInfo, option
-from llm_accel.methods.exit_profile import MAKE, load_exit_profile
-from llm_accel.methods.routers import load_routers
-from llm_accel.methods.visual import Cut, CutModel, CutView, LayerCut
+from llm_accel.methods.visual.base import Cut, CutModel, CutView, LayerCut
+from llm_accel.methods.visual.exit_profile import MAKE, load_exit_profile
+from llm_accel.methods.visual.routers import load_routers
 
 FIXED = 0.6
 

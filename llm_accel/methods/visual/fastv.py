@@ -15,7 +15,7 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.base import LAYERS, MethodInfo, option
-from llm_accel.methods.visual import Cut, CutModel, CutView, LastQuery, LayerCut, VisualBudget
+from llm_accel.methods.visual.base import Cut, CutModel, CutView, LastQuery, LayerCut, VisualBudget
 
 
 @dataclass(frozen=True)

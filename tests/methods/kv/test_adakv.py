@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm_accel import AdaKV, ConfigError, PyramidKV, SnapKV
 from llm_accel.methods import Depth, PromptView
-from llm_accel.methods.adakv import blended
+from llm_accel.methods.kv.adakv import blended
 from tests.methods.views import Problem, kept_sets, problems, row_of, view_of
 
 Rule = Literal["floor", "blend"]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.division import Division
+from llm_accel.methods.kv.division import Division
+from llm_accel.methods.kv.snapkv import SnapKV
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import ABSENT, FIRST, slots_of
 from llm_accel.methods.shard import HeadShard
-from llm_accel.methods.snapkv import SnapKV
 
 _SHARES = 10**6  # alpha counts in millionths, so that shares are exact
 

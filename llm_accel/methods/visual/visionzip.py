@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.selection import evenly_spaced, top_tokens
-from llm_accel.methods.tower import TowerMerge, TowerView, received, relation
+from llm_accel.methods.visual.tower import TowerMerge, TowerView, received, relation
 
 
 @dataclass(frozen=True)

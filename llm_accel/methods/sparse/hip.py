@@ -23,9 +23,9 @@ from llm_accel.kernels.hip_select import (
 )
 from llm_accel.methods.attend import Attend, AttentionView, FixedStep, Memory
 from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
-from llm_accel.methods.hip_decode import DecodeMemory, decode_step
-from llm_accel.methods.hip_fixed import FixedMemory
 from llm_accel.methods.shard import WHOLE, HeadShard
+from llm_accel.methods.sparse.hip_decode import DecodeMemory, decode_step
+from llm_accel.methods.sparse.hip_fixed import FixedMemory
 
 FEW = 8  # queries that are treated as decoding: the proposals of speculative decoding
 FEW_BLOCK = 16  # the smallest block of queries

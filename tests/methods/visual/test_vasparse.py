@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_accel import ConfigError, VASparse
-from llm_accel.methods.clusters import cluster_centres
+from llm_accel.methods.visual.clusters import cluster_centres
 from tests.vasparse_oracle import density_peaks
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo
-from llm_accel.methods.visual import SmallerImage
+from llm_accel.methods.visual.base import SmallerImage
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel import ConfigError, HiP
 from llm_accel.kernels.hip_select import ABSENT, ExactSearch, Scope, Search, Stage, StageSearch
-from llm_accel.methods.hip_decode import DecodeMemory, decode_step
+from llm_accel.methods.sparse.hip_decode import DecodeMemory, decode_step
 from llm_accel.registry import parse
 
 STAGES = ((64, None, 2), (8, 512, 1))

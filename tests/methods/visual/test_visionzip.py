@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm_accel import ConfigError, VisionZip
 from llm_accel.methods import TowerView
-from llm_accel.methods.tower import received, relation
+from llm_accel.methods.visual.tower import received, relation
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_scores_with_and_without_class_token(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.allclose(VisionZip().traits(view), key.mean(1)[:, 1:])
     view = TowerView(query, key, key, scaling=0.3, class_token=False, valid=None, layer=0, last=0)
     assert torch.allclose(VisionZip().score(view, None).double(), maps.mean(1), atol=1e-6)
-    monkeypatch.setattr(sys.modules["llm_accel.methods.tower"], "_BLOCK", 90)  # two queries at a time
+    monkeypatch.setattr(sys.modules["llm_accel.methods.visual.tower"], "_BLOCK", 90)  # two queries at a time
     assert torch.allclose(received(view).double(), maps.mean(1), atol=1e-6)
     padded = TowerView(*(torch.cat([one[:, :, :2], one], 2) for one in (query, key, key)), 0.3, False, None, 0, 0)
     valid = torch.tensor([[False] * 2 + [True] * 7] * 2)

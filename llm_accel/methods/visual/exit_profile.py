@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.visual import CutModel
+from llm_accel.methods.visual.base import CutModel
 
 MAKE = "llm-accel calibrate dyvte --model NAME --data pairs.jsonl --out DIR"
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from llm_accel.methods.base import LAYERS, MethodConfig, option
 from llm_accel.methods.claims import Claim
-from llm_accel.methods.head_profile import Head, HeadProfile
+from llm_accel.methods.kv.head_profile import Head, HeadProfile
 from llm_accel.methods.roles import PromptCompression, StepEviction
 
 PerLayer = tuple[tuple[int, ...], ...]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llm_accel import SnapKV
 from llm_accel.methods import PromptView
-from llm_accel.methods.snapkv import pooled_votes
+from llm_accel.methods.kv.snapkv import pooled_votes
 from tests.methods.views import Problem, check_laws, choose, kept_sets, problems, row_of, view_of, view_with_votes
 
 VOTES = [0.30, 0.02, 0.05, 0.01, 0.20, 0.02, 0.01, 0.09]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo, option
-from llm_accel.methods.division import Division
+from llm_accel.methods.kv.division import Division
 from llm_accel.methods.prompt_view import Depth, PromptView
 
 

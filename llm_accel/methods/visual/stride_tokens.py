@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo
 from llm_accel.methods.selection import evenly_spaced
-from llm_accel.methods.visual import VisualTokens
+from llm_accel.methods.visual.base import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llm_accel import FlowCut
 from llm_accel.methods import TowerView
-from llm_accel.methods.flowcut import density, entropy, semantics
-from llm_accel.methods.tower import relation
+from llm_accel.methods.visual.flowcut import density, entropy, semantics
+from llm_accel.methods.visual.tower import relation
 
 
 def view(query, key, value, *, class_token=True, valid=None, layer=0, last=0, scaling=1.0) -> TowerView:
