@@ -43,7 +43,7 @@ class Division(SnapKVOptions):
         kind, own = self._base_class(name), _texts(rest)
         handed = self._handed(kind, own)
         try:
-            return kind.build(**handed, **kind.typed(own))
+            return kind(**handed, **kind.typed(own))
         except ConfigError as error:
             where = "" if self.base == "snapkv" else f"base={self.base}: "
             raise ConfigError(f"{self.name}: {where}{str(error).removeprefix(f'{kind.name}: ')}") from error

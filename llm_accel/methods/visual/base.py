@@ -12,8 +12,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from llm_accel.errors import ConfigError
 from llm_accel.methods.base import ENTRIES, MethodConfig, option
+from llm_accel.methods.budget import fraction
 from llm_accel.methods.claims import Claim
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.shard import WHOLE, HeadShard
@@ -23,31 +23,28 @@ from llm_accel.methods.shard import WHOLE, HeadShard
 class VisualBudget(MethodConfig):
     """How many visual tokens of an image a method keeps. An image with fewer passes through untouched."""
 
-    target: int | None = option("visual tokens kept per image; not with keep_ratio", None, most=2 * ENTRIES, least=1)
-    keep_ratio: float | None = option(
-        "fraction of the visual tokens kept, in (0, 1]; not with target", None, share="(0, 1]"
+    budget: int | None = option("visual tokens kept per image; not with ratio", None, most=2 * ENTRIES, least=1)
+    ratio: float | None = option(
+        "fraction of an image's visual tokens kept, in (0, 1]; not with budget", None, share="(0, 1]"
     )
 
     default_ratio: ClassVar[float] = 1 / 3
+    renamed: ClassVar[Mapping[str, str]] = {"target": "budget", "keep_ratio": "ratio"}
 
     def validate(self) -> None:
-        if self.target is not None and self.keep_ratio is not None:
-            raise ConfigError(
-                f"{self.name}: target={self.target} and keep_ratio={self.keep_ratio} were both given; give one of them."
-            )
+        self.at_most_one("budget", "ratio")
 
     @property
-    def default_target(self) -> int | None:
-        """The target where neither is given; None: ``default_ratio`` holds."""
+    def default_budget(self) -> int | None:
+        """The budget where neither option is given; None: ``default_ratio`` holds."""
         return None
 
     def tokens(self, count: int, parts: int = 1) -> int:
-        """How many of ``count`` visual tokens stay, which are one of the ``parts`` that share a target."""
-        target = self.default_target if self.target is None and self.keep_ratio is None else self.target
-        if target is not None:
-            return min(count, math.ceil(target / parts))
-        ratio = self.default_ratio if self.keep_ratio is None else self.keep_ratio
-        return min(count, max(1, math.ceil(ratio * count - 1e-9)))
+        """How many of ``count`` visual tokens stay, which are one of the ``parts`` that share a budget."""
+        budget = self.default_budget if self.budget is None and self.ratio is None else self.budget
+        if budget is not None:
+            return min(count, math.ceil(budget / parts))
+        return min(count, fraction(self.default_ratio if self.ratio is None else self.ratio, count))
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class VisualInput(VisualBudget):
         return {Claim.VISUAL_TOKENS: ""} | ({Claim.LAYER_CUT: ""} if self.always_cuts else {})
 
     def second_stage(self, model: CutModel) -> Cut | None:
-        """The cut inside the language model that takes out what was let through beyond the target; None: there is none.
+        """The cut inside the language model that takes out what was let through beyond the budget; None: there is none.
 
         Raises:
             ConfigError: one was asked for that this model cannot have.
@@ -102,12 +99,12 @@ class VisualTokens(VisualInput):
     """Role: decides which visual tokens of an image reach the language model."""
 
     newline: Literal["drop", "keep"] = option(
-        "rows that mark line ends in tiled images: drop them once tokens are dropped, or keep them beside the target",
+        "tokens that mark line ends in tiled images: drop them once others are dropped, or keep them, not counted",
         "drop",
     )
 
     def entering(self, count: int, parts: int = 1) -> int:
-        """How many of ``count`` visual tokens, one of the ``parts`` that share a target, enter the language model: more
+        """How many of ``count`` visual tokens, one of the ``parts`` that share a budget, enter the language model: more
         than :meth:`tokens` where a second stage takes out the rest."""
         return self.tokens(count, parts)
 
@@ -132,7 +129,7 @@ class CutView:
         scores: what :attr:`Cut.rank` made of each row in this layer, fp32 [B, n]; None without one.
         hidden: the layer's output, [B, n, C].
         layer: index of the layer.
-        surplus: visual tokens of each row beyond its target, which a first stage let through, int64 [B], or None.
+        surplus: visual tokens of each row beyond its budget, which a first stage let through, int64 [B], or None.
     """
 
     visual: Tensor
@@ -209,7 +206,7 @@ class Cut:
             any, and after no other one in the same call. Empty: none ever leaves.
         keep: which rows go on, bool [B, n]; rows that are no visual tokens always do.
         rank: scores of all entries for ``keep`` to look at, fp32 [B, S], from the last query; None: none.
-        surplus_only: whether it leaves prompts alone of which a first stage let nothing through beyond the target.
+        surplus_only: whether it leaves prompts alone of which a first stage let nothing through beyond the budget.
         origin: (what was chosen, why) for the report; None where the configuration says it all.
     """
 

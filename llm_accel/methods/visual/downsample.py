@@ -1,7 +1,7 @@
 """Down-sampling: the image is made smaller before the vision tower sees it. The baseline that a choice among the tokens
 of the full image must beat; no paper.
 
-The largest grid of tokens with the shape of the image and no more than the target decides the new size; the image is
+The largest grid of tokens with the shape of the image and no more than the budget decides the new size; the image is
 resampled to it as image processors do (bicubic, antialiased). The tower runs on the smaller image: towers for one size
 interpolate their position embeddings, towers for any size need nothing. So the tower gets cheaper as well, and each
 token covers a larger part of the image, while a token that is chosen from the full image covers as much as before. The
@@ -24,7 +24,7 @@ from llm_accel.methods.visual.base import SmallerImage
 
 @dataclass(frozen=True)
 class Downsample(SmallerImage):
-    """Makes the image smaller until it has no more tokens than the target."""
+    """Makes the image smaller until it has no more tokens than the budget."""
 
     name: ClassVar[str] = "downsample"
     info: ClassVar[MethodInfo] = MethodInfo(

@@ -49,10 +49,8 @@ class DyVTE(LayerCut):
         exit = self.exit
         if isinstance(exit, float) and not (0.0 < exit < 1.0 or (exit >= 0 and exit.is_integer())):
             self.fail("exit", "a layer index, a fraction of the layers in (0, 1), or 'calibrated'")
-        rivals = {"routers": self.routers, "calibration": self.calibration, "exit": exit}
-        given = [f"{name}={value!r}" for name, value in rivals.items() if value is not None]
-        if len(given) > 1 and not (exit == "calibrated" and self.routers is None):
-            raise ConfigError(f"dyvte: {' and '.join(given)} all choose the layer; give one of them.")
+        if exit != "calibrated" or self.routers is not None:
+            self.at_most_one("routers", "calibration", "exit")
 
     def after(self, layers: int) -> int:
         """The fixed layer; a calibrated one is known to :meth:`cut` alone."""

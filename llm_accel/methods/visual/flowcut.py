@@ -8,12 +8,12 @@ After each layer a patch j gets the score S_j = (R_j / sum R + M_j / sum M) * I_
 - density I: L1 norm of its value, averaged over heads.
 
 Scores are accumulated, A = (1 - ema) * A + ema * S. After every second layer, counted back from the last cut, the
-lowest patches leave: all of them above the target T at the last cut, (N - T) / sqrt(layers to go) * (1 - H^2) of N
+lowest patches leave: all of them above the budget T at the last cut, (N - T) / sqrt(layers to go) * (1 - H^2) of N
 before it, where H is the entropy of R over ln N. A tower without a class token is scored by its mean query, R * I.
 
-Images of many tokens get a second stage (``llm_stage``): ``vision_factor`` times the target enters the language model,
-and after layer ``llm_layer`` the last query of the prompt chooses the target among them by (R + M) * I, where R is the
-softmax of its products with the keys of visual tokens alone, M that of its value with theirs, both scaled.
+Images of many tokens get a second stage (``llm_stage``): ``vision_factor`` times the budget enters the language model,
+and after layer ``llm_layer`` the last query of the prompt chooses as many as the budget allows by (R + M) * I, where R
+is the softmax of its products with the keys of visual tokens alone, M that of its value with theirs, both scaled.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FlowCut(TowerCut):
         "the layer after which the second stage cuts, or the first one that the model allows", 1, most=LAYERS, least=0
     )
     vision_factor: float = option(
-        "times the target that enters the language model before a second stage", 2.0, most=1000.0
+        "times the budget that enters the language model before a second stage", 2.0, most=1000.0
     )
 
     name: ClassVar[str] = "flowcut"
@@ -106,15 +106,15 @@ class FlowCut(TowerCut):
         now = flow(view)
         return now if before is None else (1 - self.ema) * before + self.ema * now
 
-    def survivors(self, view: TowerView, sizes: Tensor, targets: Tensor) -> Tensor:
+    def survivors(self, view: TowerView, sizes: Tensor, budgets: Tensor) -> Tensor:
         to_go = view.last - view.layer
         if to_go == 0:
-            return targets
-        if to_go % self.cut_every or not bool((sizes > targets).any()):
+            return budgets
+        if to_go % self.cut_every or not bool((sizes > budgets).any()):
             return sizes
         spread = torch.full(sizes.shape, STATIC_ENTROPY) if self.schedule == "static" else entropy(view).cpu()
-        cut = ((sizes - targets) / math.sqrt(to_go) * (1 - spread**2)).round().long()
-        return torch.maximum(sizes - cut, targets)
+        cut = ((sizes - budgets) / math.sqrt(to_go) * (1 - spread**2)).round().long()
+        return torch.maximum(sizes - cut, budgets)
 
 
 def semantics(view: TowerView) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random visual tokens: the floor that shows what a target is worth without any choice."""
+"""Random visual tokens: the floor that shows what a budget is worth without any choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evenly spaced visual tokens: what a target is worth when nothing but the position is looked at."""
+"""Evenly spaced visual tokens: what a budget is worth when nothing but the position is looked at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_accel.methods.visual.base import VisualTokens
 
 @dataclass(frozen=True)
 class StrideTokens(VisualTokens):
-    """Keeps the middle token of each of ``target`` equal stretches of an image in raster order."""
+    """Keeps the middle token of each of ``budget`` equal stretches of an image in raster order."""
 
     name: ClassVar[str] = "stride_tokens"
     info: ClassVar[MethodInfo] = MethodInfo(

@@ -69,9 +69,9 @@ class TowerCut(TowerTokens):
     """Role: may cut patches inside the tower, so that its later layers are cheaper."""
 
     @abstractmethod
-    def survivors(self, view: TowerView, sizes: Tensor, targets: Tensor) -> Tensor:
-        """How many patches each image keeps after this layer, int64 [B] on the CPU, from ``targets`` to ``sizes``, both
-        int64 [B] on the CPU. At ``view.last`` it must be the target."""
+    def survivors(self, view: TowerView, sizes: Tensor, budgets: Tensor) -> Tensor:
+        """How many patches each image keeps after this layer, int64 [B] on the CPU, from ``budgets`` to ``sizes``, both
+        int64 [B] on the CPU. At ``view.last`` it must be the budget."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ class VisionZip(TowerMerge):
     """Keeps the visual tokens that the class token looks at, and merges the others into a few."""
 
     dominant: int = option(
-        "tokens kept for the attention they get; a share, where target or keep_ratio is given",
+        "tokens kept for the attention they get; a share, where budget or ratio is given",
         54,
         most=ENTRIES,
         least=1,
     )
     contextual: int = option(
-        "tokens that the others are merged into; a share, where target or keep_ratio is given",
+        "tokens that the others are merged into; a share, where budget or ratio is given",
         10,
         most=ENTRIES,
         least=0,
@@ -52,7 +52,7 @@ class VisionZip(TowerMerge):
     )
 
     @property
-    def default_target(self) -> int | None:
+    def default_budget(self) -> int | None:
         return self.dominant + self.contextual
 
     @property
@@ -72,13 +72,13 @@ class VisionZip(TowerMerge):
         return dominant, rest[evenly_spaced(len(rest), contextual, rest.device)]
 
     def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], traits: Tensor) -> Tensor:
-        dominant, targets = parts
-        if len(targets) == 0:
+        dominant, centres = parts
+        if len(centres) == 0:
             return features
         direction = F.normalize(traits, dim=-1)
-        nearest = (direction @ direction[targets].mT).argmax(-1)
-        member = F.one_hot(nearest, len(targets)).float()
-        member[targets] = F.one_hot(nearest.new_tensor(range(len(targets))), len(targets)).float()
+        nearest = (direction @ direction[centres].mT).argmax(-1)
+        member = F.one_hot(nearest, len(centres)).float()
+        member[centres] = F.one_hot(nearest.new_tensor(range(len(centres))), len(centres)).float()
         member[dominant] = 0
         merged = (member.mT @ features.float()) / member.sum(0)[:, None]
-        return features.index_copy(0, targets, merged.to(features.dtype))
+        return features.index_copy(0, centres, merged.to(features.dtype))

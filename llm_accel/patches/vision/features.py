@@ -99,7 +99,7 @@ class FeatureProxy:
 def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, marks: Tensor, total: int) -> Tensor:
     """Features [n, C] of one image or frame with tombstones for what the method does not keep. ``marks``, fp32 [n, c],
     is NaN for rows that are no patch; else it says what the tower has kept, or what it knows of each. ``total``:
-    patches of all tiles of the image, which shared its target where the tower has chosen."""
+    patches of all tiles of the image, which shared its budget where the tower has chosen."""
     newline = marks[:, 0].isnan()
     patches = (~newline).nonzero()[:, 0]
     if tower is not None and tower.inside:

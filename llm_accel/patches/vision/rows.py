@@ -28,7 +28,7 @@ class VisualRows:
         visual: bool [B, n], which of them are visual tokens; None where the call's token ids are unknown.
         index: int64 [B, n], the token of the call that a row under way is, ascending, -1 first where a batch row has
             fewer; None while all T are under way.
-        surplus: visual tokens of each batch row beyond its target, int64 [B]; None where no row has any.
+        surplus: visual tokens of each batch row beyond its budget, int64 [B]; None where no row has any.
     """
 
     def __init__(self, real: Tensor, visual: Tensor | None) -> None:

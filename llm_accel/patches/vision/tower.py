@@ -33,7 +33,7 @@ class TowerPass:
         class_token: whether row 0 is a class token.
         last: the layer whose output is used.
         inside: whether patches are chosen inside the tower; otherwise they are scored only.
-        parts: for each tile, the tiles of its image, which share a target; None: each tile is an image.
+        parts: for each tile, the tiles of its image, which share a budget; None: each tile is an image.
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
     """
@@ -59,7 +59,7 @@ class TowerPass:
         self.keeps_class = keeps_class
         self.scores: list[Tensor] = []
         self._traits: list[Tensor] = []
-        self._targets: Tensor | None = None
+        self._budgets: Tensor | None = None
         self._stayed: Tensor | None = None
         self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
         self._valid: Tensor | None = None
@@ -127,22 +127,22 @@ class TowerPass:
 
     def _chosen(self, view: TowerView, hidden: Tensor) -> Tensor:
         """The layer's output once the method has chosen among the patches of ``view``, which holds all tiles."""
-        if self._sizes is None or self._targets is None:
+        if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
-            targets = [max(1, self.method.entering(self._patches + own, part) - own) for part in parts]
-            self._targets = torch.tensor(targets)
-            self._sizes = torch.full_like(self._targets, self._patches)
+            budgets = [max(1, self.method.entering(self._patches + own, part) - own) for part in parts]
+            self._budgets = torch.tensor(budgets)
+            self._sizes = torch.full_like(self._budgets, self._patches)
         if isinstance(self.method, TowerMerge):
-            return self._merge(self.method, self._targets.tolist(), hidden)
+            return self._merge(self.method, self._budgets.tolist(), hidden)
         assert isinstance(self.method, TowerCut)
-        return self._cut(view, hidden, self.method.survivors(view, self._sizes, self._targets))
+        return self._cut(view, hidden, self.method.survivors(view, self._sizes, self._budgets))
 
-    def _merge(self, method: TowerMerge, targets: list[int], hidden: Tensor) -> Tensor:
+    def _merge(self, method: TowerMerge, budgets: list[int], hidden: Tensor) -> Tensor:
         offset, rows = int(self.class_token), []
         self._stayed = torch.ones_like(self.scores[0])
-        for tile, kept in enumerate(targets):
+        for tile, kept in enumerate(budgets):
             merged = hidden[tile, offset:]
             if kept < self._patches:
                 parts = method.split(self.scores[0][tile], kept)

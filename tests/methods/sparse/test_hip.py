@@ -23,8 +23,8 @@ def test_python_json_and_the_command_line_agree() -> None:
     assert parse(text) == config
     assert parse(config.spec()) == config
     data = json.loads(json.dumps(config.changed()))
-    assert HiP.build(**data) == config
-    assert hash(HiP.build(**data)) == hash(config)
+    assert HiP(**data) == config
+    assert hash(HiP(**data)) == hash(config)
     assert parse("hip:min_prefill_len=auto,budget_edge=none") == HiP()
     assert parse("hip:min_prefill_len=4096") == HiP(min_prefill_len=4096)
 

@@ -12,18 +12,18 @@ from llm_accel.patches.families.resizing import places, smaller_patches
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 2000))
-def test_grids_fit_the_target_and_the_image(rows: int, columns: int, target: int) -> None:
-    height, width = Downsample(target=target).grid(rows, columns)
-    assert 1 <= height <= rows and 1 <= width <= columns and height * width <= target
-    if target >= rows * columns:
+def test_grids_fit_the_target_and_the_image(rows: int, columns: int, budget: int) -> None:
+    height, width = Downsample(budget=budget).grid(rows, columns)
+    assert 1 <= height <= rows and 1 <= width <= columns and height * width <= budget
+    if budget >= rows * columns:
         assert (height, width) == (rows, columns)
     if rows == columns:
-        assert height == width == min(rows, int(target**0.5))
+        assert height == width == min(rows, int(budget**0.5))
 
 
-@pytest.mark.parametrize(("target", "side"), [(64, 8), (128, 11), (192, 13), (576, 24)])
-def test_clip_at_336_pixels(target: int, side: int) -> None:
-    assert Downsample(target=target).grid(24, 24) == (side, side)
+@pytest.mark.parametrize(("budget", "side"), [(64, 8), (128, 11), (192, 13), (576, 24)])
+def test_clip_at_336_pixels(budget: int, side: int) -> None:
+    assert Downsample(budget=budget).grid(24, 24) == (side, side)
 
 
 def test_places_are_spread_in_both_directions() -> None:
@@ -47,7 +47,7 @@ def patchify(image: torch.Tensor, patch: int = 2, merge: int = 2) -> torch.Tenso
 
 def test_patches_of_all_images_in_one_row() -> None:
     """Images of different sizes, one of them with two frames, one small enough to stay."""
-    method, draw = Downsample(target=4), torch.Generator().manual_seed(0)
+    method, draw = Downsample(budget=4), torch.Generator().manual_seed(0)
     shapes = [(16, 24), (8, 8), (16, 16), (16, 16)]
     images = [torch.randn(3, *shape, generator=draw) for shape in shapes]
     grids = torch.tensor([[1, 8, 12], [1, 4, 4], [2, 8, 8]])

@@ -69,14 +69,14 @@ def test_padding_counts_nowhere() -> None:
 @pytest.mark.parametrize(("attended", "spread"), [("uniform", 1.0), ("one", 0.0)])
 def test_entropy_and_what_it_cuts(attended: str, spread: float) -> None:
     """Uniform attention cuts nothing before the forced cut, attention to one patch (N - T) / sqrt(layers to go)."""
-    patches, target, to_go = 100, 20, 4
+    patches, budget, to_go = 100, 20, 4
     keys = torch.zeros(patches + 1, 2)
     if attended == "one":
         keys[7] = 1e4  # so far ahead that all other probabilities underflow
     layer = view(torch.ones_like(keys).tolist(), keys.tolist(), keys.tolist(), layer=6, last=6 + to_go)
     assert torch.allclose(entropy(layer), torch.tensor([spread]), atol=1e-6)
-    sizes = FlowCut().survivors(layer, torch.tensor([patches]), torch.tensor([target]))
-    assert int(sizes) == patches - round((patches - target) / math.sqrt(to_go) * (1 - spread**2))
+    sizes = FlowCut().survivors(layer, torch.tensor([patches]), torch.tensor([budget]))
+    assert int(sizes) == patches - round((patches - budget) / math.sqrt(to_go) * (1 - spread**2))
 
 
 def test_static_schedule_of_clip() -> None:
@@ -97,12 +97,12 @@ def test_static_schedule_of_clip() -> None:
 
 
 @given(st.lists(st.floats(0, 9, width=32), min_size=1, max_size=40), st.integers(1, 50), st.randoms())
-def test_choice_has_no_favourite_place(scores: list[float], target: int, random) -> None:
-    """Exactly the target, ascending; permuted scores choose the permuted patches, equal ones the earlier."""
-    method, values = FlowCut(target=target), torch.tensor(scores)
+def test_choice_has_no_favourite_place(scores: list[float], budget: int, random) -> None:
+    """Exactly the budget, ascending; permuted scores choose the permuted patches, equal ones the earlier."""
+    method, values = FlowCut(budget=budget), torch.tensor(scores)
     chosen = method.choose(len(scores), values, values.device)
-    assert chosen.tolist() == sorted(set(chosen.tolist())) and len(chosen) == min(target, len(scores))
-    assert chosen.tolist() == sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:target])
+    assert chosen.tolist() == sorted(set(chosen.tolist())) and len(chosen) == min(budget, len(scores))
+    assert chosen.tolist() == sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:budget])
     order = list(range(len(scores)))
     random.shuffle(order)
     again = method.choose(len(scores), values[order], values.device)
@@ -118,7 +118,7 @@ def test_half_precision_keeps_nearly_the_same(kind: torch.dtype) -> None:
     for tensors in (rows, [one.to(kind) for one in rows]):
         scores = FlowCut().score(TowerView(*tensors, 0.125, True, None, 0, 0), None)
         assert scores.dtype is torch.float32
-        kept.append(set(FlowCut(target=192).choose(576, scores[0], scores.device).tolist()))
+        kept.append(set(FlowCut(budget=192).choose(576, scores[0], scores.device).tolist()))
     assert len(kept[0] & kept[1]) >= (0.98 if kind is torch.float16 else 0.95) * 192
 
 

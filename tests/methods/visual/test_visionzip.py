@@ -18,12 +18,12 @@ from llm_accel.methods.visual.tower import received, relation
     ("options", "kept", "contextual"),
     [
         ({}, 64, 10),
-        ({"target": 128}, 128, 20),
-        ({"target": 192}, 192, 30),
-        ({"keep_ratio": 1 / 9}, 64, 10),
+        ({"budget": 128}, 128, 20),
+        ({"budget": 192}, 192, 30),
+        ({"ratio": 1 / 9}, 64, 10),
         ({"dominant": 191, "contextual": 30}, 221, 30),
         ({"dominant": 8, "contextual": 0}, 8, 0),
-        ({"target": 1}, 1, 0),
+        ({"budget": 1}, 1, 0),
     ],
 )
 def test_shares(options: dict[str, float], kept: int, contextual: int) -> None:
@@ -48,15 +48,15 @@ def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: i
     scores = torch.rand(count, generator=draw)
     traits, features = (torch.randn(count, width, generator=draw, dtype=torch.float64) for width in (3, 4))
     method = VisionZip(dominant=dominant, contextual=contextual)
-    best, targets = method.split(scores, dominant + contextual)
-    merged = method.merge(features, (best, targets), traits)
+    best, centres = method.split(scores, dominant + contextual)
+    merged = method.merge(features, (best, centres), traits)
     assert best.tolist() == sorted(sorted(range(count), key=lambda i: (-float(scores[i]), i))[:dominant])
     rest = [token for token in range(count) if token not in best]
-    groups = {target: [target] for target in targets.tolist()}
+    groups = {centre: [centre] for centre in centres.tolist()}
     for token in rest:
         if groups and token not in groups:
-            alike = {target: torch.cosine_similarity(traits[token], traits[target], dim=0) for target in groups}
-            groups[max(groups, key=lambda target: alike[target])].append(token)
+            alike = {centre: torch.cosine_similarity(traits[token], traits[centre], dim=0) for centre in groups}
+            groups[max(groups, key=lambda centre: alike[centre])].append(token)
     assert set(groups) <= set(rest) and len(groups) == contextual
     for token in range(count):
         assert torch.allclose(merged[token], features[groups.get(token, [token])].mean(0), atol=1e-5)
@@ -65,9 +65,9 @@ def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: i
 def test_contextual_tokens_are_spread_over_what_is_left() -> None:
     scores = torch.zeros(24)
     scores[2:6] = torch.arange(4.0) + 1
-    best, targets = VisionZip(dominant=4, contextual=4).split(scores, 8)
+    best, centres = VisionZip(dominant=4, contextual=4).split(scores, 8)
     assert best.tolist() == [2, 3, 4, 5]
-    assert targets.tolist() == [6, 11, 16, 21]  # the rest is 0, 1, 6, 7, ...: its places 2, 7, 12, 17
+    assert centres.tolist() == [6, 11, 16, 21]  # the rest is 0, 1, 6, 7, ...: its places 2, 7, 12, 17
 
 
 def test_scores_with_and_without_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_scores_with_and_without_class_token(monkeypatch: pytest.MonkeyPatch) ->
     assert not received(hidden)[:, :2].any()
 
 
-@pytest.mark.parametrize("options", [{"dominant": 0}, {"contextual": -1}, {"target": 9, "keep_ratio": 0.2}])
+@pytest.mark.parametrize("options", [{"dominant": 0}, {"contextual": -1}, {"budget": 9, "ratio": 0.2}])
 def test_refused_options(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="visionzip"):
         VisionZip(**options)

@@ -154,7 +154,7 @@ def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
 def at_share(config: MethodConfig, share: float) -> MethodConfig:
     """A method that keeps this share of the visual tokens."""
     assert isinstance(config, VisualBudget)
-    return replace(config, keep_ratio=share)
+    return replace(config, ratio=share)
 
 
 def parse_method(spec: str) -> tuple[MethodConfig, ...]:
@@ -163,4 +163,4 @@ def parse_method(spec: str) -> tuple[MethodConfig, ...]:
 
 
 def _open(config: MethodConfig) -> bool:
-    return isinstance(config, VisualBudget) and config.target is None and config.keep_ratio is None
+    return isinstance(config, VisualBudget) and config.budget is None and config.ratio is None
