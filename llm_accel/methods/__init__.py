@@ -1,6 +1,6 @@
 """Methods, a file each in ``kv``, ``sparse`` and ``visual``, and what a method of one's own derives from."""
 
-from llm_accel.methods.attend import Attend as Attend
+from llm_accel.methods.attention import AttentionMethod as AttentionMethod
 from llm_accel.methods.base import MethodConfig as MethodConfig
 from llm_accel.methods.base import MethodInfo as MethodInfo
 from llm_accel.methods.catalog import list_methods as list_methods

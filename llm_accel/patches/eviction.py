@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction
 from llm_accel.methods.selection import without

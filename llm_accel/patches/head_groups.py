@@ -79,7 +79,7 @@ class GroupedAttention:
 
     def _evict(self, group: HeadGroup, query: Tensor, kwargs: dict[str, Any]) -> None:
         store, stream = group.store, group is self.layer.stream
-        keeper = self.split.streaming if stream else self.split.full_keeper
+        keeper = self.split.streaming if stream else self.split.full_compression
         if keeper is not None:
             eviction = Eviction(self.session, keeper, store, self.index, kwargs)
             if stream and self.split.prefill != "dense":

@@ -61,19 +61,19 @@ class AdaKV(Division):
         mass = raw.sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
         return self.score_method.scores_of(pooled / mass, raw / mass)
 
-    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
+    def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
         """What the heads keep, each a number of its own."""
-        rank = of_all_heads(rank, view.heads)
-        heads, stored = rank.shape[1], (rank > ABSENT).sum((1, 2))
+        priority = of_all_heads(priority, view.heads)
+        heads, stored = priority.shape[1], (priority > ABSENT).sum((1, 2))
         average = self.row_entries((stored + heads - 1) // heads, view)
-        kept = self.shared(rank, average, torch.minimum(stored, heads * average))
+        kept = self.shared(priority, average, torch.minimum(stored, heads * average))
         return slots_of(view.heads.mine(kept)[..., -view.slots :])
 
-    def shared(self, rank: Tensor, average: Tensor, totals: Tensor) -> Tensor:
+    def shared(self, priority: Tensor, average: Tensor, totals: Tensor) -> Tensor:
         """The entries that the heads keep when they share ``totals``.
 
         Args:
-            rank: order of the entries as of :func:`~llm_accel.methods.selection.total_order`, int64 [B, H, S].
+            priority: order of the entries as of :func:`~llm_accel.methods.selection.total_order`, int64 [B, H, S].
             average: entries per head, those always kept included, int64 [B].
             totals: entries of all heads of a row, int64 [B].
 
@@ -85,32 +85,32 @@ class AdaKV(Division):
         if self.rule == "floor":
             sure = torch.minimum(chosen, (chosen * share // _SHARES).clamp(min=int(share > 0)))[:, None]
         else:
-            won = best_of_all(rank, totals).sum(-1) - (rank > ABSENT).sum(-1).clamp(max=self.reserved)
+            won = best_of_all(priority, totals).sum(-1) - (priority > ABSENT).sum(-1).clamp(max=self.reserved)
             sure = blended(won.clamp(min=0), share)
-        order = rank.sort(dim=-1, descending=True, stable=True).indices
-        steps = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
+        order = priority.sort(dim=-1, descending=True, stable=True).indices
+        steps = torch.arange(priority.shape[-1], device=priority.device).expand_as(order)
         place = torch.empty_like(order).scatter_(-1, order, steps)
-        secured = (place < self.reserved + sure[..., None]) & (rank > ABSENT)
-        return best_of_all(rank.masked_fill(secured, FIRST), totals)
+        secured = (place < self.reserved + sure[..., None]) & (priority > ABSENT)
+        return best_of_all(priority.masked_fill(secured, FIRST), totals)
 
 
-def of_all_heads(rank: Tensor, heads: HeadShard) -> Tensor:
+def of_all_heads(priority: Tensor, heads: HeadShard) -> Tensor:
     """The order of the entries of all heads, those in other processes too; right-aligned, :data:`ABSENT` where heads
     hold fewer. int64 [B, h, S] -> [B, H, longest S]."""
     if heads.count == 1:
-        return rank
-    longest = int(heads.max(torch.tensor(rank.shape[-1], device=rank.device)))
-    return heads.every(F.pad(rank, (longest - rank.shape[-1], 0), value=ABSENT))
+        return priority
+    longest = int(heads.max(torch.tensor(priority.shape[-1], device=priority.device)))
+    return heads.every(F.pad(priority, (longest - priority.shape[-1], 0), value=ABSENT))
 
 
-def best_of_all(rank: Tensor, totals: Tensor) -> Tensor:
+def best_of_all(priority: Tensor, totals: Tensor) -> Tensor:
     """The ``totals[b]`` best entries of all heads of row ``b``; equal ones by the lower index, then the lower head.
     int64 [B, H, S] and [B] -> bool [B, H, S]."""
-    batch, heads, slots = rank.shape
-    order = rank.transpose(1, 2).reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices
-    taken = torch.arange(heads * slots, device=rank.device) < totals[:, None]
+    batch, heads, slots = priority.shape
+    order = priority.transpose(1, 2).reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.arange(heads * slots, device=priority.device) < totals[:, None]
     mask = torch.zeros_like(taken).scatter_(-1, order, taken)
-    return mask.view(batch, slots, heads).transpose(1, 2) & (rank > ABSENT)
+    return mask.view(batch, slots, heads).transpose(1, 2) & (priority > ABSENT)
 
 
 def blended(won: Tensor, share: int) -> Tensor:

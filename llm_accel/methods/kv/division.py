@@ -89,7 +89,7 @@ class Division(SnapKVOptions):
         """Whether a method leaves to the base class what this one divides."""
         if issubclass(kind, Division):
             return (kind.divides, self.divides) == ("layers", "heads")
-        divides = ("select", "share_out", "layer_entries_per_row", "page_size")
+        divides = ("select", "allocate", "layer_entries_per_row", "page_size")
         return issubclass(kind, PromptCompression) and all(
             getattr(kind, key) is getattr(ScoreAndKeep, key) for key in divides
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels import column_votes, slot_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET
 from llm_accel.methods.prompt_view import PromptView
@@ -116,12 +116,12 @@ class H2O(StepEviction):
         assert view.scores is not None
         if self.norm == "sum":
             return view.scores
-        return view.scores / (view.lengths[:, None] - view.ranks).clamp(min=1)[:, None]
+        return view.scores / (view.lengths[:, None] - view.cache_positions).clamp(min=1)[:, None]
 
     def always_keep(self, view: PromptView) -> Tensor:
-        rank, lengths = view.ranks, view.lengths
+        position, lengths = view.cache_positions, view.lengths
         counts = self.row_entries(lengths, view)
-        return (rank < self.sinks) | (rank >= (lengths - self.recent_of(counts))[:, None])
+        return (position < self.sinks) | (position >= (lengths - self.recent_of(counts))[:, None])
 
     def select(self, view: PromptView) -> Tensor:
         return self._shown(view) if self.hides else super().select(view)
@@ -129,15 +129,15 @@ class H2O(StepEviction):
     def _shown(self, view: PromptView) -> Tensor:
         """What the next token sees beside itself in the simulation: it counts among the recent entries, and the one
         that it pushes out of them is no candidate for this one step."""
-        rank, lengths = view.ranks, view.lengths + 1
+        position, lengths = view.cache_positions, view.lengths + 1
         counts = self.entries_per_row(lengths) if view.entries is None else torch.minimum(lengths, view.entries)
         oldest_recent = (lengths - self.recent_of(counts))[:, None]
-        leaving = (rank == oldest_recent - 1) & (counts < lengths)[:, None]
-        forced = (rank < self.sinks) | (rank >= oldest_recent)
+        leaving = (position == oldest_recent - 1) & (counts < lengths)[:, None]
+        forced = (position < self.sinks) | (position >= oldest_recent)
         if view.protected is not None:
             forced = forced | view.protected
         width = int(counts.max()) - 1
-        return select_top(self.score(view), counts - 1, width=width, valid=(rank >= 0) & ~leaving, forced=forced)
+        return select_top(self.score(view), counts - 1, width=width, valid=(position >= 0) & ~leaving, forced=forced)
 
     def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
         scores = {"scores": column_votes.OP.explain(problem)}

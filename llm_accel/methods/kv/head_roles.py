@@ -32,12 +32,12 @@ class ModelHeads:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Role: in each layer some KV heads keep everything (or what ``full_keeper`` keeps), the others a stream.
+    """Role: in each layer some KV heads keep everything (or what ``full_compression`` keeps), the others a stream.
 
     Attributes:
         full: per layer the KV heads that keep everything, ascending.
         streaming: rule for all other heads.
-        full_keeper: what compresses the full heads after the prompt, or None.
+        full_compression: what compresses the full heads after the prompt, or None.
         sinks, recent: what a streaming head sees, the current token included in ``recent``.
         prefill: "dense": all heads see everything until the prompt is complete; "chunk": streaming heads are cut after
             each chunk of it; "lambda": their queries see sinks and window only, at every position.
@@ -45,7 +45,7 @@ class HeadSplit:
 
     full: PerLayer
     streaming: StepEviction
-    full_keeper: PromptCompression | None
+    full_compression: PromptCompression | None
     sinks: int
     recent: int
     prefill: Literal["dense", "chunk", "lambda"]

@@ -74,5 +74,5 @@ def pyramid_entries(lengths: Tensor, average: Tensor, window: int, beta: int, de
     line = line + (open_layers & (open_layers.cumsum(-1) <= left))
     if not depth.later:
         line = torch.where(lengths[:, None] < 2 * chosen, chosen, line)
-    entries = torch.minimum(lengths, window + line[:, depth.rank])
+    entries = torch.minimum(lengths, window + line[:, depth.index])
     return entries if depth.later else torch.where(lengths <= average, lengths, entries)

@@ -36,7 +36,7 @@ class RandomKV(PromptCompression):
     def score(self, view: PromptView) -> Tensor:
         head = view.heads.numbers(view.kv_heads, view.key.device)[None, :, None]
         stream = (self.seed * 4099 + view.layer) * 1031 % 2**32  # all that the hash reads of it; more may pass int64
-        draw = uniform(view.ranks[:, None], stream + head)
+        draw = uniform(view.cache_positions[:, None], stream + head)
         return draw.expand(view.key.shape[0], -1, -1)
 
     def always_keep(self, view: PromptView) -> Tensor:

@@ -93,7 +93,7 @@ class RetrievalHeads(HeadMethod):
         return HeadSplit(
             full=per_layer(full, model.layers),
             streaming=StreamingLLM(budget=self.sinks + self.recent, sinks=self.sinks),
-            full_keeper=None if self.full_budget is None else SnapKV(budget=self.full_budget),
+            full_compression=None if self.full_budget is None else SnapKV(budget=self.full_budget),
             sinks=self.sinks,
             recent=self.recent,
             prefill=self.prefill,

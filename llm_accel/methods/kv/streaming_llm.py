@@ -44,10 +44,10 @@ class StreamingLLM(StepEviction):
         return self.positions == "cache"
 
     def score(self, view: PromptView) -> Tensor:
-        return view.ranks.float()[:, None].expand(view.key.shape[0], view.kv_heads, -1)
+        return view.cache_positions.float()[:, None].expand(view.key.shape[0], view.kv_heads, -1)
 
     def always_keep(self, view: PromptView) -> Tensor:
-        return view.ranks < self.sinks
+        return view.cache_positions < self.sinks
 
     def victims(self, view: StepView) -> Tensor:
         """The oldest entry that is no sink."""

@@ -21,7 +21,7 @@ from llm_accel.kernels.hip_select import (
     StageSearch,
     TreeSearch,
 )
-from llm_accel.methods.attend import Attend, AttentionView, FixedStep, Memory
+from llm_accel.methods.attention import AttentionMethod, AttentionView, FixedStep, Memory
 from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.methods.sparse.hip_decode import DecodeMemory, decode_step
@@ -35,7 +35,7 @@ BREAK_EVEN = {"cpu": 16384, "cuda": 32768}
 
 
 @dataclass(frozen=True)
-class HiP(Attend):
+class HiP(AttentionMethod):
     """Prefill and decode read a part of the cache; all of it stays, so that nothing is lost for later queries."""
 
     sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256, most=ENTRIES, least=0)

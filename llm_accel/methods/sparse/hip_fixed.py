@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel.kernels import ragged_decode
 from llm_accel.kernels.hip_select import ABSENT, Keys, Search, StageSearch, paged
-from llm_accel.methods.attend import Memory
+from llm_accel.methods.attention import Memory
 from llm_accel.methods.sparse.hip_decode import DecodeMemory, choose, due_stage
 
 

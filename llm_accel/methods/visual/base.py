@@ -103,14 +103,14 @@ class VisualTokens(VisualInput):
         "drop",
     )
 
-    def entering(self, count: int, parts: int = 1) -> int:
+    def first_stage_tokens(self, count: int, parts: int = 1) -> int:
         """How many of ``count`` visual tokens, one of the ``parts`` that share a budget, enter the language model: more
         than :meth:`tokens` where a second stage takes out the rest."""
         return self.tokens(count, parts)
 
     @abstractmethod
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
-        """Which of the ``count`` visual tokens of one image enter, ``entering(count)`` of them: int64, ascending.
+        """Which ``first_stage_tokens(count)`` of the ``count`` visual tokens of one image are kept: int64, ascending.
 
         Args:
             count: visual tokens of the image, in raster order, newline rows left out.
@@ -126,7 +126,7 @@ class CutView:
     Attributes:
         visual: bool [B, n], which rows are visual tokens.
         real: bool [B, n], which rows are no padding.
-        scores: what :attr:`Cut.rank` made of each row in this layer, fp32 [B, n]; None without one.
+        scores: what :attr:`Cut.score` made of each row in this layer, fp32 [B, n]; None without one.
         hidden: the layer's output, [B, n, C].
         layer: index of the layer.
         surplus: visual tokens of each row beyond its budget, which a first stage let through, int64 [B], or None.
@@ -205,14 +205,14 @@ class Cut:
         layers: the layers after which tokens may leave, ascending; they do after the first one where ``keep`` drops
             any, and after no other one in the same call. Empty: none ever leaves.
         keep: which rows go on, bool [B, n]; rows that are no visual tokens always do.
-        rank: scores of all entries for ``keep`` to look at, fp32 [B, S], from the last query; None: none.
+        score: from the last query to a score of every entry, fp32 [B, S], which ``keep`` is given; None: it needs none.
         surplus_only: whether it leaves prompts alone of which a first stage let nothing through beyond the budget.
         origin: (what was chosen, why) for the report; None where the configuration says it all.
     """
 
     layers: tuple[int, ...]
     keep: Callable[[CutView], Tensor]
-    rank: Callable[[LastQuery], Tensor] | None = None
+    score: Callable[[LastQuery], Tensor] | None = None
     surplus_only: bool = False
     origin: tuple[str, str] | None = None
 

@@ -45,10 +45,10 @@ class FastV(VisualBudget, LayerCut):
         return view.best(lambda row, tokens: self.tokens(tokens))
 
     def cut(self, model: CutModel) -> Cut:
-        return replace(super().cut(model), rank=attention)
+        return replace(super().cut(model), score=last_query_attention)
 
 
-def attention(last: LastQuery) -> Tensor:
+def last_query_attention(last: LastQuery) -> Tensor:
     """What the last query pays to each entry, fp32 [B, S], mean over heads."""
     votes = column_votes(
         last.query,

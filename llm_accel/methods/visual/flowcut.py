@@ -75,9 +75,9 @@ class FlowCut(TowerCut):
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
         assert scores is not None
-        return top_tokens(scores, self.entering(count))
+        return top_tokens(scores, self.first_stage_tokens(count))
 
-    def entering(self, count: int, parts: int = 1) -> int:
+    def first_stage_tokens(self, count: int, parts: int = 1) -> int:
         total = count * parts
         if self.llm_stage == "off" or (self.llm_stage == "auto" and total <= MANY):
             return self.tokens(count, parts)
@@ -93,7 +93,7 @@ class FlowCut(TowerCut):
                 f"{self.spec()} cuts after layer {layer}, but nothing is saved behind layer {model.layers - 1}, the "
                 f"last of {model.name}; give a smaller llm_layer, or llm_stage='off'."
             )
-        return Cut((layer,), _without_surplus, rank=asked, surplus_only=True)
+        return Cut((layer,), _without_surplus, score=second_stage_score, surplus_only=True)
 
     @property
     def always_cuts(self) -> bool:
@@ -103,7 +103,7 @@ class FlowCut(TowerCut):
         return replace(self, llm_stage="off")
 
     def score(self, view: TowerView, before: Tensor | None) -> Tensor:
-        now = flow(view)
+        now = layer_score(view)
         return now if before is None else (1 - self.ema) * before + self.ema * now
 
     def survivors(self, view: TowerView, sizes: Tensor, budgets: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def density(view: TowerView) -> Tensor:
     return view.value.float().mean(1).abs().sum(-1)
 
 
-def flow(view: TowerView) -> Tensor:
+def layer_score(view: TowerView) -> Tensor:
     """The score of one layer: fp32 [B, N], 0 for padding."""
     if not view.class_token:
         return (relation(view) * density(view)).masked_fill(~view.patches, 0.0)
@@ -137,7 +137,7 @@ def flow(view: TowerView) -> Tensor:
     return (share * density(view)[:, 1:]).masked_fill(~view.patches, 0.0)
 
 
-def asked(last: LastQuery) -> Tensor:
+def second_stage_score(last: LastQuery) -> Tensor:
     """The score of the second stage: fp32 [B, S], 0 for all but visual tokens."""
     key, value = last.key.float(), last.value.float()
     logits = last.query.float().reshape(*key.shape[:2], -1, key.shape[-1]) @ key.mT * last.scaling

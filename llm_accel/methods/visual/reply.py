@@ -41,7 +41,7 @@ class ReplyDecoding(MethodConfig):
 
     @property
     @abstractmethod
-    def watched_queries(self) -> int | None:
+    def observed_queries(self) -> int | None:
         """How many of the last queries of a prompt count in the attention received; None: all."""
 
     @property

@@ -79,7 +79,7 @@ class TowerMerge(TowerTokens):
     """Role: tokens that leave hand their features on to some of those that stay."""
 
     @abstractmethod
-    def traits(self, view: TowerView) -> Tensor:
+    def metric(self, view: TowerView) -> Tensor:
         """What tells how much patches resemble each other, fp32 [B, N, c]."""
 
     @abstractmethod
@@ -88,13 +88,13 @@ class TowerMerge(TowerTokens):
         their features, and those that take others in. ``scores``: fp32 [n]."""
 
     @abstractmethod
-    def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], traits: Tensor) -> Tensor:
+    def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], metric: Tensor) -> Tensor:
         """The features [n, C] of one image where those of the second part have taken the others in.
 
         Args:
             features: [n, C].
             parts: what :meth:`split` returned.
-            traits: fp32 [n, c].
+            metric: fp32 [n, c].
         """
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:

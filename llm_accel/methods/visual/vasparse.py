@@ -77,7 +77,7 @@ class VASparse(ReplyDecoding):
         return self.alpha > 0
 
     @property
-    def watched_queries(self) -> int | None:
+    def observed_queries(self) -> int | None:
         return self.sink_window
 
     def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:

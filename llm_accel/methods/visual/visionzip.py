@@ -62,7 +62,7 @@ class VisionZip(TowerMerge):
     def score(self, view: TowerView, before: Tensor | None) -> Tensor:
         return relation(view)[:, 1:] if view.class_token else received(view)
 
-    def traits(self, view: TowerView) -> Tensor:
+    def metric(self, view: TowerView) -> Tensor:
         return view.key[:, :, int(view.class_token) :].float().mean(1)
 
     def split(self, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -71,11 +71,11 @@ class VisionZip(TowerMerge):
         rest = scores.new_ones(scores.shape).index_fill(0, dominant, 0).nonzero()[:, 0]
         return dominant, rest[evenly_spaced(len(rest), contextual, rest.device)]
 
-    def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], traits: Tensor) -> Tensor:
+    def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], metric: Tensor) -> Tensor:
         dominant, centres = parts
         if len(centres) == 0:
             return features
-        direction = F.normalize(traits, dim=-1)
+        direction = F.normalize(metric, dim=-1)
         nearest = (direction @ direction[centres].mT).argmax(-1)
         member = F.one_hot(nearest, len(centres)).float()
         member[centres] = F.one_hot(nearest.new_tensor(range(len(centres))), len(centres)).float()

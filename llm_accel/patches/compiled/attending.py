@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_accel.methods.attend import Attend
+from llm_accel.methods.attention import AttentionMethod
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.compiled.entries import FixedEntries
 from llm_accel.patches.compiled.fixed import Shape
@@ -26,7 +26,9 @@ class FixedAttending(FixedEntries):
 
     taken = (*FixedEntries.taken, "memory")
 
-    def __init__(self, shape: Shape, group: int | None, heads: int, method: Attend, index: int, layers: int) -> None:
+    def __init__(
+        self, shape: Shape, group: int | None, heads: int, method: AttentionMethod, index: int, layers: int
+    ) -> None:
         super().__init__(shape, group)
         self._own = method.fixed_step(index, layers, shape.rows, heads, shape.device)
 

@@ -111,7 +111,7 @@ class Recipe:
         keeper = plan.keeper if index not in plan.skipped else None
         if isinstance(layer, GroupedLayer):
             assert plan.split is not None
-            keepers = {id(layer.full): plan.split.full_keeper, id(layer.stream): plan.split.streaming}
+            keepers = {id(layer.full): plan.split.full_compression, id(layer.stream): plan.split.streaming}
             return tuple(self._part(index, group.store, keepers[id(group)]) for group in layer.groups)
         return (self._part(index, layer, keeper),)
 

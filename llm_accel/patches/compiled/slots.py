@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.roles import StepEviction, StepView
 from llm_accel.methods.shard import WHOLE
 from llm_accel.patches.base_attention import attend_visible, softmax_of

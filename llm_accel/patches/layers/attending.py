@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_accel.methods.attend import Attend, AttentionView, Memory
+from llm_accel.methods.attention import AttentionMethod, AttentionView, Memory
 from llm_accel.methods.shard import WHOLE, HeadShard
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers.append import AccelLayer
@@ -27,7 +27,7 @@ class AttendingLayer(AccelLayer):
         sparse_calls: attention calls that the method computed; the others were dense.
     """
 
-    def __init__(self, method: Attend, index: int, layers: int, heads: HeadShard = WHOLE) -> None:
+    def __init__(self, method: AttentionMethod, index: int, layers: int, heads: HeadShard = WHOLE) -> None:
         self.method, self.index, self.layers, self.heads = method, index, layers, heads
         super().__init__()
 

@@ -58,7 +58,7 @@ class TowerPass:
         self.layers = self._looked_at(range(last + 1) if layers is None else layers)
         self.keeps_class = keeps_class
         self.scores: list[Tensor] = []
-        self._traits: list[Tensor] = []
+        self._metric: list[Tensor] = []
         self._budgets: Tensor | None = None
         self._stayed: Tensor | None = None
         self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
@@ -120,7 +120,7 @@ class TowerPass:
             before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
             if isinstance(self.method, TowerMerge):
-                self._traits = [self.method.traits(view) for view in views]
+                self._metric = [self.method.metric(view) for view in views]
             if self.inside:
                 hidden = self._chosen(views[0], hidden)
         return self._restored(hidden) if layer == self.last else hidden
@@ -131,7 +131,7 @@ class TowerPass:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
-            budgets = [max(1, self.method.entering(self._patches + own, part) - own) for part in parts]
+            budgets = [max(1, self.method.first_stage_tokens(self._patches + own, part) - own) for part in parts]
             self._budgets = torch.tensor(budgets)
             self._sizes = torch.full_like(self._budgets, self._patches)
         if isinstance(self.method, TowerMerge):
@@ -146,7 +146,7 @@ class TowerPass:
             merged = hidden[tile, offset:]
             if kept < self._patches:
                 parts = method.split(self.scores[0][tile], kept)
-                merged = method.merge(merged, parts, self._traits[0][tile])
+                merged = method.merge(merged, parts, self._metric[0][tile])
                 self._stayed[tile] = 0
                 self._stayed[tile, torch.cat(parts)] = 1
             rows.append(torch.cat([hidden[tile, :offset], merged]))
@@ -180,9 +180,9 @@ class TowerPass:
         """Per tile, fp32 [patches, c]: where they were chosen inside, 1 if a patch stayed and 0 if it left; else its
         score and what tells its likeness to others, for methods that merge."""
         if not self.inside:
-            if not self._traits:
+            if not self._metric:
                 return [row[:, None] for scores in self.scores for row in scores]
-            known = [torch.cat([one[..., None], more], -1) for one, more in zip(self.scores, self._traits, strict=True)]
+            known = [torch.cat([one[..., None], more], -1) for one, more in zip(self.scores, self._metric, strict=True)]
             return [row for tiles in known for row in tiles]
         stayed = torch.ones_like(self.scores[0]) if self._stayed is None else self._stayed
         if self._kept is not None:

@@ -46,16 +46,16 @@ def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: i
         return
     draw = torch.Generator().manual_seed(seed)
     scores = torch.rand(count, generator=draw)
-    traits, features = (torch.randn(count, width, generator=draw, dtype=torch.float64) for width in (3, 4))
+    metric, features = (torch.randn(count, width, generator=draw, dtype=torch.float64) for width in (3, 4))
     method = VisionZip(dominant=dominant, contextual=contextual)
     best, centres = method.split(scores, dominant + contextual)
-    merged = method.merge(features, (best, centres), traits)
+    merged = method.merge(features, (best, centres), metric)
     assert best.tolist() == sorted(sorted(range(count), key=lambda i: (-float(scores[i]), i))[:dominant])
     rest = [token for token in range(count) if token not in best]
     groups = {centre: [centre] for centre in centres.tolist()}
     for token in rest:
         if groups and token not in groups:
-            alike = {centre: torch.cosine_similarity(traits[token], traits[centre], dim=0) for centre in groups}
+            alike = {centre: torch.cosine_similarity(metric[token], metric[centre], dim=0) for centre in groups}
             groups[max(groups, key=lambda centre: alike[centre])].append(token)
     assert set(groups) <= set(rest) and len(groups) == contextual
     for token in range(count):
@@ -76,7 +76,7 @@ def test_scores_with_and_without_class_token(monkeypatch: pytest.MonkeyPatch) ->
     maps = (0.3 * query.double() @ key.double().mT).softmax(-1).mean(1)
     assert torch.allclose(VisionZip().score(view, None).double(), maps[:, 0, 1:], atol=1e-6)
     assert torch.equal(VisionZip().score(view, torch.ones(2, 6)), relation(view)[:, 1:])
-    assert torch.allclose(VisionZip().traits(view), key.mean(1)[:, 1:])
+    assert torch.allclose(VisionZip().metric(view), key.mean(1)[:, 1:])
     view = TowerView(query, key, key, scaling=0.3, class_token=False, valid=None, layer=0, last=0)
     assert torch.allclose(VisionZip().score(view, None).double(), maps.mean(1), atol=1e-6)
     monkeypatch.setattr(sys.modules["llm_accel.methods.visual.tower"], "_BLOCK", 90)  # two queries at a time

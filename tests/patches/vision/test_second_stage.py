@@ -51,12 +51,16 @@ def test_both_stages_equal_the_oracle(layer: int, attention: str) -> None:
 def test_when_there_is_a_second_stage() -> None:
     """auto: by the tokens of the whole image, tiles together; twice the budget, shared by its tiles."""
     method = FlowCut(budget=160)
-    assert MANY == 1024 and method.entering(1024) == 160 and method.entering(1025) == 320
-    assert method.entering(576) == 160 and method.entering(576, parts=5) == 64 and method.tokens(576, parts=5) == 32
-    assert FlowCut(ratio=0.1).entering(576, parts=5) == 116  # 2 * 288 by 5, rounded up
-    assert FlowCut(budget=160, llm_stage="off").entering(2000) == 160
-    assert FlowCut(budget=10, llm_stage="on", vision_factor=1.5).entering(16) == 15
-    assert FlowCut(budget=10, llm_stage="on").entering(16) == 10  # twice as many would be all of them
+    assert MANY == 1024 and method.first_stage_tokens(1024) == 160 and method.first_stage_tokens(1025) == 320
+    assert (
+        method.first_stage_tokens(576) == 160
+        and method.first_stage_tokens(576, parts=5) == 64
+        and method.tokens(576, parts=5) == 32
+    )
+    assert FlowCut(ratio=0.1).first_stage_tokens(576, parts=5) == 116  # 2 * 288 by 5, rounded up
+    assert FlowCut(budget=160, llm_stage="off").first_stage_tokens(2000) == 160
+    assert FlowCut(budget=10, llm_stage="on", vision_factor=1.5).first_stage_tokens(16) == 15
+    assert FlowCut(budget=10, llm_stage="on").first_stage_tokens(16) == 10  # twice as many would be all of them
 
 
 def test_layers_that_a_model_allows() -> None:

@@ -21,8 +21,8 @@ def features_of(output: Any) -> Any:
     return features
 
 
-def by_piece(features: Any, sizes: Sequence[int], change: Callable[[int, Tensor], Tensor]) -> Any:
-    """``features`` in the form that they have, [n, C], [B, n, C] or a sequence of [n, C], with each piece changed.
+def map_images(features: Any, sizes: Sequence[int], change: Callable[[int, Tensor], Tensor]) -> Any:
+    """``features`` in the form that they have, [n, C], [B, n, C] or a sequence of [n, C], each image changed.
 
     Args:
         features: rows of all images or frames, in order.
@@ -32,27 +32,27 @@ def by_piece(features: Any, sizes: Sequence[int], change: Callable[[int, Tensor]
     elements = [features] if torch.is_tensor(features) and features.ndim == 2 else list(features)
     done, index = [], 0
     for element in elements:
-        pieces, start = [], 0
+        changed, start = [], 0
         while start < len(element):
-            pieces.append(change(index, element[start : start + sizes[index]]))
+            changed.append(change(index, element[start : start + sizes[index]]))
             start, index = start + sizes[index], index + 1
-        done.append(torch.cat(pieces))
+        done.append(torch.cat(changed))
     if torch.is_tensor(features):
         return done[0] if features.ndim == 2 else torch.stack(done)
     return type(features)(done)
 
 
-def spread(output: Any, where: Sequence[Places]) -> Any:
+def place_features(output: Any, where: Sequence[Places]) -> Any:
     """The output of a call with smaller images, their features in their places and tombstones in all others."""
     sizes = [len(place.rows) for place in where]
     if sizes == [place.total for place in where]:
         return output
-    output.pooler_output = by_piece(
-        features_of(output), sizes, lambda index, piece: _placed(piece, where[index], bury=True)
+    output.pooler_output = map_images(
+        features_of(output), sizes, lambda index, rows: _placed(rows, where[index], bury=True)
     )
     if getattr(output, "deepstack_features", None) is not None:
         output.deepstack_features = [
-            by_piece(level, sizes, lambda index, piece: _placed(piece, where[index]))
+            map_images(level, sizes, lambda index, rows: _placed(rows, where[index]))
             for level in output.deepstack_features
         ]
     return output

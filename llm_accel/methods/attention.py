@@ -97,7 +97,7 @@ class FixedStep(Protocol):
 
 
 @dataclass(frozen=True)
-class Attend(MethodConfig):
+class AttentionMethod(MethodConfig):
     """Role: computes the attention of a layer in another way."""
 
     @property
