@@ -47,7 +47,7 @@ class Handle:
             warnings.append("entries are hidden from attention, none is evicted: this frees no memory")
         elif layers and plan.evicts and not any(layer.evicted for layer in layers):
             warnings.append("nothing was evicted: the prompt fits into the budget")
-        if layers and plan.attender is not None and not any(layer.sparse_calls for layer in layers):
+        if layers and plan.attention_method is not None and not any(layer.sparse_calls for layer in layers):
             warnings.append(
                 "every attention call was dense: the context is too short for this method to leave anything out"
             )

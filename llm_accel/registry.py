@@ -24,7 +24,7 @@ def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConf
             f"method={method!r} is a {type(method).__name__}; give a method name ({', '.join(list_methods())}), "
             "a configuration object, or a list of either."
         )
-    return method_class(method).build(**options)
+    return method_class(method)(**options)
 
 
 def parse(spec: str) -> MethodConfig | None:
@@ -37,7 +37,7 @@ def parse(spec: str) -> MethodConfig | None:
 
 
 def parse_all(spec: str, more: Mapping[str, type[MethodConfig]] | None = None) -> tuple[MethodConfig, ...]:
-    """``flowcut:target=64+dyvte:exit=20`` as configurations to apply together; none for ``dense`` without options, the
+    """``flowcut:budget=64+dyvte:exit=20`` as configurations to apply together; none for ``dense`` without options, the
     model without a plug-in.
 
     Args:

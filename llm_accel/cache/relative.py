@@ -11,7 +11,7 @@ from llm_accel.cache.autograd_modes import writable
 from llm_accel.cache.slots import SlotLayer
 
 
-class Rotary(Protocol):
+class Rotation(Protocol):
     """The rotary embedding of a model."""
 
     def turn(self, key: Tensor, positions: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class RelativeSlotLayer(SlotLayer):
             first = first - (start == 0).long()  # the newest token takes the place of the oldest
         return first[:, None] + torch.arange(count, device=device)
 
-    def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
+    def turned_keys(self, rotary: Rotation | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Stores the newest keys without their rotation; returns all keys as attention must see them.
 
         Args:

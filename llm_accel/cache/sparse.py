@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,6 @@ from llm_accel.cache.layer import AccelLayer
 _PREFIX = "memory."
 
 
-class Memory(Protocol):
-    """What a sparse attention remembers of its latest decode step."""
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The memory after the rows of the batch were reordered, repeated or selected."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Tensors and numbers to be stored with the cache."""
-
-
 class Sparse(Protocol):
     """The attention of one layer, computed by a method."""
 
@@ -34,7 +24,7 @@ class Sparse(Protocol):
         """Output [B, T, Hq, Dv], or None where dense attention is to be computed, and the memory for the next call."""
 
     def remember(self, tensors: dict[str, Tensor], values: dict[str, int]) -> Any:
-        """The memory that :meth:`Memory.state` wrote."""
+        """The memory that was saved as these."""
 
     def fixed_step(self, rows: int, heads: int, device: torch.device) -> IndexStep:
         """The index in tensors of fixed size."""

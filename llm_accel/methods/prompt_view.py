@@ -15,12 +15,12 @@ class Depth:
     """Where a layer stands among those that a method acts on.
 
     Attributes:
-        rank: its position, 0 for the first.
+        index: its place among them, 0 for the first.
         layers: how many there are; layers without a full cache and skipped ones do not count.
         later: whether the layer has evicted before, so that its entries are fewer than the tokens it has seen.
     """
 
-    rank: int = 0
+    index: int = 0
     layers: int = 1
     later: bool = False
 
@@ -80,16 +80,16 @@ class PromptView:
         return self.slots - self.start
 
     @property
-    def ranks(self) -> Tensor:
-        """Rank of each slot among the real ones of its row, int64 [B or 1, S], below 0 for padding; [B, kv_heads, S]
-        where heads differ. It is the original position until something is evicted."""
+    def cache_positions(self) -> Tensor:
+        """Position of each slot in the cache, counted from the first real entry of its row: int64 [B or 1, S], below 0
+        for padding; [B, kv_heads, S] where heads differ. It is that in the prompt until something is evicted."""
         index = torch.arange(self.slots, device=self.key.device)
         return index[None] if self.start is None else index - self.start[..., None]
 
     @property
     def valid(self) -> Tensor:
         """bool [B or 1, S]: True for real entries, False for padding; [B, kv_heads, S] where heads differ."""
-        return self.ranks >= 0
+        return self.cache_positions >= 0
 
     def newest(self, count: int) -> Tensor:
         """bool [1, S]: True for the last ``count`` entries, whatever the row."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
 from llm_accel.methods.budget import Budgeted
 from llm_accel.methods.claims import Claim
@@ -123,17 +123,17 @@ class ScoreAndKeep(Budgeted):
         self._check_shapes(view, score, tie_break, forced)
         if view.protected is not None:
             forced = view.protected if forced is None else per_head(forced) | per_head(view.protected)
-        kept = self.share_out(total_order(score, view.valid, forced, tie_break), view)
+        kept = self.allocate(total_order(score, view.valid, forced, tie_break), view)
         # one layer tells, so that the device is waited for only once; a graph cannot wait
-        if forced is not None and view.depth.rank == 0 and not torch.compiler.is_compiling():
+        if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
             self._check_room(kept, forced, view)
         return kept
 
-    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
-        """What :meth:`select` returns, for entries in the order ``rank``, int64 [B, kv_heads, S], of
+    def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
+        """What :meth:`select` returns, for entries in the order ``priority``, int64 [B, kv_heads, S], of
         :func:`~llm_accel.methods.selection.total_order`: every head of a row keeps the same number."""
         counts = self.row_entries(view.lengths, view)
-        return best_slots(rank, counts, self.widest(counts, view))
+        return best_slots(priority, counts, self.widest(counts, view))
 
     def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None, forced: Tensor | None) -> None:
         rows, shape = view.key.shape[0], (view.key.shape[0], view.kv_heads, view.slots)

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
-    Attend,
+    AttentionMethod,
     HeadMethod,
     LayerCut,
     MethodConfig,
@@ -77,13 +77,13 @@ def skipped_layers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig]
                     f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
                 )
             skipped.setdefault(index, "named in skip_layers")
-        if isinstance(method, Attend):
+        if isinstance(method, AttentionMethod):
             for index in range(len(cache_layers)):
                 dense = method.dense_layer(index, config.num_hidden_layers)
                 if dense is not None and len(configs) == 1:  # another method may act on a layer that this one leaves
                     skipped.setdefault(index, dense)
         if cache_layers and skipped.keys() >= set(range(len(cache_layers))):
-            option = "dense_layers" if isinstance(method, Attend) else "skip_layers"
+            option = "dense_layers" if isinstance(method, AttentionMethod) else "skip_layers"
             raise ConfigError(
                 f"{method.name}: {option}={getattr(method, option)} leaves no layer to act on; "
                 f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1} "

@@ -22,7 +22,7 @@ from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
-from llm_accel.patches.vision.cuts import watch
+from llm_accel.patches.vision.cuts import record_scores
 
 PREFIX = "llm_accel_"
 _NEUTRAL = {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}
@@ -108,7 +108,7 @@ class AccelAttention:
         if split is not None and isinstance(layer, GroupedLayer):
             return GroupedAttention(session, split, layer, index, attention)(query, key, value)
         key = layer.turned_keys(session.rotary, key, session.arrived_at)
-        watch(session, index, (query, key, value), layer.start, attention)
+        record_scores(session, index, (query, key, value), layer.start, attention)
         reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
             return ReplyStep(session, reply, layer, attention).attend(query, key, value)

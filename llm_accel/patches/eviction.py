@@ -9,7 +9,7 @@ from llm_accel.cache import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without

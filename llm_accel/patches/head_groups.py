@@ -8,7 +8,7 @@ from llm_accel.cache import GroupedLayer
 from llm_accel.cache.grouped import HeadGroup
 from llm_accel.cache.layer import Stage
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.methods.head_roles import HeadSplit
+from llm_accel.methods.kv.head_roles import HeadSplit
 from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.phase import Phase
@@ -78,7 +78,7 @@ class GroupedAttention:
 
     def _evict(self, group: HeadGroup, attention: ModelAttention, query: Tensor) -> None:
         store, stream = group.store, group is self.layer.stream
-        keeper = self.split.streaming if stream else self.split.full_keeper
+        keeper = self.split.streaming if stream else self.split.full_compression
         if keeper is not None:
             eviction = Eviction(self.session, keeper, store, self.index, attention)
             if stream and self.split.prefill != "dense":

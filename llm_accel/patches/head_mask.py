@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.cache import AccelLayer
-from llm_accel.methods.head_roles import HeadMask
+from llm_accel.methods.kv.head_roles import HeadMask
 from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session

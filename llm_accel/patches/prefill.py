@@ -105,7 +105,7 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     """Why prompts of a batch must be read in one call on a model of this configuration, or None."""
     if plan.visual or plan.reply is not None:
         return "it acts on visual tokens, and images cannot be divided among calls here"
-    if plan.attender is not None:
+    if plan.attention_method is not None:
         return "it keeps the whole cache and looks at the length of the whole batch"
     if plan.keeper is None and plan.split is None and plan.whole is None:
         return "it evicts nothing"

@@ -83,7 +83,7 @@ class ReplyStep:
 
     def _heard(self, query: Tensor, key: Tensor) -> None:
         """Tokens of a prompt: which of them are visual, and the attention that its last queries pay."""
-        layer, rows, width = self.layer, self.session.visual.rows, self.method.watched_queries
+        layer, rows, width = self.layer, self.session.visual.rows, self.method.observed_queries
         if rows is not None and rows.visual is not None:
             layer.mark(rows.visual)
         if self.method.penalises and width is not None:

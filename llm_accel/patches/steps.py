@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_accel.cache.attention import Attention
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.attend import Attend, AttentionView, FixedStep
+from llm_accel.methods.attention import AttentionMethod, AttentionView, FixedStep
 from llm_accel.methods.roles import StepEviction, StepView
 from llm_accel.methods.shard import WHOLE, HeadShard
 
@@ -58,7 +58,7 @@ class OverwritingStep:
 class SparseAttention:
     """A :class:`~llm_accel.cache.sparse.Sparse` on layer ``layer`` of ``layers``, of whose heads ``heads`` are here."""
 
-    method: Attend
+    method: AttentionMethod
     layer: int
     layers: int
     heads: HeadShard

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_accel import ConfigError, SnapKV
 from llm_accel.methods import Depth, MethodInfo, PromptCompression, PromptView, ScoreAndKeep, catalog
 from llm_accel.methods.base import option
-from llm_accel.methods.snapkv import pooled_votes
+from llm_accel.methods.kv.snapkv import pooled_votes
 from llm_accel.registry import parse
 from tests.methods.views import Problem, check_laws, kept_sets, problems, row_of, view_of
 from tests.pages import tutorial_method

@@ -39,7 +39,7 @@ class Sizes:
         plan = self._plan
         if isinstance(layer, GroupedLayer):
             assert plan.split is not None
-            methods = {id(layer.full): plan.split.full_keeper, id(layer.stream): plan.split.streaming}
+            methods = {id(layer.full): plan.split.full_compression, id(layer.stream): plan.split.streaming}
             return tuple(self._spec(index, group.store, layer.kv_heads, methods[id(group)]) for group in layer.groups)
         return (self._spec(index, layer, layer.kv_heads, plan.keeper if index not in plan.skipped else None),)
 

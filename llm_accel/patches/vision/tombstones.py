@@ -4,7 +4,7 @@ The number of features must stay that of the placeholders in the prompt, so a dr
 no computation produces: infinity in the first channel, NaN in all others. The decoder's hook takes such rows out.
 Should it be missing, every logit is NaN: the call fails in plain sight instead of answering without the image.
 
-Where more tokens of an image stay than its target, the first tombstone says how many a later stage must take out: two
+Where more tokens of an image stay than its budget, the first tombstone says how many a later stage must take out: two
 digits in the third and fourth channel, which all floating point types hold exactly.
 """
 

@@ -79,12 +79,12 @@ def test_patches_that_left_and_tokens_that_leave() -> None:
     """FlowCut in the tower and DyVTE behind the second layer: no image is left in the third, the penalty is."""
     model, method = tiny_vlm(), VASparse(**STRONG)
     batch = inputs(model, ONE)
-    exits, target = DyVTE(exit=1), FlowCut(target=6)
-    with llm_accel.apply(model, target):
+    exits, budget = DyVTE(exit=1), FlowCut(budget=6)
+    with llm_accel.apply(model, budget):
         features = model.base_model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output[0]
     dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
     dropped[batch["input_ids"][0] == IMAGE] = features[:, -1].isnan()
-    with llm_accel.apply(model, [target, exits, method]) as handle:
+    with llm_accel.apply(model, [budget, exits, method]) as handle:
         cache = handle.new_cache()
         output = spoken(model, batch, past_key_values=cache)
         assert [int(layer.visual.sum()) for layer in cache.layers] == [6, 6, 0]
