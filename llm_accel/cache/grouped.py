@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel.cache.attention import Attention
 from llm_accel.cache.fixed import FixedForm, FixedSpec
-from llm_accel.cache.layer import AccelLayer, Stage
+from llm_accel.cache.layer import AccelLayer, CallStage
 from llm_accel.cache.slots import SlotLayer
 from llm_accel.errors import UnsupportedModelError
 
@@ -70,7 +70,7 @@ class GroupedLayer(AccelLayer):
         self._admit(key_states.shape[-2])
         for group in self.groups:
             index = group.index(key_states.device)
-            group.store.stage = Stage.AWAITED
+            group.store.stage = CallStage.AWAITED
             group.store.add(key_states.index_select(1, index), value_states.index_select(1, index))
         self.is_initialized = True
         return key_states, value_states

@@ -19,7 +19,7 @@ from llm_accel.kernels.compaction import gather_entries
 from llm_accel.kernels.ragged_decode import ragged_attention
 
 
-class Stage(Enum):
+class CallStage(Enum):
     """Where a layer stands in a call.
 
     IDLE: no entries are under way.
@@ -62,7 +62,7 @@ class AccelLayer(EntryStore):
 
     def _clear(self) -> None:
         super()._clear()
-        self.stage = Stage.IDLE
+        self.stage = CallStage.IDLE
         self.missing = 0
         self.arriving: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | None = None
@@ -70,7 +70,7 @@ class AccelLayer(EntryStore):
 
     def await_entries(self) -> None:
         """A call has begun."""
-        self.stage = Stage.AWAITED
+        self.stage = CallStage.AWAITED
         self.missing, self.arriving = 0, None
         self.given = self.reading = None
 
@@ -105,14 +105,14 @@ class AccelLayer(EntryStore):
     def _admit(self, count: int) -> None:
         """Counts new tokens; refuses, before anything changes, those of a model without the plug-in, whose attention
         knows nothing of evicted entries."""
-        if self.stage is Stage.IDLE:
+        if self.stage is CallStage.IDLE:
             raise UnsupportedCallError(
                 "this cache was filled with the plug-in, and this call runs without it; apply the same method again, "
                 "or start with a new cache."
             )
-        if self.stage is Stage.ARRIVED:
+        if self.stage is CallStage.ARRIVED:
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
-        self.stage = Stage.ARRIVED
+        self.stage = CallStage.ARRIVED
         self.cumulative_length += count
         self.removed += self.missing
 
@@ -281,7 +281,7 @@ class AccelLayer(EntryStore):
         assert self.fixed is not None
         self.fixed.steps += 1
         self.cumulative_length += 1
-        self.stage = Stage.IDLE
+        self.stage = CallStage.IDLE
 
     def backup(self) -> Callable[[], None]:
         """Call the result to undo a step that failed half-way. Entries that no step overwrites are not copied."""

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
-from llm_accel.cache.layer import Stage
+from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.patches.base_attention import ModelAttention, base_function
 from llm_accel.patches.compiled.cache import GraphCache
@@ -96,9 +96,9 @@ class AccelAttention:
         index: int,
     ) -> Tensor:
         """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
-        if layer.stage is not Stage.ARRIVED:
+        if layer.stage is not CallStage.ARRIVED:
             return self._again(layer, attention, query, index)
-        layer.stage = Stage.IDLE
+        layer.stage = CallStage.IDLE
         readers = session.plan.reader_count(index)
         if not readers:
             layer.given = None  # nobody else looks for these entries, which must not be held past their eviction

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm_accel.cache import GroupedLayer
 from llm_accel.cache.grouped import HeadGroup
-from llm_accel.cache.layer import Stage
+from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods.kv.head_roles import HeadSplit
 from llm_accel.patches.base_attention import ModelAttention
@@ -50,7 +50,7 @@ class GroupedAttention:
             heads = group.index(query.device, group_size)
             attention = self.attention.of_heads(heads)
             part_query = query.index_select(1, heads)
-            group.store.stage = Stage.IDLE
+            group.store.stage = CallStage.IDLE
             if not merged:
                 part = self._attend(group, attention, part_query)
                 output = part.new_empty(*part.shape[:2], query.shape[1], part.shape[-1]) if output is None else output

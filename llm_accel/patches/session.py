@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
-from llm_accel.cache.layer import Stage
+from llm_accel.cache.layer import CallStage
 from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import StepEviction
@@ -80,13 +80,13 @@ class Session:
         graph.end()
         if broken:
             for layer in self.ours.values():
-                layer.stage = Stage.ARRIVED
+                layer.stage = CallStage.ARRIVED
 
     @property
     def decoding(self) -> bool:
         """Whether the prompt is complete and compressed, so that a call with one token is a plain decode step."""
         first = next(iter(self.ours.values()))
-        begun = first.cumulative_length > 0 and first.stage is not Stage.ARRIVED
+        begun = first.cumulative_length > 0 and first.stage is not CallStage.ARRIVED
         return begun and not self._awaiting_decode and not self._prompt_open(first.get_seq_length())
 
     def entries_for(
@@ -112,7 +112,7 @@ class Session:
                 "Remove the plug-in and report the model class."
             )
         source, layer = found
-        return (source if layer.stage is Stage.ARRIVED else index), layer
+        return (source if layer.stage is CallStage.ARRIVED else index), layer
 
     def _gave(self, index: int, layer: AccelLayer, key: Tensor, value: Tensor) -> bool:
         """Whether ``key`` and ``value`` come from this layer in the running call."""
@@ -145,7 +145,7 @@ class Session:
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
-        torn = any(layer.stage is Stage.ARRIVED for layer in self.ours.values())
+        torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
         torn = torn or (self.unfinished and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
@@ -261,7 +261,7 @@ class Session:
         """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
         a layer over budget evicted nothing."""
         for index, layer in self.ours.items():
-            if layer.stage is Stage.ARRIVED:
+            if layer.stage is CallStage.ARRIVED:
                 raise EvictionError(
                     f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
                     "not hidden. Remove the plug-in and report the model class."
