@@ -86,14 +86,14 @@ class FixedSpec:
     Attributes:
         shape: of the buffers.
         kernel: whether the kernel that takes lengths reads them; else attention is masked.
-        room: tokens that are yet to come, where pages must be reserved for them.
+        headroom: tokens that are yet to come, where pages must be reserved for them.
         step: what is overwritten, in layers whose slots are.
         heads: KV heads that sparse attention sees, which are more than those stored where the model expands them.
     """
 
     shape: Shape
     kernel: bool = False
-    room: int = 0
+    headroom: int = 0
     step: SlotStep | None = None
     heads: int = 0
 

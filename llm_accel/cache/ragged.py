@@ -46,12 +46,12 @@ class RaggedLayer(AccelLayer):
         longest: entries of the longest head.
         excess: how many of these are more than :meth:`mean_length`, known without a synchronisation.
         used: pages of the pool that have an owner; they come first.
-        room: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
+        headroom: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
         start: int64 [B, Hk] once there is a table.
     """
 
     shared_tensors = ("table",)
-    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
+    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "headroom")
 
     def __init__(self, page: int, heads: Heads) -> None:
         self.page, self.heads = page, heads
@@ -60,7 +60,7 @@ class RaggedLayer(AccelLayer):
     def _clear(self) -> None:
         super()._clear()
         self.table: Tensor | None = None
-        self.longest = self.excess = self.used = self.room = 0
+        self.longest = self.excess = self.used = self.headroom = 0
 
     @property
     def rows(self) -> int:
@@ -107,7 +107,7 @@ class RaggedLayer(AccelLayer):
             return super().add(key_states, value_states)
         count = key_states.shape[-2]
         self._admit(count)
-        if count > self.room:
+        if count > self.headroom:
             self._reserve(count)
         entries = self.lengths()[..., None]
         if count > 1:
@@ -117,7 +117,7 @@ class RaggedLayer(AccelLayer):
         self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
         self.longest += count
-        self.room -= count
+        self.headroom -= count
         self._place(count)
         return key_states, value_states
 
@@ -161,7 +161,7 @@ class RaggedLayer(AccelLayer):
             keys, values = self.keys.flatten(0, 1)[origin], self.values.flatten(0, 1)[origin]
         self.keys, self.values = self._pool(keys, target, used), self._pool(values, target, used)
         self.table, self.used, self.start = table, used, start
-        self.room = int((pages * self.page - self.lengths()).min())
+        self.headroom = int((pages * self.page - self.lengths()).min())
         self.excess = self.longest - int(self.row_lengths().max())
         self._close_eviction()
 
@@ -182,7 +182,7 @@ class RaggedLayer(AccelLayer):
         most = max(table.shape[2] for table in tables)
         self.table = torch.cat([F.pad(table, (0, most - table.shape[2]), value=-1) for table in tables])
         self.start, self.longest, self.used = torch.cat(starts), stored, used
-        self.room = min(part.room for part in parts)
+        self.headroom = min(part.headroom for part in parts)
         self.excess = self.longest - int(self.row_lengths().max())
 
     def _page_all(self) -> None:
@@ -228,14 +228,14 @@ class RaggedLayer(AccelLayer):
         fresh = (rank >= held[..., None]) & (rank < wanted[..., None])
         table[fresh] = torch.arange(self.used, self.used + needed, device=table.device)
         self.table, self.used = table, self.used + needed
-        self.room = int((wanted * self.page - lengths).min())
+        self.headroom = int((wanted * self.page - lengths).min())
 
     def _drop_newest(self, count: int) -> None:
         if self.table is None:
             super()._drop_newest(count)
         else:
             self.longest -= count
-            self.room += count
+            self.headroom += count
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.table is None:
@@ -260,7 +260,7 @@ class RaggedLayer(AccelLayer):
         entries = shape.heads * shape.capacity
         pages = shape.rows * (-(-entries // page) + shape.heads)  # every head may leave a page half full
         pool = replace(shape, rows=pages, heads=1, capacity=page).buffers()
-        longest = entries - shape.heads * spec.room + spec.room
+        longest = entries - shape.heads * spec.headroom + spec.headroom
         table = shape.numbers(shape.rows, shape.heads, -(-longest // page)).fill_(-1)
         tensors = {name: buffer[:, 0] for name, buffer in pool.items()}
         return FixedForm(tensors | {"table": table, "lengths": shape.numbers(shape.rows, shape.heads)}, spec)
@@ -273,7 +273,7 @@ class RaggedLayer(AccelLayer):
         assert form.spec is not None
         tensors = form.tensors
         tensors["lengths"].copy_(self.lengths())
-        table, _ = numbered(self._pages_for(tensors["lengths"] + form.spec.room))
+        table, _ = numbered(self._pages_for(tensors["lengths"] + form.spec.headroom))
         tensors["table"].fill_(-1)
         tensors["table"][..., : table.shape[2]] = table
         owner = (self.table >= 0).nonzero(as_tuple=True)
@@ -292,7 +292,7 @@ class RaggedLayer(AccelLayer):
         self.keys, self.values = form.tensors["keys"][filled], form.tensors["values"][filled]
         self.longest += form.steps
         self.start = self.longest - lengths
-        self.room = int((pages * self.page - lengths).min())
+        self.headroom = int((pages * self.page - lengths).min())
         self._note_steps(form.steps)
 
     def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

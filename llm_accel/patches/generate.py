@@ -53,7 +53,7 @@ class GenerateProxy:
         prompt = _prompt_length(kwargs)
         if prompt is not None:
             session.announce(prompt, protect_mask)
-            session.room = self._new_tokens(prompt, kwargs)
+            session.headroom = self._new_tokens(prompt, kwargs)
         beams = self._setting("num_beams", kwargs) or 1
         session.eager_because = "beam search reorders the cache at each step" if beams > 1 else None
         kwargs[CACHE] = cache

@@ -39,7 +39,7 @@ class Session:
         rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
         arrived_at: positions of the running call's tokens in such methods, int64 [B, T], else None.
         protect: prompt positions that must stay, bool [B, n], or None.
-        room: tokens that will be decoded after the prompt, where that was announced, else None.
+        headroom: tokens that will be decoded after the prompt, where that was announced, else None.
         eager_because: why this cache's decode steps must not be compiled, or None.
         graph: the layers in their fixed form, between compiled decode steps, else None.
         unfinished: whether a call has begun and has not come to its end.
@@ -59,7 +59,7 @@ class Session:
         self.protect: Tensor | None = None
         self.rotary: Rotary | None = None
         self.arrived_at: Tensor | None = None
-        self.room: int | None = None
+        self.headroom: int | None = None
         self.eager_because: str | None = None
         self.graph: GraphCache | None = None
         self.unfinished = False

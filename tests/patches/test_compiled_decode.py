@@ -181,7 +181,7 @@ def test_a_cache_serves_several_turns_and_may_be_looked_at_between_steps(method:
 
 
 def test_buffers_grow_when_more_is_decoded_than_was_said(monkeypatch: pytest.MonkeyPatch, counting: Counting) -> None:
-    monkeypatch.setattr(graph_cache, "ROOM", 64)
+    monkeypatch.setattr(graph_cache, "HEADROOM", 64)
     logits = []
     for model in pair(SNAPKV):
         cache = handle_of(model).new_cache()

@@ -20,7 +20,7 @@ from llm_accel.patches.vision.state import VisualState
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
 
-ROOM = 256  # decoded tokens for which there is room where nobody has said how many will come
+HEADROOM = 256  # decoded tokens for which there is headroom where nobody has said how many will come
 
 
 class GraphCache(Cache):
@@ -29,13 +29,13 @@ class GraphCache(Cache):
     Attributes:
         seen: logical length, int64 []; models whose callers leave out ``position_ids`` count from it.
         visual: that no visual token is under way, for the hooks that ask.
-        room: tokens that can still be decoded.
+        headroom: tokens that can still be decoded.
         kind: a number for what is constant in its graphs, since that is long and is asked for at every step.
     """
 
-    def __init__(self, session: Session, buffers: Buffers, room: int, pool: Pool) -> None:
+    def __init__(self, session: Session, buffers: Buffers, headroom: int, pool: Pool) -> None:
         super().__init__(layers=[*session.layers])
-        self.room, self.kind = room, buffers.kind
+        self.headroom, self.kind = headroom, buffers.kind
         self.seen, self.visual = buffers.seen, VisualState()
         self._buffers, self._pool = buffers, pool
         self._fixed: list[AccelLayer | LinearLayer] = []
@@ -62,7 +62,7 @@ class GraphCache(Cache):
         """The graph has added one token to every layer."""
         for layer in self._fixed:
             layer.end_step()
-        self.room -= 1
+        self.headroom -= 1
 
     def backup(self) -> Callable[[], None]:
         """Call the result to undo a step that failed half-way."""
@@ -88,7 +88,7 @@ class GraphCache(Cache):
 
 def fixed(session: Session, decoder: Any, pool: Pool) -> GraphCache:
     """The session's layers in their fixed form, for all the tokens that were announced."""
-    sizes = Sizes(session.plan, decoder, session.room or ROOM)
+    sizes = Sizes(session.plan, decoder, session.headroom or HEADROOM)
     specs = {index: sizes.of(index, layer) for index, layer in session.ours.items()}
     states = tuple((name, *state.shape, state.dtype) for it in session.layers for name, state in states_of(it).items())
     key = (tuple((type(session.ours[index]), spec) for index, spec in specs.items()), states)
@@ -104,4 +104,4 @@ def fixed(session: Session, decoder: Any, pool: Pool) -> GraphCache:
         with torch.inference_mode(False), torch.no_grad():  # they go from calls in one mode to calls in another
             return [form(index, layer) for index, layer in enumerate(session.layers)]
 
-    return GraphCache(session, pool.take(key, build), sizes.room, pool)
+    return GraphCache(session, pool.take(key, build), sizes.headroom, pool)

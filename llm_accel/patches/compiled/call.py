@@ -122,8 +122,8 @@ class DecodeCall:
         return output
 
     def _graph(self, session: Session) -> GraphCache:
-        """The session's layers in their fixed form, with room for a token."""
-        if session.graph is not None and (session.graph.room == 0 or not session.graph.whole):
+        """The session's layers in their fixed form, with headroom for a token."""
+        if session.graph is not None and (session.graph.headroom == 0 or not session.graph.whole):
             session.end_graph()
         if session.graph is None:
             session.graph = fixed(session, self._decoder, self._pool)

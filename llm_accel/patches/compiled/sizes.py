@@ -22,16 +22,16 @@ class Sizes:
     """Works out a specification for each layer.
 
     Attributes:
-        room: tokens that can be decoded before the buffers are full; less than was asked for where a layer says so.
+        headroom: tokens that can be decoded before the buffers are full; less than was asked for where a layer says so.
 
     Args:
         plan: the applied methods.
         decoder: the model's decoder.
-        room: tokens that are to be decoded.
+        headroom: tokens that are to be decoded.
     """
 
-    def __init__(self, plan: Plan, decoder: Any, room: int) -> None:
-        self.room = room
+    def __init__(self, plan: Plan, decoder: Any, headroom: int) -> None:
+        self.headroom = headroom
         self._plan, self._config, self._latents = plan, decoder.config, stores_latents(decoder)
 
     def of(self, index: int, layer: AccelLayer) -> tuple[FixedSpec, ...]:
@@ -51,10 +51,10 @@ class Sizes:
         if method is not None and method.ratio is None:
             limit = method.layer_entries(_ENDLESS, self._plan.depth(index, later=False))
         if isinstance(layer, RaggedLayer) and layer.table is not None:
-            entries = _entries(layer.mean_length(), limit) + self.room
-            return FixedSpec(_shape(layer, entries), room=self.room)
-        if count + self.room > capacity:
-            capacity = _entries(count, limit) + self.room
+            entries = _entries(layer.mean_length(), limit) + self.headroom
+            return FixedSpec(_shape(layer, entries), headroom=self.headroom)
+        if count + self.headroom > capacity:
+            capacity = _entries(count, limit) + self.headroom
         query_heads = int(self._config.num_attention_heads)
         group = None if self._latents else query_heads // kv_heads
         if isinstance(layer, SparseLayer):
@@ -66,9 +66,9 @@ class Sizes:
     def _slots(self, index: int, layer: SlotLayer, method: StepEviction) -> FixedSpec:
         count, most = layer.physical_length(), layer.capacity
         assert most is not None
-        capacity = most if most <= _SMALL else min(most, bucket(count + self.room))
+        capacity = most if most <= _SMALL else min(most, bucket(count + self.headroom))
         if capacity < most:
-            self.room = min(self.room, capacity - count)
+            self.headroom = min(self.headroom, capacity - count)
         return FixedSpec(_shape(layer, capacity), step=OverwritingStep(method, index, self._plan.layers))
 
 
