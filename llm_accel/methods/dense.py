@@ -15,5 +15,5 @@ class Dense(WholeCache):
 
     name: ClassVar[str] = "dense"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper", cuts="nothing; baseline for compiled decoding", needs_query=False, frees_memory=False
+        "control, no paper", "nothing; baseline for compiled decoding", frees_memory=False
     )

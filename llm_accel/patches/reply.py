@@ -10,6 +10,7 @@ from transformers import LogitsProcessor
 
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
+from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.kernels.gradient import without_gradient
 from llm_accel.methods import ReplyDecoding
 from llm_accel.methods.selection import real_slots
@@ -126,9 +127,7 @@ class ReplyStep:
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Attention weights of one query per row after the penalty, fp32 [B, Hq, P]."""
         softmax = softmax_of(self.kwargs, key.shape[-1])
-        logits = self._products(query, key) * softmax["scaling"]
-        if softmax["softcap"] is not None:
-            logits = torch.tanh(logits / softmax["softcap"]) * softmax["softcap"]
+        logits = soft_capped(self._products(query, key) * softmax["scaling"], softmax["softcap"])
         real = real_slots(self.layer.start, key.shape[2], key.device)[:, None]
         if self.method.penalises:
             assert self.layer.received is not None

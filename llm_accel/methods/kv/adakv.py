@@ -39,10 +39,7 @@ class AdaKV(Division):
 
     name: ClassVar[str] = "adakv"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="AdaKV, arXiv 2407.11550",
-        cuts="KV cache after the prompt, each head to its own size",
-        needs_query=True,
-        frees_memory=True,
+        "AdaKV, arXiv 2407.11550", "KV cache after the prompt, each head to its own size", needs_query=True
     )
 
     def validate(self) -> None:

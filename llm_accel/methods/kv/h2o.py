@@ -43,12 +43,7 @@ class H2O(StepEviction):
     )
 
     name: ClassVar[str] = "h2o"
-    info: ClassVar[MethodInfo] = MethodInfo(
-        paper="H2O, arXiv 2306.14048",
-        cuts="KV cache after the prompt and while decoding",
-        needs_query=False,
-        frees_memory=True,
-    )
+    info: ClassVar[MethodInfo] = MethodInfo("H2O, arXiv 2306.14048", "KV cache after the prompt and while decoding")
 
     def validate(self) -> None:
         self._settle_split()

@@ -26,10 +26,7 @@ class PyramidKV(Division):
 
     name: ClassVar[str] = "pyramidkv"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="PyramidKV, arXiv 2406.02069",
-        cuts="KV cache after the prompt, late layers most",
-        needs_query=True,
-        frees_memory=True,
+        "PyramidKV, arXiv 2406.02069", "KV cache after the prompt, late layers most", needs_query=True
     )
 
     divides: ClassVar[Literal["layers", "heads"]] = "layers"

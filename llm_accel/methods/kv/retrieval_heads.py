@@ -50,10 +50,7 @@ class RetrievalHeads(HeadMethod):
 
     name: ClassVar[str] = "retrieval_heads"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="DuoAttention, arXiv 2410.10819",
-        cuts="KV cache of the heads that do not retrieve",
-        needs_query=False,
-        frees_memory=True,
+        "DuoAttention, arXiv 2410.10819", "KV cache of the heads that do not retrieve"
     )
 
     def validate(self) -> None:

@@ -25,10 +25,7 @@ class StreamingLLM(StepEviction):
 
     name: ClassVar[str] = "streaming_llm"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="StreamingLLM, arXiv 2309.17453",
-        cuts="KV cache after the prompt and while decoding",
-        needs_query=False,
-        frees_memory=True,
+        "StreamingLLM, arXiv 2309.17453", "KV cache after the prompt and while decoding"
     )
 
     @property

@@ -68,9 +68,8 @@ class HiP(AttentionMethod):
 
     name: ClassVar[str] = "hip"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="HiP, arXiv 2406.09827; InfiniteHiP, arXiv 2502.08910",
-        cuts="keys read by attention, in the prompt and while decoding",
-        needs_query=False,
+        "HiP, arXiv 2406.09827; InfiniteHiP, arXiv 2502.08910",
+        "keys read by attention, in the prompt and while decoding",
         frees_memory=False,
     )
 

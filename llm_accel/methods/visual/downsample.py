@@ -28,11 +28,7 @@ class Downsample(SmallerImage):
 
     name: ClassVar[str] = "downsample"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper",
-        cuts="visual tokens, before the vision tower",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "control, no paper", "visual tokens, before the vision tower", kinds=("vision",)
     )
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:

@@ -57,11 +57,7 @@ class VASparse(ReplyDecoding):
 
     name: ClassVar[str] = "vasparse"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="VASparse, arXiv 2501.06553",
-        cuts="KV cache of the reply; against hallucination, not for speed",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "VASparse, arXiv 2501.06553", "KV cache of the reply; against hallucination, not for speed", kinds=("vision",)
     )
 
     @property
