@@ -13,28 +13,11 @@ from torch import Tensor
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.attention import AttentionView
-from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
+from llm_accel.methods.base import ENTRIES, LAYERS, option
 from llm_accel.methods.budget import Budgeted
 from llm_accel.methods.claims import Claim
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.selection import best_slots, per_head, total_order, without
-
-
-@dataclass(frozen=True)
-class WholeCache(MethodConfig):
-    """Role: every entry stays. What such a method decides is how large the buffers of a compiled decode are."""
-
-    capacity: int | None = option(
-        "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
-        "and longer calls: as many as needed, in buckets",
-        None,
-        most=ENTRIES,
-        least=1,
-    )
-
-    @property
-    def claims(self) -> Mapping[Claim, str]:
-        return dict.fromkeys(Claim, "is the model as it is; give it alone, or leave it out.")
 
 
 @dataclass(frozen=True)

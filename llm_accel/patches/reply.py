@@ -12,7 +12,7 @@ from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.kernels.gradient import without_gradient
-from llm_accel.methods import ReplyDecoding
+from llm_accel.methods import VASparse
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.layers import ReplyLayer
@@ -20,7 +20,7 @@ from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
-def look(session: Session, method: ReplyDecoding, kwargs: dict[str, Any]) -> None:
+def look(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
     """Notes what the running call of the decoder shows, before its layers: whether there is an image, and the embedding
     of the newest token for the second path.
 
@@ -60,7 +60,7 @@ class ReplyStep:
         kwargs: what the model passed to its attention function (scaling, softcap, learned sinks).
     """
 
-    def __init__(self, session: Session, method: ReplyDecoding, layer: ReplyLayer, kwargs: dict[str, Any]) -> None:
+    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, kwargs: dict[str, Any]) -> None:
         self.session, self.method, self.layer, self.kwargs = session, method, layer, kwargs
 
     def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class ReplyStep:
 
     def _heard(self, query: Tensor, key: Tensor) -> None:
         """Tokens of a prompt: which of them are visual, and the attention that its last queries pay."""
-        layer, rows, width = self.layer, self.session.visual.rows, self.method.observed_queries
+        layer, rows, width = self.layer, self.session.visual.rows, self.method.sink_window
         if rows is not None and rows.visual is not None:
             layer.mark(rows.visual)
         if self.method.penalises and width is not None:
@@ -148,7 +148,7 @@ class ReplyStep:
 class ContrastProcessor(LogitsProcessor):
     """Contrasts the scores of each step with the language model head on the embedding of the newest token."""
 
-    def __init__(self, session: Session, method: ReplyDecoding, head: nn.Module) -> None:
+    def __init__(self, session: Session, method: VASparse, head: nn.Module) -> None:
         self.session, self.method, self.head = session, method, head
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -80,21 +80,6 @@ class VisualInput(VisualBudget):
 
 
 @dataclass(frozen=True)
-class SmallerImage(VisualInput):
-    """Role: the vision tower sees a smaller image. Its tokens take the places of evenly spaced ones of the full image,
-    row by row, so that they keep positions of the full image."""
-
-    @abstractmethod
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of tokens of the smaller image, for one of ``rows`` x ``columns`` tokens: no more in either
-        direction, ``tokens(rows * columns)`` in all at most."""
-
-    @abstractmethod
-    def resize(self, images: Tensor, height: int, width: int) -> Tensor:
-        """Images [B, c, H, W] in a smaller size in pixels: [B, c, height, width], same dtype."""
-
-
-@dataclass(frozen=True)
 class VisualTokens(VisualInput):
     """Role: decides which visual tokens of an image reach the language model."""
 

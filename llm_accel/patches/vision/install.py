@@ -12,12 +12,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     Cut,
+    Downsample,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
-    SmallerImage,
     StepEviction,
     TowerTokens,
+    VASparse,
     VisualInput,
 )
 from llm_accel.patches.base_attention import SUPPORTED
@@ -41,7 +41,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             builds the masks of its decoder itself.
         ConfigError: a method beside it cannot work on what is left.
     """
-    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | ReplyDecoding)]
+    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | VASparse)]
     if not visual or model.config.model_type not in REFUSED:
         check_mask(model)
     if not visual:
@@ -50,7 +50,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     family = family_of(model, names)
     recurrent = _recurrent_layers(model)
     stock = {index: reason for index, reason in skipped.items() if reason != "named in skip_layers"}
-    if not any(isinstance(config, ReplyDecoding) for config in visual):
+    if not any(isinstance(config, VASparse) for config in visual):
         stock = {index: reason for index, reason in stock.items() if index not in recurrent}
     if stock:
         raise UnsupportedModelError(
@@ -80,13 +80,13 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     marking = [config for config in visual if isinstance(config, VisualInput)]
     if marking:
         check_features(model, ", ".join(config.name for config in marking))
-    looking = [config.name for config in visual if isinstance(config, TowerTokens | SmallerImage)]
+    looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample)]
     if looking and not family.declared:
         raise UnsupportedModelError(
             f"{', '.join(looking)} must know the vision tower, and {family.model_type} is {UNTESTED}. Supported: "
             f"{', '.join(FAMILIES)}; without a tower: fastv, dyvte, vasparse, random_tokens, stride_tokens."
         )
-    if any(isinstance(config, SmallerImage) for config in visual) and not family.resizable:
+    if any(isinstance(config, Downsample) for config in visual) and not family.resizable:
         known = ", ".join(name for name, one in FAMILIES.items() if one.resizable)
         raise UnsupportedModelError(
             f"{names} shows the vision tower smaller images; where their tokens stand is not declared for "
