@@ -61,7 +61,7 @@ class Eviction:
             return None  # while nothing is evicted, the output is the model's own to the bit
         softmax = softmax_of(self.kwargs, key.shape[-1])
         view = AttentionView(
-            query, key, value, layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
+            query, key, value, start=layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
         )
         step = keeper.attend_and_choose(view, layer.view())
         if step is None:

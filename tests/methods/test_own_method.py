@@ -44,7 +44,7 @@ def given_scores(scores: Tensor, budget: int, **more: Tensor) -> Given:
 
 def plain(rows: int = 1, heads: int = 1, slots: int = 6) -> PromptView:
     key = torch.ones(rows, heads, slots, 4)
-    return PromptView(key[:, :, :0], key, heads, None, 1.0, None, None, layer=0, layers=1)
+    return PromptView(key[:, :, :0], key, heads, scaling=1.0, layer=0, layers=1)
 
 
 def smallest_norms(view: PromptView, count: int) -> list[set[int]]:

@@ -95,7 +95,7 @@ class FixedSlots(FixedLayer):
         held = StepView(self.positions, self.scores)
         # all heads are here; said aloud, because the compiler takes no object from a default
         view = AttentionView(
-            query, key, value, self.start, layer=self._layer, layers=self._layers, heads=WHOLE, **softmax
+            query, key, value, start=self.start, layer=self._layer, layers=self._layers, heads=WHOLE, **softmax
         )
         step = self._keeper.attend_and_choose(view, held)
         if step is None:

@@ -40,7 +40,7 @@ class AttendingLayer(AccelLayer):
         """The method's attention, or dense attention where it leaves the call to the model, [B, T, Hq, Dv]."""
         softmax = softmax_of(kwargs, key.shape[-1])
         view = AttentionView(
-            query, key, value, self.start, **softmax, layer=self.index, layers=self.layers, heads=self.heads
+            query, key, value, start=self.start, **softmax, layer=self.index, layers=self.layers, heads=self.heads
         )
         output, self.memory = self.method.attend(view, self.memory)
         if output is None:
