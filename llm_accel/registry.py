@@ -77,7 +77,7 @@ def _parse_one(spec: str, names: Collection[str], more: Mapping[str, type[Method
         raise UnknownMethodError(unknown_name("method", name, names))
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, equals, value = (text.strip() for text in part.partition("="))
         if not equals:
             raise ConfigError(f"method {spec!r}: {part!r} is not of the form option=value.")
         if key in options:

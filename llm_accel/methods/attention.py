@@ -56,7 +56,7 @@ class FixedStep(Protocol):
     sparse_steps: int
 
     def tensors(self) -> list[Tensor]:
-        """What a graph reads and writes, beside keys and values."""
+        """What a graph reads and writes in addition to keys and values."""
 
     def take(self, memory: Memory | None, slots: int, start: Tensor | None) -> None:
         """Begins where eager decoding stopped, with ``slots`` stored and row ``b`` beginning at ``start[b]``."""

@@ -109,7 +109,7 @@ class ScoreAndKeep(Budgeted):
         kept = self.allocate(total_order(score, view.valid, forced, tie_break), view)
         # one layer tells, so that the device is waited for only once; a graph cannot wait
         if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
-            self._check_room(kept, forced, view)
+            self._check_budget(kept, forced, view)
         return kept
 
     def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
@@ -132,13 +132,13 @@ class ScoreAndKeep(Budgeted):
                 f"entries], or {shape}, [batch, KV heads, entries]."
             )
 
-    def _check_room(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
+    def _check_budget(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
         lost = without(kept, forced, view.valid)
         if bool(lost.any()):
             row = int(lost.long().argmax())
             raise ConfigError(
-                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than there is room "
-                f"for in row {row}: its `reserved` is {self.reserved} and must count them all; raise the budget."
+                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than the "
+                f"budget of row {row}: `reserved` is {self.reserved} and must count them all; raise the budget."
             )
 
 
@@ -215,12 +215,12 @@ class StepEviction(ScoreAndKeep):
     @property
     def hides(self) -> bool:
         """Whether entries are only hidden from later tokens and all stay stored: a simulation that frees no memory.
-        Such a method is asked to ``select`` what the next token sees beside itself, after each step."""
+        Such a method is asked to ``select`` what the next token attends to besides itself, after each step."""
         return False
 
     @property
     def vacancies(self) -> int:
-        """Slots beyond the budget: 1 where the new token is seen beside a full budget and evicts afterwards."""
+        """Slots beyond the budget: 1 where the new token joins a full budget and an entry is evicted afterwards."""
         return 0
 
     @property

@@ -89,7 +89,7 @@ def test_negative_scores_ties_and_what_always_stays() -> None:
 
 def test_more_that_always_stays_than_the_budget_holds_is_refused() -> None:
     mine = given_scores(torch.zeros(1, 1, 6), 2, stay=torch.arange(6)[None] > 2)
-    with pytest.raises(ConfigError, match=r"always keeps 3 entries, more than there is room for.*`reserved` is 0"):
+    with pytest.raises(ConfigError, match=r"always keeps 3 entries, more than the budget of row 0: `reserved` is 0"):
         mine.select(plain())
 
 

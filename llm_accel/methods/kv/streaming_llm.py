@@ -19,7 +19,7 @@ class StreamingLLM(StepEviction):
 
     sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES, least=0)
     positions: Literal["original", "cache"] = option(
-        "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
+        "original: entries keep their positions; cache: positions are counted in the cache, for endless streams",
         "original",
     )
 

@@ -28,7 +28,7 @@ class VisionFamily:
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
         resizable: whether the tower takes images of other sizes than that of its position embeddings.
         axes: of a position in the language model.
-        declared: whether somebody has looked at the family; else only what needs no tower is possible.
+        declared: whether the family is declared here; otherwise only methods that need no tower work.
     """
 
     model_type: str

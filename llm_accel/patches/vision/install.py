@@ -39,7 +39,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     Raises:
         UnsupportedModelError: the model has no visual tokens, or none that can be taken out; or, for any method, it
             builds the masks of its decoder itself.
-        ConfigError: a method beside it cannot work on what is left.
+        ConfigError: a method applied with it cannot work on what is left.
     """
     visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | VASparse)]
     if not visual or model.config.model_type not in REFUSED:
@@ -63,7 +63,9 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             f"{stepwise.spec()} gives tokens new positions, {names} keeps them; use positions='original'."
         )
     if stepwise is not None and trace:
-        raise ConfigError(f"trace=True knows no positions for {stepwise.spec()} beside {names}; leave it out.")
+        raise ConfigError(
+            f"trace=True cannot record positions of {stepwise.spec()} together with {names}; leave it out."
+        )
     cutting: list[LayerCut | VisualInput] = [config for config in visual if isinstance(config, LayerCut)]
     cutting += [config for config in visual if isinstance(config, VisualInput)]
     if cutting:
@@ -96,14 +98,14 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
         towers = [attribute(model.base_model, path) for path in family.towers]
         if any(splits_heads(model, tower) for tower in towers):
             raise UnsupportedModelError(
-                f"{names} looks at all heads of the vision tower, which the plan for tensor parallelism of "
+                f"{names} needs all heads of the vision tower, which the plan for tensor parallelism of "
                 f"{family.model_type} spreads over processes; give a plan that leaves the tower whole."
             )
         bases = [_tower_base(tower) for tower in towers]
         base = next((base for base in bases if base not in SUPPORTED), None)
         if base is not None:
             raise UnsupportedModelError(
-                f"{names} looks into the vision tower, which runs attn_implementation={base!r}; supported: "
+                f"{names} reads the vision tower, which runs attn_implementation={base!r}; supported: "
                 f"{', '.join(SUPPORTED)}."
             )
     backends = {"exit": cut.origin} if cut and cut.origin else {}
