@@ -1,4 +1,4 @@
-"""The heads of a layer that this process holds under tensor parallelism, and exchange with those that hold the others."""
+"""The heads of a layer that this process holds under tensor parallelism, and exchange with the other processes."""
 
 from __future__ import annotations
 
