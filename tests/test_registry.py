@@ -180,9 +180,11 @@ def test_configure_takes_names_and_configurations():
     assert configure(SnapKV(budget=64), {}) == SnapKV(budget=64)
 
 
-def test_configure_refuses_options_beside_a_configuration():
-    with pytest.raises(ConfigError, match=r"\['budget'\].*snapkv:budget=64"):
-        configure(SnapKV(budget=64), {"budget": 32})
+@pytest.mark.parametrize("method", [SnapKV(budget=64), "snapkv:budget=64"])
+def test_options_in_two_places_are_refused(method: Any):
+    assert configure(method, {}) == SnapKV(budget=64)
+    with pytest.raises(ConfigError, match=r"budget=32: 'snapkv:budget=64' has options of its own.*SnapKV\(budget=32\)"):
+        configure(method, {"budget": 32})
 
 
 @pytest.mark.parametrize("method", [None, 3, SnapKV, ["snapkv"]])

@@ -10,7 +10,6 @@ from llm_accel.methods.claims import Claim as Claim
 from llm_accel.methods.kv.head_profile import HeadProfile as HeadProfile
 from llm_accel.methods.kv.head_profile import load_profile as load_profile
 from llm_accel.methods.kv.head_roles import HeadMask as HeadMask
-from llm_accel.methods.kv.head_roles import HeadMethod as HeadMethod
 from llm_accel.methods.kv.head_roles import HeadSplit as HeadSplit
 from llm_accel.methods.kv.head_roles import ModelHeads as ModelHeads
 from llm_accel.methods.prompt_view import Depth as Depth
@@ -19,7 +18,6 @@ from llm_accel.methods.roles import PromptCompression as PromptCompression
 from llm_accel.methods.roles import ScoreAndKeep as ScoreAndKeep
 from llm_accel.methods.roles import StepEviction as StepEviction
 from llm_accel.methods.roles import StepView as StepView
-from llm_accel.methods.roles import WholeCache as WholeCache
 from llm_accel.methods.shard import WHOLE as WHOLE
 from llm_accel.methods.shard import HeadShard as HeadShard
 from llm_accel.methods.visual.base import Cut as Cut
@@ -27,12 +25,10 @@ from llm_accel.methods.visual.base import CutModel as CutModel
 from llm_accel.methods.visual.base import CutView as CutView
 from llm_accel.methods.visual.base import LastQuery as LastQuery
 from llm_accel.methods.visual.base import LayerCut as LayerCut
-from llm_accel.methods.visual.base import SmallerImage as SmallerImage
 from llm_accel.methods.visual.base import VisualInput as VisualInput
 from llm_accel.methods.visual.base import VisualTokens as VisualTokens
 from llm_accel.methods.visual.exit_profile import ExitProfile as ExitProfile
 from llm_accel.methods.visual.exit_profile import load_exit_profile as load_exit_profile
-from llm_accel.methods.visual.reply import ReplyDecoding as ReplyDecoding
 from llm_accel.methods.visual.routers import Routers as Routers
 from llm_accel.methods.visual.routers import load_routers as load_routers
 from llm_accel.methods.visual.tower import TowerCut as TowerCut

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
@@ -13,46 +13,27 @@ from torch import Tensor
 from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig
 from llm_accel.methods.claims import Claim
-from llm_accel.methods.shard import WHOLE, HeadShard
+from llm_accel.methods.layer_view import LayerView
 
 
 @dataclass(frozen=True)
-class AttentionView:
-    """One attention call of one layer. Slots are right-aligned: row ``b`` holds real entries in ``[start[b], S)``.
+class AttentionView(LayerView):
+    """One attention call of one layer.
 
     Attributes:
-        query: the newest T queries, post-RoPE, [B, Hq, T, D]; row ``i`` belongs to slot ``S - T + i``.
-        key: all keys as attention sees them, post-RoPE, [B, H, S, D].
         value: [B, H, S, Dv].
-        start: first real slot of each row, int64 [B]; None when no row is padded.
-        scaling: softmax scale.
-        softcap: logit soft cap, or None.
-        sinks: learned sink logits per query head [Hq], or None.
         layer: index of the layer.
         layers: number of layers of the model.
-        heads: what the heads here say to those in other processes, and hear from them.
     """
 
-    query: Tensor
-    key: Tensor
     value: Tensor
-    start: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    layer: int
-    layers: int
-    heads: HeadShard = WHOLE
+    layer: int = field(kw_only=True)
+    layers: int = field(kw_only=True)
 
     @property
     def queries(self) -> int:
         """New queries T."""
         return self.query.shape[2]
-
-    @property
-    def slots(self) -> int:
-        """Stored slots S, padding included."""
-        return self.key.shape[2]
 
 
 class Memory(Protocol):
@@ -75,7 +56,7 @@ class FixedStep(Protocol):
     sparse_steps: int
 
     def tensors(self) -> list[Tensor]:
-        """What a graph reads and writes, beside keys and values."""
+        """What a graph reads and writes in addition to keys and values."""
 
     def take(self, memory: Memory | None, slots: int, start: Tensor | None) -> None:
         """Begins where eager decoding stopped, with ``slots`` stored and row ``b`` beginning at ``start[b]``."""

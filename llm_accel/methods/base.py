@@ -52,8 +52,8 @@ class MethodInfo:
 
     paper: str
     cuts: str
-    needs_query: bool
-    frees_memory: bool
+    needs_query: bool = False
+    frees_memory: bool = True
     kinds: tuple[str, ...] = ("text", "vision")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llm_accel.methods.shard import WHOLE, HeadShard
+from llm_accel.methods.layer_view import LayerView
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,12 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class PromptView:
-    """What a method sees of one layer once the prompt is complete. Slots are right-aligned: row ``b`` holds real
-    entries in ``[start[b], S)``, oldest first; everything left of ``start[b]`` is padding.
+class PromptView(LayerView):
+    """What a method sees of one layer once the prompt is complete; ``query`` holds the queries that it asked for.
 
     Attributes:
-        query: the last observed queries, post-RoPE, [B, Hq, W, D]; row ``i`` belongs to slot ``S - W + i``.
-        key: all keys as attention sees them, post-RoPE, [B, H, S, D]; H is Hk, or Hq where the model expands latents.
-        kv_heads: heads that the cache stores and that decide on their own (1 for latent caches).
-        start: first real slot of each row, int64 [B]; None when no row is padded. [B, kv_heads] where earlier
-            evictions left the heads of a row with different numbers of entries.
-        scaling: softmax scale.
-        softcap: logit soft cap, or None.
-        sinks: learned sink logits per query head [Hq], or None.
+        kv_heads: heads that the cache stores and that decide on their own (1 for latent caches). ``start`` is
+            [B, kv_heads] where earlier evictions left the heads of a row with different numbers of entries.
         layer: index of the layer.
         layers: number of layers of the model.
         protected: slots that must stay, bool [B, S], or None.
@@ -47,30 +40,17 @@ class PromptView:
         slack: entries above its budget from which on a row is cut; rows with fewer keep all they have.
         seen: tokens that each row has seen, int64 [B or 1]; None where none of them was evicted before.
         entries: entries that each row may keep, int64 [B], where the prompt has fixed that; None: the method's own.
-        heads: what the heads here say to those in other processes, and hear from them.
     """
 
-    query: Tensor
-    key: Tensor
     kv_heads: int
-    start: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    layer: int
-    layers: int
+    layer: int = field(kw_only=True)
+    layers: int = field(kw_only=True)
     protected: Tensor | None = None
     scores: Tensor | None = None
     depth: Depth = Depth()
     slack: int = 1
     seen: Tensor | None = None
     entries: Tensor | None = None
-    heads: HeadShard = WHOLE
-
-    @property
-    def slots(self) -> int:
-        """Stored slots S, padding included."""
-        return self.key.shape[2]
 
     @property
     def lengths(self) -> Tensor:

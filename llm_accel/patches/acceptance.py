@@ -12,12 +12,12 @@ from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     AttentionMethod,
-    HeadMethod,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
+    RetrievalHeads,
     ScoreAndKeep,
     StepEviction,
+    VASparse,
     VisualInput,
 )
 from llm_accel.patches.rotary import why_no_rotary
@@ -109,9 +109,9 @@ def check_readers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
     for config in configs if wiring.readers else ():
         if isinstance(config, LayerCut) or (isinstance(config, VisualInput) and config.always_cuts):
             why = "tokens that leave after one layer would still be among the entries that later layers read"
-        elif isinstance(config, HeadMethod) and splits:
+        elif isinstance(config, RetrievalHeads) and splits:
             why = "the heads of those layers would lose what streaming heads of others drop"
-        elif isinstance(config, ReplyDecoding) and config.attends:
+        elif isinstance(config, VASparse) and config.attends:
             why = "it weighs entries by the attention of the layer that keeps them"
         else:
             continue
@@ -127,7 +127,7 @@ def check_derived(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
     is stored; a layer with a single KV head has nothing to share out and is read as it is."""
     several = sorted(layer for layer, heads in wiring.derived.items() if heads > 1)
     for config in configs if several else ():
-        if (isinstance(config, HeadMethod) and splits) or (isinstance(config, ScoreAndKeep) and config.page_size):
+        if (isinstance(config, RetrievalHeads) and splits) or (isinstance(config, ScoreAndKeep) and config.page_size):
             raise UnsupportedModelError(
                 f"{config.spec()} does not work on {decoder.config.model_type}: heads that keep different entries are "
                 f"read from their stores directly, and layers {several} attend to what they compute from their "

@@ -59,7 +59,7 @@ class Eviction:
             return None  # while nothing is evicted, the output is the model's own to the bit
         softmax = self.attention.softmax(key.shape[-1])
         view = AttentionView(
-            query, key, value, layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
+            query, key, value, start=layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
         )
         step = keeper.attend_and_choose(view, step_view(layer))
         if step is None:

@@ -22,17 +22,17 @@ from llm_accel.methods import (
     AttentionMethod,
     Claim,
     Cut,
+    Dense,
     Depth,
     HeadMask,
     HeadShard,
     HeadSplit,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
     ScoreAndKeep,
     StepEviction,
+    VASparse,
     VisualInput,
-    WholeCache,
 )
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.steps import SparseAttention
@@ -89,7 +89,7 @@ class Plan:
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
-    reply: ReplyDecoding | None = field(init=False, compare=False)
+    reply: VASparse | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class Plan:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "keeper", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
-        object.__setattr__(self, "reply", _first(self.configs, ReplyDecoding))
+        object.__setattr__(self, "reply", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
@@ -126,9 +126,9 @@ class Plan:
         return isinstance(self.keeper, StepEviction) and self.keeper.hides
 
     @property
-    def whole(self) -> WholeCache | None:
+    def whole(self) -> Dense | None:
         """The method that keeps everything, or None."""
-        return _first(self.configs, WholeCache)
+        return _first(self.configs, Dense)
 
     @property
     def capacity(self) -> int:

@@ -12,14 +12,15 @@ from llm_accel.cache import ReplyLayer
 from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
+from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.kernels.gradient import without_gradient
-from llm_accel.methods import ReplyDecoding
+from llm_accel.methods import VASparse
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
-def look(session: Session, method: ReplyDecoding, kwargs: dict[str, Any]) -> None:
+def look(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
     """Notes what the running call of the decoder shows, before its layers: whether there is an image, and the embedding
     of the newest token for the second path.
 
@@ -59,7 +60,7 @@ class ReplyStep:
         attention: what the model would have computed.
     """
 
-    def __init__(self, session: Session, method: ReplyDecoding, layer: ReplyLayer, attention: Attention) -> None:
+    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, attention: Attention) -> None:
         self.session, self.method, self.layer, self.attention = session, method, layer, attention
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class ReplyStep:
 
     def _heard(self, query: Tensor, key: Tensor) -> None:
         """Tokens of a prompt: which of them are visual, and the attention that its last queries pay."""
-        layer, rows, width = self.layer, self.session.visual.rows, self.method.observed_queries
+        layer, rows, width = self.layer, self.session.visual.rows, self.method.sink_window
         if rows is not None and rows.visual is not None:
             layer.mark(rows.visual)
         if self.method.penalises and width is not None:
@@ -126,9 +127,7 @@ class ReplyStep:
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Attention weights of one query per row after the penalty, fp32 [B, Hq, P]."""
         softmax = self.attention.softmax(key.shape[-1])
-        logits = self._products(query, key) * softmax["scaling"]
-        if softmax["softcap"] is not None:
-            logits = torch.tanh(logits / softmax["softcap"]) * softmax["softcap"]
+        logits = soft_capped(self._products(query, key) * softmax["scaling"], softmax["softcap"])
         real = real_slots(self.layer.start, key.shape[2], key.device)[:, None]
         if self.method.penalises:
             assert self.layer.received is not None
@@ -149,7 +148,7 @@ class ReplyStep:
 class ContrastProcessor(LogitsProcessor):
     """Contrasts the scores of each step with the language model head on the embedding of the newest token."""
 
-    def __init__(self, session: Session, method: ReplyDecoding, head: nn.Module) -> None:
+    def __init__(self, session: Session, method: VASparse, head: nn.Module) -> None:
         self.session, self.method, self.head = session, method, head
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

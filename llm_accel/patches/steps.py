@@ -41,7 +41,9 @@ class OverwritingStep:
         """Output, scores and victims of one step: in one operation, or attention first and what follows from it."""
         softmax = attention.softmax(key.shape[-1])
         # all heads are here; said aloud, because the compiler takes no object from a default
-        view = AttentionView(query, key, value, start, layer=self.layer, layers=self.layers, heads=WHOLE, **softmax)
+        view = AttentionView(
+            query, key, value, start=start, layer=self.layer, layers=self.layers, heads=WHOLE, **softmax
+        )
         step = self.method.attend_and_choose(view, StepView(positions, scores))
         if step is not None:
             return step
@@ -69,7 +71,7 @@ class SparseAttention:
         """Output [B, T, Hq, Dv], or None where dense attention is to be computed, and the memory for the next call."""
         softmax = attention.softmax(key.shape[-1])
         view = AttentionView(
-            query, key, value, start, **softmax, layer=self.layer, layers=self.layers, heads=self.heads
+            query, key, value, start=start, **softmax, layer=self.layer, layers=self.layers, heads=self.heads
         )
         return self.method.attend(view, memory)
 

@@ -115,7 +115,7 @@ def test_without_finds_rows_that_lost_an_entry() -> None:
 
 
 def test_ranks_and_lengths_count_from_the_first_real_slot() -> None:
-    view = PromptView(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 3, 4), 2, None, 1.0, None, None, layer=0, layers=1)
+    view = PromptView(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 3, 4), 2, scaling=1.0, layer=0, layers=1)
     assert view.cache_positions.tolist() == [[0, 1, 2]]
     assert view.lengths.tolist() == [3, 3]
     rows = replace(view, start=torch.tensor([0, 2]))

@@ -25,12 +25,15 @@ class AdaKV(Division):
     ``alpha=1`` leaves nothing to compete for and is the base."""
 
     alpha: float = option(
-        "share of the budget that each head has for sure, beside what is always kept, in [0, 1]", 0.2, share="[0, 1]"
+        "fraction of the budget that every head is guaranteed, not counting what is always kept, in [0, 1]",
+        0.2,
+        share="[0, 1]",
     )
     rule: Literal["floor", "blend"] = option(
-        "floor: a sure share, the rest to the highest votes of all heads; blend: the published mix of both", "floor"
+        "floor: a guaranteed share, the rest to the highest scores of all heads; blend: the published mix of both",
+        "floor",
     )
-    normalize: bool = option("compare the share of a head's own votes rather than the votes", False)
+    normalize: bool = option("normalize the scores of each head before heads are compared", False)
     beta: int = option("steepness of base=pyramidkv", 20, most=10_000, least=1)
     page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096, least=1)
 
@@ -39,10 +42,7 @@ class AdaKV(Division):
 
     name: ClassVar[str] = "adakv"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="AdaKV, arXiv 2407.11550",
-        cuts="KV cache after the prompt, each head to its own size",
-        needs_query=True,
-        frees_memory=True,
+        "AdaKV, arXiv 2407.11550", "KV cache after the prompt, each head to its own size", needs_query=True
     )
 
     def validate(self) -> None:

@@ -43,12 +43,7 @@ class H2O(StepEviction):
     )
 
     name: ClassVar[str] = "h2o"
-    info: ClassVar[MethodInfo] = MethodInfo(
-        paper="H2O, arXiv 2306.14048",
-        cuts="KV cache after the prompt and while decoding",
-        needs_query=False,
-        frees_memory=True,
-    )
+    info: ClassVar[MethodInfo] = MethodInfo("H2O, arXiv 2306.14048", "KV cache after the prompt and while decoding")
 
     def validate(self) -> None:
         self._settle_split()
@@ -127,8 +122,8 @@ class H2O(StepEviction):
         return self._shown(view) if self.hides else super().select(view)
 
     def _shown(self, view: PromptView) -> Tensor:
-        """What the next token sees beside itself in the simulation: it counts among the recent entries, and the one
-        that it pushes out of them is no candidate for this one step."""
+        """What the next token attends to besides itself in the simulation: it counts as a recent entry, and the one
+        that it displaces from the recent window is not a candidate in this step."""
         position, lengths = view.cache_positions, view.lengths + 1
         counts = self.entries_per_row(lengths) if view.entries is None else torch.minimum(lengths, view.entries)
         oldest_recent = (lengths - self.recent_of(counts))[:, None]

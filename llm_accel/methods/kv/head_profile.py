@@ -12,7 +12,9 @@ from typing import Any
 from llm_accel.errors import ConfigError
 
 RETRIEVES = 0.1  # copy-paste score from which a head counts as a retrieval head (arXiv 2404.15574)
-ECHO_SHARE = 1 / 15  # of the heads kept by the data-free detector: 1 % by echo beside 14 % by induction (2407.15891)
+ECHO_SHARE = (
+    1 / 15
+)  # of the heads kept by the data-free detector: 1 % by echo in addition to 14 % by induction (2407.15891)
 
 Head = tuple[int, int]
 Scores = tuple[tuple[float, ...], ...]
@@ -28,7 +30,7 @@ class HeadProfile:
         q_head_scores: [L, Hq].
         kv_head_scores: [L, Hk]; the maximum over the query heads of a KV head, or the gates themselves.
         echo_scores: [L, Hk], mass on the same token in earlier segments; from the data-free detector only.
-        circuit: (layer, query head) that answering rests on; None where nobody looked.
+        circuit: (layer, query head) that answers depend on; None where it was not measured.
         n_instances: samples that the scores are the mean of.
         seed: seed of those samples.
         config_hash, weights_hash: fingerprints of the model; empty where unknown.

@@ -1,15 +1,11 @@
-"""Roles of methods that treat the heads of a model differently; the patches know these, never a method by name."""
+"""What becomes of single heads of a model: some keep everything while others stream, or some are masked."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_accel.methods.base import LAYERS, MethodConfig, option
-from llm_accel.methods.claims import Claim
-from llm_accel.methods.kv.head_profile import Head, HeadProfile
+from llm_accel.methods.kv.head_profile import Head
 from llm_accel.methods.roles import PromptCompression, StepEviction
 
 PerLayer = tuple[tuple[int, ...], ...]
@@ -32,7 +28,7 @@ class ModelHeads:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Role: in each layer some KV heads keep everything (or what ``full_compression`` keeps), the others a stream.
+    """In each layer some KV heads keep everything (or what ``full_compression`` keeps), the others a stream.
 
     Attributes:
         full: per layer the KV heads that keep everything, ascending.
@@ -53,7 +49,7 @@ class HeadSplit:
 
 @dataclass(frozen=True)
 class HeadMask:
-    """Role: takes query heads out of the computation, without touching the cache.
+    """Takes query heads out of the computation, without touching the cache.
 
     Attributes:
         heads: per layer the masked query heads, ascending.
@@ -67,34 +63,6 @@ class HeadMask:
     phase: Literal["decode", "all"]
     sinks: int
     recent: int
-
-
-@dataclass(frozen=True)
-class HeadMethod(MethodConfig):
-    """A method that plays one of the two roles. A profile is asked for only where ``needs_profile`` says so."""
-
-    heads: str | None = option(
-        "heads.json of `llm-accel heads` or a DuoAttention pattern; None: the bundled model's own profile", None
-    )
-    skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", (), most=LAYERS)
-
-    @property
-    def claims(self) -> Mapping[Claim, str]:
-        alone = "cannot be combined with {other}; for SnapKV on the heads that keep everything give full_budget."
-        return dict.fromkeys(Claim, alone)
-
-    @property
-    @abstractmethod
-    def needs_profile(self) -> bool:
-        """Whether scores decide about heads."""
-
-    @abstractmethod
-    def split(self, model: ModelHeads, profile: HeadProfile | None) -> HeadSplit | None:
-        """How the KV heads are split, or None."""
-
-    @abstractmethod
-    def mask(self, model: ModelHeads, profile: HeadProfile | None) -> HeadMask | None:
-        """Which query heads are masked, or None."""
 
 
 def per_layer(heads: list[Head], layers: int) -> PerLayer:

@@ -18,7 +18,7 @@ class PyramidKV(Division):
     """Early layers, whose attention is broad, keep more entries and late ones fewer: the budget is their average."""
 
     beta: int = option(
-        "steepness: the last layer keeps 1/beta of the average beside the window; 1 is uniform",
+        "steepness: the last layer keeps 1/beta of the average, not counting the window; 1 is uniform",
         20,
         most=10_000,
         least=1,
@@ -26,10 +26,7 @@ class PyramidKV(Division):
 
     name: ClassVar[str] = "pyramidkv"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="PyramidKV, arXiv 2406.02069",
-        cuts="KV cache after the prompt, late layers most",
-        needs_query=True,
-        frees_memory=True,
+        "PyramidKV, arXiv 2406.02069", "KV cache after the prompt, late layers most", needs_query=True
     )
 
     divides: ClassVar[Literal["layers", "heads"]] = "layers"
@@ -45,15 +42,15 @@ class PyramidKV(Division):
 def pyramid_entries(lengths: Tensor, average: Tensor, window: int, beta: int, depth: Depth) -> Tensor:
     """Entries per KV head that one layer keeps, so that all layers together keep ``layers * average`` exactly.
 
-    Beside the window the budgets lie on a line from the first layer to the last, rounded down; what rounding leaves
+    Without the window, the budgets lie on a line from the first layer to the last, rounded down; what rounding leaves
     over goes one by one to the first layers. No layer keeps more than there is, none more than a layer before it. Rows
-    shorter than twice the average beside the window keep the average everywhere, as in the published code.
+    shorter than twice the average without the window keep the average everywhere, as in the published code.
 
     Args:
         lengths: real tokens of each row, int64 [B].
         average: entries per KV head of each row, averaged over the layers, window included, int64 [B].
         window: entries that every layer keeps whatever their scores.
-        beta: the last layer keeps ``1 / beta`` of the average beside the window.
+        beta: the last layer keeps ``1 / beta`` of the average without the window.
         depth: the layer. A ``later`` one is cut to the line of a prompt without end, whatever it has stored.
 
     Returns:

@@ -21,9 +21,7 @@ class RandomKV(PromptCompression):
     seed: int = option("seed of the draw; the same seed keeps the same positions", 0)
 
     name: ClassVar[str] = "random"
-    info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper", cuts="KV cache after the prompt", needs_query=False, frees_memory=True
-    )
+    info: ClassVar[MethodInfo] = MethodInfo("control, no paper", "KV cache after the prompt")
 
     @property
     def reserved(self) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.base import ENTRIES, LAYERS, MethodInfo, option
+from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, MethodInfo, option
+from llm_accel.methods.claims import Claim
 from llm_accel.methods.kv.head_profile import Head, HeadProfile
-from llm_accel.methods.kv.head_roles import HeadMask, HeadMethod, HeadSplit, ModelHeads, per_layer
+from llm_accel.methods.kv.head_roles import HeadMask, HeadSplit, ModelHeads, per_layer
 from llm_accel.methods.kv.snapkv import SnapKV
 from llm_accel.methods.kv.streaming_llm import StreamingLLM
 
@@ -19,10 +21,14 @@ _HEAD = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
-class RetrievalHeads(HeadMethod):
+class RetrievalHeads(MethodConfig):
     """Per layer and KV head either everything is kept or sinks and a window. As a test of cause and effect, mode "mask"
     takes query heads out instead and frees nothing."""
 
+    heads: str | None = option(
+        "heads.json of `llm-accel heads` or a DuoAttention pattern; None: the bundled model's own profile", None
+    )
+    skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", (), most=LAYERS)
     mode: Literal["stream", "mask"] = option(
         "stream: non-retrieval heads keep sinks and window; mask: ablation", "stream"
     )
@@ -50,10 +56,7 @@ class RetrievalHeads(HeadMethod):
 
     name: ClassVar[str] = "retrieval_heads"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="DuoAttention, arXiv 2410.10819",
-        cuts="KV cache of the heads that do not retrieve",
-        needs_query=False,
-        frees_memory=True,
+        "DuoAttention, arXiv 2410.10819", "KV cache of the heads that do not retrieve"
     )
 
     def validate(self) -> None:
@@ -75,12 +78,19 @@ class RetrievalHeads(HeadMethod):
             raise ConfigError(f"{self.name}: {', '.join(wrong)} belong to mode={other}, not to mode={self.mode}.")
 
     @property
+    def claims(self) -> Mapping[Claim, str]:
+        alone = "cannot be combined with {other}; for SnapKV on the heads that keep everything give full_budget."
+        return dict.fromkeys(Claim, alone)
+
+    @property
     def needs_profile(self) -> bool:
+        """Whether scores decide about heads."""
         if self.head_list:
             return False
         return self.full not in (0.0, 1.0) if self.mode == "stream" else self.k != 0
 
     def split(self, model: ModelHeads, profile: HeadProfile | None) -> HeadSplit | None:
+        """How the KV heads are split, or None."""
         if self.mode != "stream":
             return None
         if self.head_list:
@@ -100,6 +110,7 @@ class RetrievalHeads(HeadMethod):
         )
 
     def mask(self, model: ModelHeads, profile: HeadProfile | None) -> HeadMask | None:
+        """Which query heads are masked, or None."""
         if self.mode != "mask":
             return None
         if self.head_list:

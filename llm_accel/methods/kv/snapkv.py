@@ -41,9 +41,7 @@ class SnapKV(SnapKVOptions):
     """Keeps the observation window and the entries that its queries attend to most, per KV head."""
 
     name: ClassVar[str] = "snapkv"
-    info: ClassVar[MethodInfo] = MethodInfo(
-        paper="SnapKV, arXiv 2404.14469", cuts="KV cache after the prompt", needs_query=True, frees_memory=True
-    )
+    info: ClassVar[MethodInfo] = MethodInfo("SnapKV, arXiv 2404.14469", "KV cache after the prompt", needs_query=True)
 
     def validate(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:

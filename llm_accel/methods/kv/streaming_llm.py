@@ -19,16 +19,13 @@ class StreamingLLM(StepEviction):
 
     sinks: int = option("first real tokens of the prompt, always kept", 4, most=ENTRIES, least=0)
     positions: Literal["original", "cache"] = option(
-        "original: entries keep their positions; cache: positions are ranks in the cache, for streams without end",
+        "original: entries keep their positions; cache: positions are counted in the cache, for endless streams",
         "original",
     )
 
     name: ClassVar[str] = "streaming_llm"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="StreamingLLM, arXiv 2309.17453",
-        cuts="KV cache after the prompt and while decoding",
-        needs_query=False,
-        frees_memory=True,
+        "StreamingLLM, arXiv 2309.17453", "KV cache after the prompt and while decoding"
     )
 
     @property

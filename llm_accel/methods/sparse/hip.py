@@ -40,7 +40,9 @@ class HiP(AttentionMethod):
 
     sink: int = option("first tokens that every query sees, rounded up to whole blocks", 256, most=ENTRIES, least=0)
     window: int = option("recent tokens that every query sees", 1024, most=ENTRIES)
-    budget: int = option("tokens chosen beside sink and window, for each query block and KV head", 2048, most=ENTRIES)
+    budget: int = option(
+        "tokens chosen in addition to sink and window, per query block and KV head", 2048, most=ENTRIES
+    )
     budget_edge: int | None = option("budget of the edge layers; None: twice the budget", None, most=ENTRIES)
     edge_layers: tuple[int, ...] = option(
         "layers with the edge budget; below 0 counted from the last", (0, 1, 2, -1), most=LAYERS
@@ -68,9 +70,8 @@ class HiP(AttentionMethod):
 
     name: ClassVar[str] = "hip"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="HiP, arXiv 2406.09827; InfiniteHiP, arXiv 2502.08910",
-        cuts="keys read by attention, in the prompt and while decoding",
-        needs_query=False,
+        "HiP, arXiv 2406.09827; InfiniteHiP, arXiv 2502.08910",
+        "keys read by attention, in the prompt and while decoding",
         frees_memory=False,
     )
 
@@ -218,7 +219,7 @@ def resolved(indices: tuple[int, ...], layers: int) -> set[int]:
 
 
 def opened(blocks: BlockList, rows: Tensor) -> BlockList:
-    """The lists with everything visible in ``rows``, bool [B]: prompts too short to gain, beside longer ones."""
+    """The lists with everything visible in ``rows``, bool [B], whose prompts are too short to gain from sparsity."""
     whole = rows[:, None, None].to(blocks.idx.device)
     return BlockList(
         blocks.block_q,

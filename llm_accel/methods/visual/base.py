@@ -15,8 +15,8 @@ from torch import Tensor
 from llm_accel.methods.base import ENTRIES, MethodConfig, option
 from llm_accel.methods.budget import fraction
 from llm_accel.methods.claims import Claim
+from llm_accel.methods.layer_view import LayerView
 from llm_accel.methods.selection import top_tokens
-from llm_accel.methods.shard import WHOLE, HeadShard
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,6 @@ class VisualInput(VisualBudget):
 
 
 @dataclass(frozen=True)
-class SmallerImage(VisualInput):
-    """Role: the vision tower sees a smaller image. Its tokens take the places of evenly spaced ones of the full image,
-    row by row, so that they keep positions of the full image."""
-
-    @abstractmethod
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of tokens of the smaller image, for one of ``rows`` x ``columns`` tokens: no more in either
-        direction, ``tokens(rows * columns)`` in all at most."""
-
-    @abstractmethod
-    def resize(self, images: Tensor, height: int, width: int) -> Tensor:
-        """Images [B, c, H, W] in a smaller size in pixels: [B, c, height, width], same dtype."""
-
-
-@dataclass(frozen=True)
 class VisualTokens(VisualInput):
     """Role: decides which visual tokens of an image reach the language model."""
 
@@ -152,27 +137,16 @@ class CutView:
 
 
 @dataclass(frozen=True)
-class LastQuery:
-    """What the last query of a prompt meets in one decoder layer.
+class LastQuery(LayerView):
+    """What the last query of a prompt meets in one decoder layer; ``query`` is [B, Hq, 1, D].
 
     Attributes:
-        query: [B, Hq, 1, D], post-RoPE.
-        key, value: [B, H, S, D] as attention sees them; the last entry is the query's own.
-        start: first real entry of each row, int64 [B], or None.
+        value: [B, H, S, Dv]; the last entry is the query's own.
         visual: bool [B, S], entries that are visual tokens of the running call.
-        scaling, softcap, sinks: of the layer's softmax.
-        heads: what the heads here say to those in other processes, and hear from them.
     """
 
-    query: Tensor
-    key: Tensor
     value: Tensor
-    start: Tensor | None
     visual: Tensor
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    heads: HeadShard = WHOLE
 
 
 @dataclass(frozen=True)

@@ -19,28 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.methods.base import MethodInfo
-from llm_accel.methods.visual.base import SmallerImage
+from llm_accel.methods.visual.base import VisualInput
 
 
 @dataclass(frozen=True)
-class Downsample(SmallerImage):
-    """Makes the image smaller until it has no more tokens than the budget."""
+class Downsample(VisualInput):
+    """Makes the image smaller until it has no more tokens than the budget. Its tokens take the places of evenly spaced
+    ones of the full image, row by row, so that they keep positions of the full image."""
 
     name: ClassVar[str] = "downsample"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper",
-        cuts="visual tokens, before the vision tower",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "control, no paper", "visual tokens, before the vision tower", kinds=("vision",)
     )
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of tokens of the smaller image, for one of ``rows`` x ``columns`` tokens."""
         kept = self.tokens(rows * columns)
         width = min(max(1, isqrt(kept * columns // rows)), kept)
         height = min(max(1, isqrt(kept * rows // columns)), kept // width)
         return height, min(width, kept // height)
 
     def resize(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Images [B, c, H, W] in a smaller size in pixels: [B, c, height, width], same dtype."""
         smaller = F.interpolate(images.float(), (height, width), mode="bicubic", antialias=True, align_corners=False)
         return smaller.to(images.dtype)

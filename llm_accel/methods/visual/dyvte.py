@@ -38,10 +38,8 @@ class DyVTE(LayerCut):
 
     name: ClassVar[str] = "dyvte"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="DyVTE, arXiv 2411.19628",
-        cuts="all visual tokens, after a layer that is calibrated, fixed or chosen by trained routers",
-        needs_query=False,
-        frees_memory=True,
+        "DyVTE, arXiv 2411.19628",
+        "all visual tokens, after a layer that is calibrated, fixed or chosen by trained routers",
         kinds=("vision",),
     )
 

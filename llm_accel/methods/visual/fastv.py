@@ -29,11 +29,7 @@ class FastV(VisualBudget, LayerCut):
     default_ratio: ClassVar[float] = 0.5
     name: ClassVar[str] = "fastv"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="FastV, arXiv 2403.06764",
-        cuts="visual tokens after an early layer",
-        needs_query=True,
-        frees_memory=True,
-        kinds=("vision",),
+        "FastV, arXiv 2403.06764", "visual tokens after an early layer", needs_query=True, kinds=("vision",)
     )
 
     def after(self, layers: int) -> int:

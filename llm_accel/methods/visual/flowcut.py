@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.methods.base import LAYERS, MethodInfo, option
 from llm_accel.methods.selection import top_tokens
 from llm_accel.methods.visual.base import Cut, CutModel, CutView, LastQuery
@@ -61,11 +62,7 @@ class FlowCut(TowerCut):
 
     name: ClassVar[str] = "flowcut"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="FlowCut, arXiv 2505.19536",
-        cuts="visual tokens, inside the vision tower",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "FlowCut, arXiv 2505.19536", "visual tokens, inside the vision tower", kinds=("vision",)
     )
 
     def validate(self) -> None:
@@ -141,8 +138,7 @@ def second_stage_score(last: LastQuery) -> Tensor:
     """The score of the second stage: fp32 [B, S], 0 for all but visual tokens."""
     key, value = last.key.float(), last.value.float()
     logits = last.query.float().reshape(*key.shape[:2], -1, key.shape[-1]) @ key.mT * last.scaling
-    if last.softcap is not None:
-        logits = torch.tanh(logits / last.softcap) * last.softcap
+    logits = soft_capped(logits, last.softcap)
     alike = value[:, :, -1:] @ value.mT * value.shape[-1] ** -0.5
     share = last.heads.mean(_over(logits, last.visual) + _over(alike, last.visual))
     return share * last.heads.mean(value.mean(1)).abs().sum(-1)

@@ -21,11 +21,7 @@ class RandomTokens(VisualTokens):
 
     name: ClassVar[str] = "random_tokens"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper",
-        cuts="visual tokens before the language model",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "control, no paper", "visual tokens before the language model", kinds=("vision",)
     )
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The routers of DyVTE (arXiv 2411.19628): per layer, a small network that looks at text rows only and says whether the
+"""The routers of DyVTE (arXiv 2411.19628): per layer, a small network that reads text rows only and decides whether the
 image has been taken in. Two matrices without biases: exit where logit 1 of ``W2 GELU(W1 f)`` is above logit 0."""
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def load_routers(path: str | Path) -> Routers:
 
 
 def text_features(hidden: Tensor, visual: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """What a router looks at: the mean of the text rows behind a prompt's last visual token and before its last row,
-    beside that last row.
+    """What a router reads: the mean of the text rows after a prompt's last visual token and before its last row, and
+    that last row.
 
     Args:
         hidden: [B, n, C], padded on the left.

@@ -44,11 +44,7 @@ class VisionZip(TowerMerge):
 
     name: ClassVar[str] = "visionzip"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="VisionZip, arXiv 2412.04467",
-        cuts="visual tokens, behind the vision tower",
-        needs_query=False,
-        frees_memory=True,
-        kinds=("vision",),
+        "VisionZip, arXiv 2412.04467", "visual tokens, behind the vision tower", kinds=("vision",)
     )
 
     @property

@@ -107,5 +107,5 @@ def record_scores(
         visual = F.pad(rows.visual.to(key.device), (key.shape[2] - rows.visual.shape[1], 0))
         softmax = attention.softmax(key.shape[-1])
         session.visual.scores = cut.score(
-            LastQuery(query[:, :, -1:], key, value, start, visual, **softmax, heads=session.plan.heads)
+            LastQuery(query[:, :, -1:], key, value, visual, start=start, **softmax, heads=session.plan.heads)
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage, TowerMerge, TowerTokens, VisualInput, VisualTokens
+from llm_accel.methods import Downsample, TowerMerge, TowerTokens, VisualInput, VisualTokens
 from llm_accel.patches.families import VisionFamily, attribute
 from llm_accel.patches.hook import DecoderHook, named
 from llm_accel.patches.vision.per_image import features_of, map_images, place_features
@@ -49,7 +49,7 @@ class FeatureProxy:
     def _reduced(self, method: VisualInput, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         family = self.hook.plan.family
         assert family is not None
-        if isinstance(method, SmallerImage):
+        if isinstance(method, Downsample):
             call, where = family.smaller(self.model, call, method)
             return place_features(original(self.model, **call), where)
         assert isinstance(method, VisualTokens)

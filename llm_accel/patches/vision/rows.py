@@ -89,7 +89,7 @@ def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, 
     Args:
         session: state of the cache, its call begun.
         kwargs: arguments of the decoder.
-        visual: bool [B, T], which tokens are visual, or None where nobody knows.
+        visual: bool [B, T], which tokens are visual, or None where that is unknown.
         past: tokens seen before.
 
     Returns:
@@ -102,7 +102,7 @@ def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, 
     if visual is None and session.plan.tokens is not None:
         raise UnsupportedCallError(
             f"{session.plan.tokens.name} must know which tokens are visual; give input_ids instead of merged "
-            "inputs_embeds, or inputs_embeds in which placeholders stand, with the pixels beside them."
+            "inputs_embeds, or inputs_embeds with placeholders, together with the pixels."
         )
     rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
     session.visual.begin(rows, past)

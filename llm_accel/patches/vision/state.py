@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class VisualReport(NamedTuple):
     """Visual tokens of a prompt, all rows and turns together, those that reached the last layer, and the layer after
-    which some left; None where nobody knows."""
+    which some left; None where that is unknown."""
 
     before: int | None = None
     after: int | None = None

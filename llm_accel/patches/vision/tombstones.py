@@ -1,4 +1,4 @@
-"""How a dropped visual token is marked: in band, so that beams, chunks and several images need no list beside it.
+"""How a dropped visual token is marked: in band, so that beams, chunks and several images need no extra list.
 
 The number of features must stay that of the placeholders in the prompt, so a dropped feature is replaced by a row that
 no computation produces: infinity in the first channel, NaN in all others. The decoder's hook takes such rows out.

@@ -22,7 +22,7 @@ RELATIVE = 1e-4
 def scored(scores: list[float]) -> PromptView:
     """One row and head whose entries have received this much attention."""
     key = torch.zeros(1, 1, len(scores), 4)
-    view = PromptView(key[:, :, :0], key, 1, None, 1.0, None, None, layer=0, layers=1)
+    view = PromptView(key[:, :, :0], key, 1, scaling=1.0, layer=0, layers=1)
     return replace(view, scores=torch.tensor(scores)[None, None])
 
 

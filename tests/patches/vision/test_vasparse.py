@@ -255,7 +255,7 @@ def test_received_is_the_column_sum_of_full_attention() -> None:
     [
         ([VASparse(), SnapKV(budget=40)], "snapkv:budget=40 would decide too.*only its contrast on"),
         ([VASparse(alpha=0.0), HiP()], "hip would decide too"),
-        ([VASparse(), VASparse(alpha=0.2)], "both decode the reply"),
+        ([VASparse(), VASparse(alpha=0.2)], "both decode the answer"),
         ([VASparse(), RetrievalHeads()], "cannot be combined with vasparse"),
     ],
 )

@@ -1,10 +1,8 @@
-"""Compiles every shipped kernel configuration for GPUs that need not be there, and says what it takes of them."""
+"""Compiles every kernel configuration for GPUs that need not be there, and says what it takes of them."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import pkgutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -15,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import llm_accel.kernels
 from llm_accel.kernels.launch import SHARED_MEMORY, Launch
+from tests.kernels.compiled import CONFIGURATIONS
 
 ARCHITECTURES = (80, 90)
 _TYPES = {
@@ -53,17 +51,9 @@ class Usage:
         return f"{self.spilled} bytes per thread spilled" if self.spilled else None
 
 
-def shipped() -> dict[tuple[str, str], list[Launch]]:
-    """(operation, configuration) -> its launches, for every package of kernels that has a module ``launch`` with a
-    function ``shipped``, which plans each configuration on meta tensors."""
-    plans = {}
-    for package in pkgutil.iter_modules(llm_accel.kernels.__path__):
-        name = f"llm_accel.kernels.{package.name}"
-        if package.ispkg and importlib.util.find_spec(f"{name}.launch") is not None:
-            op = importlib.import_module(name).OP.name
-            for label, launches in importlib.import_module(f"{name}.launch").shipped().items():
-                plans[op, label] = launches
-    return plans
+def compiled() -> dict[tuple[str, str], list[Launch]]:
+    """(operation, configuration) -> its launches, planned on meta tensors."""
+    return {(op, label): plans for op, make in CONFIGURATIONS.items() for label, plans in make().items()}
 
 
 def fingerprint(launch: Launch) -> str:
