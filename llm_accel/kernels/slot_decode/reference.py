@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_accel.kernels.column_votes.reference import soft_capped
+
 
 def slot_decode_reference(
     query: Tensor,
@@ -26,8 +28,7 @@ def slot_decode_reference(
     precision = torch.promote_types(query.dtype, torch.float32)
     rows = query.reshape(batch, kv_heads, query_heads // kv_heads, -1).to(precision)
     logits = rows @ key.to(precision).transpose(2, 3) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = soft_capped(logits, softcap)
     if start is not None:
         empty = torch.arange(slots, device=key.device) < start[:, None, None, None]
         logits = logits.masked_fill(empty, float("-inf"))
