@@ -50,7 +50,7 @@ def lowest_slots(scores: Tensor, positions: Tensor, keep_first: int, keep_recent
         scores: fp32 [B, heads, P].
         positions: original position of each slot, int64 [B, heads, P]; -1 where a slot is empty.
         keep_first: positions below this one are left out.
-        keep_recent: so many of the newest positions are left out.
+        keep_recent: number of newest positions that are left out.
         per_query: divide scores by the number of positions from a slot's own to the newest.
     """
     newest = positions.amax(-1, keepdim=True)

@@ -104,7 +104,7 @@ class Division(SnapKVOptions):
         for key in self.changed():
             if key in self.for_base - handed:
                 owner = next(name for name, other in imported_methods().items() if key in option_names(other))
-                self.fail(key, f"it together with base={owner!r}, or behind the name of the base if it has one")
+                self.fail(key, f"it together with base={owner!r}, or after the name of the base if it has one")
         return {key: getattr(self, key) for key in handed}
 
 

@@ -87,7 +87,7 @@ class FlowCut(TowerCut):
             return None
         if layer >= model.layers - 1:
             raise ConfigError(
-                f"{self.spec()} cuts after layer {layer}, but nothing is saved behind layer {model.layers - 1}, the "
+                f"{self.spec()} cuts after layer {layer}, but nothing is saved after layer {model.layers - 1}, the "
                 f"last of {model.name}; give a smaller llm_layer, or llm_stage='off'."
             )
         return Cut((layer,), _without_surplus, score=second_stage_score, surplus_only=True)

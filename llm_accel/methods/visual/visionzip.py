@@ -44,7 +44,7 @@ class VisionZip(TowerMerge):
 
     name: ClassVar[str] = "visionzip"
     info: ClassVar[MethodInfo] = MethodInfo(
-        "VisionZip, arXiv 2412.04467", "visual tokens, behind the vision tower", kinds=("vision",)
+        "VisionZip, arXiv 2412.04467", "visual tokens, after the vision tower", kinds=("vision",)
     )
 
     @property
