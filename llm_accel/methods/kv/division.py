@@ -23,7 +23,7 @@ class Division(SnapKVOptions):
     Budgets, turns and the options of SnapKV are given here and handed on; other options of a base follow its name."""
 
     base: str = option(
-        "method whose scores choose; options that it alone has follow its name, as in random:seed=3", "snapkv"
+        "method that scores the entries; options that only it has follow its name, as in random:seed=3", "snapkv"
     )
 
     divides: ClassVar[Literal["layers", "heads"]]
