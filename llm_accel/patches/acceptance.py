@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     AttentionMethod,
@@ -19,7 +20,6 @@ from llm_accel.methods import (
     VASparse,
     VisualInput,
 )
-from llm_accel.patches.layers.stock import has_linear_state, is_full
 from llm_accel.patches.rotary import why_no_rotary
 from llm_accel.patches.wiring import Wiring
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
+from llm_accel.cache.linear import beside_state, own_state
+from llm_accel.cache.stock import is_full
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
-from llm_accel.patches.layers.hybrid import beside_state, own_state
-from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants

@@ -6,6 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from llm_accel.cache import (
+    AccelLayer,
+    GroupedLayer,
+    HidingLayer,
+    RaggedLayer,
+    RelativeSlotLayer,
+    ReplyLayer,
+    SlotLayer,
+    SparseLayer,
+)
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
     WHOLE,
@@ -25,16 +35,7 @@ from llm_accel.methods import (
     VisualInput,
 )
 from llm_accel.patches.families import VisionFamily
-from llm_accel.patches.layers import (
-    AccelLayer,
-    AttendingLayer,
-    GroupedLayer,
-    HidingLayer,
-    RaggedLayer,
-    RelativeSlotLayer,
-    ReplyLayer,
-    SlotLayer,
-)
+from llm_accel.patches.steps import SparseAttention
 
 Decode = Literal["eager", "compiled", "auto"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
@@ -143,7 +144,7 @@ class Plan:
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
         if self.attention_method is not None and self.attention_method.dense_layer(index, self.layers) is None:
-            return AttendingLayer(self.attention_method, index, self.layers, self.heads)
+            return SparseLayer(SparseAttention(self.attention_method, index, self.layers, self.heads))
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from llm_accel.cache import ReplyLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.kernels.gradient import without_gradient
 from llm_accel.methods import VASparse
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import ReplyLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
@@ -57,13 +57,13 @@ class ReplyStep:
         session: state of the cache.
         method: the method on replies.
         layer: the layer's entries, the new ones included.
-        kwargs: what the model passed to its attention function (scaling, softcap, learned sinks).
+        attention: what the model would have computed.
     """
 
-    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, kwargs: dict[str, Any]) -> None:
-        self.session, self.method, self.layer, self.kwargs = session, method, layer, kwargs
+    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, attention: Attention) -> None:
+        self.session, self.method, self.layer, self.attention = session, method, layer, attention
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the newest queries, [B, T, Hq, Dv]: the model's own but for the penalty in decode steps."""
         decoding = self.layer.pictured and not self.session.phase.in_prompt
         weights = self._weights(query, key) if decoding else None
@@ -72,7 +72,7 @@ class ReplyStep:
             mixed = self._mixed(weights, value).to(query.dtype)
             (output,) = without_gradient(f"the penalty of {self.method.name}", lambda: (mixed,), mixed)
         else:
-            output = self.layer.attend(base, module, query, key, value, **self.kwargs)
+            output = self.layer.attend(self.attention, query, key, value)
         if weights is not None:
             with torch.no_grad():
                 into = self._spoke(weights, query, key)
@@ -94,7 +94,7 @@ class ReplyStep:
             layer.begin_reply()
         if self.method.penalises and (width is None or (self.session.phase is Phase.PREFILL_END and layer.pictured)):
             watched = query if layer.window is None else layer.window
-            softmax = softmax_of(self.kwargs, key.shape[-1])
+            softmax = self.attention.softmax(key.shape[-1])
             with torch.no_grad():
                 layer.receive(column_votes(watched, key, layer.start, heads=query.shape[1], **softmax))
         if self.session.phase is Phase.PREFILL_END:
@@ -126,7 +126,7 @@ class ReplyStep:
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Attention weights of one query per row after the penalty, fp32 [B, Hq, P]."""
-        softmax = softmax_of(self.kwargs, key.shape[-1])
+        softmax = self.attention.softmax(key.shape[-1])
         logits = soft_capped(self._products(query, key) * softmax["scaling"], softmax["softcap"])
         real = real_slots(self.layer.start, key.shape[2], key.device)[:, None]
         if self.method.penalises:

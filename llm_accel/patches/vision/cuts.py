@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import Cut, CutView, LastQuery
-from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.vision.rows import columns, gathered, per_token
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def record_scores(
     index: int,
     tensors: tuple[Tensor, Tensor, Tensor],
     start: Tensor | None,
-    kwargs: dict[str, Any],
+    attention: Attention,
 ) -> None:
     """Records the scores that the call's last query gives to all entries, where a cut after this layer uses
     them. ``tensors`` are query, key and value. Called between the attention of a layer and its eviction."""
@@ -105,7 +105,7 @@ def record_scores(
     assert rows is not None
     if rows.visual is not None:
         visual = F.pad(rows.visual.to(key.device), (key.shape[2] - rows.visual.shape[1], 0))
-        softmax = softmax_of(kwargs, key.shape[-1])
+        softmax = attention.softmax(key.shape[-1])
         session.visual.scores = cut.score(
             LastQuery(query[:, :, -1:], key, value, visual, start=start, **softmax, heads=session.plan.heads)
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, DyVTE, FlowCut, HiP, RetrievalHeads, SnapKV, UnsupportedCallError, VASparse
-from llm_accel.patches.layers import ReplyLayer
+from llm_accel.cache import ReplyLayer
 from tests.patches.calls import Outside, failing_once
 from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
 from tests.vasparse_oracle import replies

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from llm_accel.patches.layers.modes import writable
-from llm_accel.patches.layers.slots import SlotLayer
-from llm_accel.patches.rotary import Rotary, slot_ranks
+from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.slots import SlotLayer
+
+
+class Rotation(Protocol):
+    """The rotary embedding of a model."""
+
+    def turn(self, key: Tensor, positions: Tensor) -> Tensor:
+        """Unrotated keys [B, H, P, D] as they stand at ``positions``, int64 [B, P]."""
+
+    def turn_back(self, key: Tensor, positions: Tensor) -> Tensor:
+        """Keys [B, H, P, D] rotated at ``positions``, int64 [B, P], without their rotation."""
 
 
 class RelativeSlotLayer(SlotLayer):
@@ -22,7 +33,7 @@ class RelativeSlotLayer(SlotLayer):
             first = first - (start == 0).long()  # the newest token takes the place of the oldest
         return first[:, None] + torch.arange(count, device=device)
 
-    def turned_keys(self, rotary: Rotary | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
+    def turned_keys(self, rotary: Rotation | None, given: Tensor, arrived_at: Tensor | None) -> Tensor:
         """Stores the newest keys without their rotation; returns all keys as attention must see them.
 
         Args:
@@ -39,11 +50,18 @@ class RelativeSlotLayer(SlotLayer):
         upright = rotary.turn_back(self.keys.gather(2, self._rows(newest)), arrived_at)
         self.keys = writable(self.keys, upright)
         self.keys.scatter_(2, self._rows(newest), upright)
-        return rotary.turn(self.keys, slot_ranks(self.view().positions[:, 0]))
+        return rotary.turn(self.keys, slot_ranks(self.seen_positions()[:, 0]))
 
     def _newest(self, count: int) -> Tensor:
         """Slots of the newest ``count`` tokens, oldest first, int64 [B, count]."""
-        return self.view().positions[:, 0].topk(count, dim=-1).indices.flip(-1)
+        return self.seen_positions()[:, 0].topk(count, dim=-1).indices.flip(-1)
 
     def _rows(self, slots: Tensor) -> Tensor:
         return slots[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+
+
+def slot_ranks(positions: Tensor) -> Tensor:
+    """Rank of each slot among the real ones of its row, int64 [B, P], from original positions [B, P]; 0 if empty."""
+    order = positions.argsort(dim=-1).argsort(dim=-1)
+    empty = (positions < 0).sum(-1, keepdim=True)
+    return torch.clamp(order - empty, min=0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from llm_accel.cache.attention import Attention
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.base_attention import attend
-from llm_accel.patches.layers.append import AccelLayer
 
 
 class HidingLayer(AccelLayer):
@@ -49,9 +47,9 @@ class HidingLayer(AccelLayer):
         """First real slot of each row in what attention sees, int64 [B]; None when every slot is real."""
         return self.start if self.start is None or self.shown is None else (self.shown[:, 0] < 0).sum(-1)
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Dense attention over what :meth:`update` returned, [B, T, Hq, Dv]."""
-        return attend(base, module, query, key, value, self.shown_start(), **kwargs)
+        return attention.dense(query, key, value, self.shown_start())
 
     def accumulate(self, votes: Tensor, decay: float) -> None:
         """Adds the attention of one call to the seen entries, fp32 [B, Hk, n], to the scores; hidden ones got none."""

@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 import llm_accel
-from llm_accel.patches.layers import room
-from llm_accel.patches.layers.room import appended
+from llm_accel.cache import headroom
+from llm_accel.cache.headroom import appended
 from llm_accel.registry import parse
 from tests.tiny import left_padded, prompt
 
 
 @pytest.fixture(autouse=True)
 def long_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LONG", 32)
-    monkeypatch.setattr(room, "SHARE", 8)
+    monkeypatch.setattr(headroom, "LONG", 32)
+    monkeypatch.setattr(headroom, "SHARE", 8)
 
 
 def entries(count: int, seed: int = 0) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_generation_is_that_of_copied_caches(
     options = {"max_new_tokens": 20, "do_sample": False}
     answers = []
     for least in (32, 10**6):
-        monkeypatch.setattr(room, "LONG", least)
+        monkeypatch.setattr(headroom, "LONG", least)
         with llm_accel.apply(model, parse(method)) as handle:
             cache = handle.new_cache()
             first = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from llm_accel.cache.attention import Attention
+from llm_accel.cache.autograd_modes import writable
+from llm_accel.cache.fixed import FixedForm, FixedSpec
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.kernels.ragged_decode import ragged_attention
-from llm_accel.methods.shard import WHOLE, HeadShard
-from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.modes import writable
+
+
+class Heads(Protocol):
+    """Which of a layer's heads are here, where processes share them."""
+
+    @property
+    def count(self) -> int:
+        """Processes that share the heads."""
+        ...
+
+    def sum(self, own: Tensor) -> Tensor:
+        """Sum over the processes, of any shape."""
+        ...
 
 
 class RaggedLayer(AccelLayer):
@@ -32,21 +46,21 @@ class RaggedLayer(AccelLayer):
         longest: entries of the longest head.
         excess: how many of these are more than :meth:`mean_length`, known without a synchronisation.
         used: pages of the pool that have an owner; they come first.
-        room: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
+        headroom: tokens that fit every row and head at least before pages are needed, known without a synchronisation.
         start: int64 [B, Hk] once there is a table.
     """
 
     shared_tensors = ("table",)
-    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "room")
+    plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "headroom")
 
-    def __init__(self, page: int, heads: HeadShard = WHOLE) -> None:
+    def __init__(self, page: int, heads: Heads) -> None:
         self.page, self.heads = page, heads
         super().__init__()
 
     def _clear(self) -> None:
         super()._clear()
         self.table: Tensor | None = None
-        self.longest = self.excess = self.used = self.room = 0
+        self.longest = self.excess = self.used = self.headroom = 0
 
     @property
     def rows(self) -> int:
@@ -58,15 +72,18 @@ class RaggedLayer(AccelLayer):
 
     def lengths(self) -> Tensor:
         """Entries of each row and head, int64 [B, Hk]."""
+        self.unfix()
         assert self.start is not None
         return self.longest - self.start
 
     def physical_length(self) -> int:
         """Entries of the longest head."""
+        self.unfix()
         return super().physical_length() if self.table is None else self.longest
 
     def mean_length(self) -> int:
         """Entries per head of the row that holds most, rounded up."""
+        self.unfix()
         return super().mean_length() if self.table is None else self.longest - self.excess
 
     def row_lengths(self) -> Tensor:
@@ -90,7 +107,7 @@ class RaggedLayer(AccelLayer):
             return super().add(key_states, value_states)
         count = key_states.shape[-2]
         self._admit(count)
-        if count > self.room:
+        if count > self.headroom:
             self._reserve(count)
         entries = self.lengths()[..., None]
         if count > 1:
@@ -100,15 +117,15 @@ class RaggedLayer(AccelLayer):
         self.keys.view(-1, self.keys.shape[-1])[slots] = key_states
         self.values.view(-1, self.values.shape[-1])[slots] = value_states
         self.longest += count
-        self.room -= count
+        self.headroom -= count
         self._place(count)
         return key_states, value_states
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the newest queries over all stored entries, [B, T, Hq, Dv]."""
         if self.table is None:
-            return super().attend(base, module, query, key, value, **kwargs)
-        softmax = softmax_of(kwargs, query.shape[-1])
+            return super().attend(attention, query, key, value)
+        softmax = attention.softmax(query.shape[-1])
         return ragged_attention(query, self.keys, self.values, self.table, self.lengths(), **softmax)
 
     def all_keys(self, key: Tensor) -> Tensor:
@@ -144,7 +161,7 @@ class RaggedLayer(AccelLayer):
             keys, values = self.keys.flatten(0, 1)[origin], self.values.flatten(0, 1)[origin]
         self.keys, self.values = self._pool(keys, target, used), self._pool(values, target, used)
         self.table, self.used, self.start = table, used, start
-        self.room = int((pages * self.page - self.lengths()).min())
+        self.headroom = int((pages * self.page - self.lengths()).min())
         self.excess = self.longest - int(self.row_lengths().max())
         self._close_eviction()
 
@@ -165,7 +182,7 @@ class RaggedLayer(AccelLayer):
         most = max(table.shape[2] for table in tables)
         self.table = torch.cat([F.pad(table, (0, most - table.shape[2]), value=-1) for table in tables])
         self.start, self.longest, self.used = torch.cat(starts), stored, used
-        self.room = min(part.room for part in parts)
+        self.headroom = min(part.headroom for part in parts)
         self.excess = self.longest - int(self.row_lengths().max())
 
     def _page_all(self) -> None:
@@ -211,14 +228,14 @@ class RaggedLayer(AccelLayer):
         fresh = (rank >= held[..., None]) & (rank < wanted[..., None])
         table[fresh] = torch.arange(self.used, self.used + needed, device=table.device)
         self.table, self.used = table, self.used + needed
-        self.room = int((wanted * self.page - lengths).min())
+        self.headroom = int((wanted * self.page - lengths).min())
 
     def _drop_newest(self, count: int) -> None:
         if self.table is None:
             super()._drop_newest(count)
         else:
             self.longest -= count
-            self.room += count
+            self.headroom += count
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.table is None:
@@ -231,6 +248,71 @@ class RaggedLayer(AccelLayer):
         self.keys, self.values = self.keys[source], self.values[source]
         self.table, self.used = table, source.numel()
         self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
+
+    # The fixed form: every head owns all the pages that it will need, and the first of those it holds are filled.
+
+    def allocate(self, spec: FixedSpec) -> FixedForm:
+        """Empty buffers for the fixed form: ``shape.capacity`` is the entries per head, on average, that there will be
+        place for, those to come among them."""
+        if self.table is None:
+            return super().allocate(spec)
+        shape, page = spec.shape, self.page
+        entries = shape.heads * shape.capacity
+        pages = shape.rows * (-(-entries // page) + shape.heads)  # every head may leave a page half full
+        pool = replace(shape, rows=pages, heads=1, capacity=page).buffers()
+        longest = entries - shape.heads * spec.headroom + spec.headroom
+        table = shape.numbers(shape.rows, shape.heads, -(-longest // page)).fill_(-1)
+        tensors = {name: buffer[:, 0] for name, buffer in pool.items()}
+        return FixedForm(tensors | {"table": table, "lengths": shape.numbers(shape.rows, shape.heads)}, spec)
+
+    def _put(self, form: FixedForm) -> None:
+        """The pages of each head move to the first of those that it has in the buffers."""
+        if self.table is None:
+            super()._put(form)
+            return
+        assert form.spec is not None
+        tensors = form.tensors
+        tensors["lengths"].copy_(self.lengths())
+        table, _ = numbered(self._pages_for(tensors["lengths"] + form.spec.headroom))
+        tensors["table"].fill_(-1)
+        tensors["table"][..., : table.shape[2]] = table
+        owner = (self.table >= 0).nonzero(as_tuple=True)
+        source, target = self.table[owner], tensors["table"][owner]
+        tensors["keys"][target], tensors["values"][target] = self.keys[source], self.values[source]
+
+    def _take_back(self, form: FixedForm) -> None:
+        """Only pages that hold something move back."""
+        if "table" not in form.tensors:
+            super()._take_back(form)
+            return
+        lengths = form.tensors["lengths"]
+        pages = self._pages_for(lengths)
+        self.table, self.used = numbered(pages)
+        filled = form.tensors["table"][..., : self.table.shape[2]][self.table >= 0]
+        self.keys, self.values = form.tensors["keys"][filled], form.tensors["values"][filled]
+        self.longest += form.steps
+        self.start = self.longest - lengths
+        self.headroom = int((pages * self.page - lengths).min())
+        self._note_steps(form.steps)
+
+    def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one new entry per head, [B, Hk, 1, D]; returns just these, :meth:`attend_fixed` reads the pool."""
+        if "table" not in form.tensors:
+            return super().write(form, key_states, value_states)
+        lengths = form.tensors["lengths"]
+        slot = self._slots(form.tensors["table"], lengths[..., None])[..., 0]
+        for name, new in (("keys", key_states), ("values", value_states)):
+            form.tensors[name].view(-1, new.shape[-1])[slot] = new[:, :, 0]
+        lengths.add_(1)
+        return key_states, value_states
+
+    def attend_fixed(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one new query per row over the entries of each head alone, [B, 1, Hq, Dv]."""
+        assert self.fixed is not None
+        if "table" not in self.fixed.tensors:
+            return super().attend_fixed(attention, query, key, value)
+        pool = (self.fixed.tensors[name] for name in ("keys", "values", "table", "lengths"))
+        return ragged_attention(query, *pool, **attention.softmax(query.shape[-1]))
 
 
 def numbered(pages: Tensor) -> tuple[Tensor, int]:

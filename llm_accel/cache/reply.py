@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.cache.layer import AccelLayer
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.layers.append import AccelLayer
 
 
 class ReplyLayer(AccelLayer):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.cache.attention import Attention
+from llm_accel.cache.fixed import FixedForm, FixedSpec
+from llm_accel.cache.layer import AccelLayer, CallStage
+from llm_accel.cache.slots import SlotLayer
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.slots import SlotLayer
 
 _GROUPS = ("full", "stream")
 _OWN = ("cumulative_length", "compressed")
@@ -68,7 +70,7 @@ class GroupedLayer(AccelLayer):
         self._admit(key_states.shape[-2])
         for group in self.groups:
             index = group.index(key_states.device)
-            group.store.expected = True
+            group.store.stage = CallStage.AWAITED
             group.store.add(key_states.index_select(1, index), value_states.index_select(1, index))
         self.is_initialized = True
         return key_states, value_states
@@ -115,10 +117,12 @@ class GroupedLayer(AccelLayer):
 
     def physical_length(self) -> int:
         """Slots of the longest store."""
+        self.unfix()
         return max((group.store.physical_length() for group in self.groups), default=0)
 
     def mean_length(self) -> int:
         """Slots stored per KV head, averaged over the heads and rounded up."""
+        self.unfix()
         return -(-sum(len(group.heads) * group.store.physical_length() for group in self.groups) // self._heads)
 
     @property
@@ -128,6 +132,7 @@ class GroupedLayer(AccelLayer):
 
     def nbytes(self) -> int:
         """Bytes of the storage behind all stores."""
+        self.unfix()
         return sum(group.store.nbytes() for group in self.groups)
 
     def token_bytes(self) -> int:
@@ -153,6 +158,7 @@ class GroupedLayer(AccelLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Passed on to the stores, which refuse to go back past an eviction."""
+        self.unfix()
         for group in reversed(self.groups):  # the stream refuses first, before anything is changed
             group.store.crop(tokens_to_remove)
         self.cumulative_length += tokens_to_remove
@@ -177,6 +183,7 @@ class GroupedLayer(AccelLayer):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the stores hold, under the names of their groups."""
+        self.unfix()
         tensors, plain = (
             {} if self.start is None else {"start": self.start},
             {name: getattr(self, name) for name in _OWN},
@@ -213,12 +220,67 @@ class GroupedLayer(AccelLayer):
         for group in self.groups:
             group.store.reset()
 
+    def allocate_parts(self, specs: Sequence[FixedSpec]) -> FixedForm:
+        """Empty buffers for the fixed forms of the groups."""
+        parts = (group.store.allocate(spec) for group, spec in zip(self.groups, specs, strict=True))
+        return FixedForm(parts=tuple(parts))
+
+    def fix(self, form: FixedForm) -> None:
+        """Puts the entries of each group into its buffers."""
+        for group, part in zip(self.groups, form.parts, strict=True):
+            group.store.fix(part)
+        self.fixed = form
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all groups are in their fixed form."""
+        return super().is_fixed and all(group.store.is_fixed for group in self.groups)
+
+    def _take_back(self, form: FixedForm) -> None:
+        for group in self.groups:
+            group.store.unfix()
+
+    def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new entries of each group; returns just these."""
+        for group, part in zip(self.groups, form.parts, strict=True):
+            heads = group.index(key_states.device)
+            group.store.write(part, key_states.index_select(1, heads), value_states.index_select(1, heads))
+        return key_states, value_states
+
+    def attend_fixed(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One call per group, merged into one output, [B, 1, Hq, Dv]."""
+        assert self.fixed is not None
+        output = query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
+        for group, part in zip(self.groups, self.fixed.parts, strict=True):
+            readers = group.index(query.device, query.shape[1] // self._heads)
+            rows = query.index_select(1, readers)
+            output[:, :, readers] = group.store.attend_fixed(
+                attention, rows, part.tensors["keys"], part.tensors["values"]
+            )
+        return output
+
+    def end_step(self) -> None:
+        """The graph has added one token."""
+        super().end_step()
+        for group in self.groups:
+            group.store.end_step()
+
+    def backup(self) -> Callable[[], None]:
+        """Call the result to undo a step that failed half-way."""
+        undone = [group.store.backup() for group in self.groups]
+
+        def undo() -> None:
+            for one in undone:
+                one()
+
+        return undo
+
 
 def _positions(store: AccelLayer) -> Tensor:
     """Positions of all entries of a store, int64 [B, H, P], ascending, -1 where a slot is empty."""
     slots = torch.arange(store.physical_length(), device=store.keys.device).expand(*store.keys.shape[:2], -1)
     if isinstance(store, SlotLayer) and store.positions is not None:
-        return store.view().positions.sort(-1).values
+        return store.seen_positions().sort(-1).values
     if store.positions is not None:
         return store.positions
     return slots if store.start is None else (slots - store.start[:, None, None]).clamp(min=-1)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from llm_accel.patches.layers.append import AccelLayer
-from llm_accel.patches.layers.lending import Lendable
-from llm_accel.patches.layers.modes import thawed
-from llm_accel.patches.layers.stock import has_linear_state
+from llm_accel.cache.autograd_modes import thawed
+from llm_accel.cache.fixed import FixedForm, restoring
+from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.stock import has_linear_state
 
 _KINDS = ("conv", "recurrent")
 _PREFIX = "linear."
@@ -60,11 +60,11 @@ def restore_states(layer: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(_PREFIX):
             rest[name] = tensor
             continue
-        kind, index = name.removeprefix(_PREFIX).split(".")
-        state: dict[str, Any] = {f"{kind}_states": tensor, "state_idx": int(index)}
+        kind, index = _place(name)
+        state: dict[str, Any] = {f"{kind}_states": tensor, "state_idx": index}
         LinearAttentionLayer.lazy_initialization(layer, **state)
-        getattr(layer, f"{kind}_states")[int(index)].copy_(tensor)
-        layer.has_previous_state[int(index)] = True
+        getattr(layer, f"{kind}_states")[index].copy_(tensor)
+        layer.has_previous_state[index] = True
     return rest
 
 
@@ -74,12 +74,68 @@ def join_states(layer: Any, parts: Sequence[Any]) -> None:
     restore_states(layer, {name: torch.cat([one[name] for one in states]) for name in states[0]})
 
 
-class LinearLayer(LinearAttentionLayer, Lendable):
-    """A linear-attention state whose rows can be repeated and selected, and which can be lent to a compiled decode."""
+def _place(name: str) -> tuple[str, int]:
+    """Kind and index of a state of :func:`states_of`."""
+    kind, index = name.removeprefix(_PREFIX).split(".")
+    return kind, int(index)
+
+
+class LinearLayer(LinearAttentionLayer):
+    """A linear-attention state whose rows can be repeated and selected. In its fixed form it lies in buffers whose
+    addresses never change, and compiled decode steps update it in place.
+
+    Attributes:
+        fixed: the fixed form, else None.
+    """
+
+    fixed: FixedForm | None = None
+
+    def allocate(self) -> FixedForm:
+        """Empty buffers for the fixed form."""
+        return FixedForm({name: torch.zeros_like(state) for name, state in states_of(self).items()})
+
+    def fix(self, form: FixedForm) -> None:
+        """Puts the state into the buffers of ``form``."""
+        for name, state in states_of(self).items():
+            form.tensors[name].copy_(state)
+        self._hold(form.tensors)
+        self.fixed = form
+
+    def unfix(self) -> None:
+        """Ends the fixed form, if the state is in it: it gets storage of its own again."""
+        if self.fixed is not None:
+            self.fixed = None
+            _map_states(self, torch.clone)
+
+    def _hold(self, states: dict[str, Tensor]) -> None:
+        for name, state in states.items():
+            kind, index = _place(name)
+            getattr(self, f"{kind}_states")[index] = state
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the state is in its fixed form."""
+        return self.fixed is not None
+
+    def begin_step(self) -> Hashable:
+        """Nothing changes from step to step but what lies in tensors."""
+        return None
+
+    def end_step(self) -> None:
+        """Nothing to count."""
+
+    def backup(self) -> Callable[[], None]:
+        """Call the result to undo a step that failed half-way."""
+        assert self.fixed is not None
+        return restoring(self.fixed.all())
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unfix()
+        return self.__dict__
 
     def thaw(self) -> None:
-        """Makes states of a call in inference mode usable in a call outside of it; those that are lent are."""
-        if self.lease is None:
+        """Makes states of a call in inference mode usable in a call outside of it; buffers are."""
+        if self.fixed is None:
             _map_states(self, thawed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -157,7 +213,8 @@ def _entries(layer: _BesideState) -> Any:
     return super(LinearAttentionCacheLayerMixin, layer)
 
 
-def _map_states(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
+def _map_states(layer: LinearLayer, change: Callable[[Tensor], Tensor]) -> None:
+    layer.unfix()
     for kind in _KINDS:
         states = getattr(layer, f"{kind}_states")
         for index, state in states.items():
