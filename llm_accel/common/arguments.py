@@ -43,7 +43,7 @@ class OutputOptions(Options):
         metavar="DIR",
         group="output",
     )
-    overwrite: bool = option("start anew in --out", False, group="output")
+    overwrite: bool = option("start over in --out", False, group="output")
     plot: bool = option("draw pictures", True, group="output")
     json_only: bool = option("no tables on stdout, only the JSON line", False, group="output")
 
