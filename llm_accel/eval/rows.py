@@ -1,4 +1,4 @@
-"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset."""
+"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset; and the word lists of the package."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ def _file_rows(path: Path, option: str) -> Iterator[Any]:
         raise ConfigError(f"{option} {str(path)!r} cannot be read as JSON lines: {error}.") from error
     for row in rows:
         yield from row["data"] if isinstance(row, dict) and isinstance(row.get("data"), list) else (row,)
+
+
+def read_word_lists(file: Path) -> dict[str, str]:
+    """The lists of a file of the package: lines ``name: words``, which may go on in lines that begin with a space."""
+    lines = file.read_text(encoding="utf-8").replace("\n ", " ").splitlines()
+    return {name: words.strip() for name, _, words in (line.partition(":") for line in lines)}
 
 
 @dataclass(frozen=True)

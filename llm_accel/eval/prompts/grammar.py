@@ -17,7 +17,10 @@ import random
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
+
+from llm_accel.eval.rows import read_word_lists
 
 Kind = Literal["word", "number", "uuid"]
 Split = Literal["train", "test"]
@@ -26,33 +29,13 @@ KEY_KINDS: tuple[Kind, ...] = ("word", "number", "uuid")
 HARD_SHARE = 0.06  # share of filler sentences with needle-like words, keys or digits
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-TRAIN_KEYS: tuple[str, ...] = _words("""
-amber anchor apricot arrow basil beacon birch bronze butter cactus canal candle canyon carbon castle cedar cherry clover
-cobalt comet copper coral cotton crystal desert diamond eagle ember falcon feather fern galaxy garlic ginger glacier
-granite harbor hazel honey indigo island ivory jasmine jungle kettle ladder lagoon lantern lemon lily lotus magnet maple
-marble meadow mirror mustard nectar needle nickel nutmeg oasis ocean olive onyx orchid otter oyster palace panther paper
-pebble pepper pigeon planet plum
-""")
-TEST_KEYS: tuple[str, ...] = _words("""
-almond bamboo barley canoe cinnamon compass dolphin emerald fountain guitar hammer iris jaguar juniper lobster mango
-mercury opal parrot peach quartz rabbit raven saffron salmon silver spider sunset thunder tulip velvet walnut
-""")
+WORDS = {name: tuple(words.split()) for name, words in read_word_lists(Path(__file__).with_name("words.txt")).items()}
+TRAIN_KEYS: tuple[str, ...] = WORDS["TRAIN_KEYS"]
+TEST_KEYS: tuple[str, ...] = WORDS["TEST_KEYS"]
 """Held out: no needle had such a key while the bundled model was trained (they do occur in filler)."""
 
 POOLS: dict[str, tuple[str, ...]] = {
-    "ADJ": _words("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy
-        light happy strange"""),
-    "NOUN": _words("""farmer teacher doctor sailor child artist baker hunter singer writer dog cat horse bird fox river
-        mountain garden forest bridge house boat train window door table letter book lamp song story road field cloud
-        stone tree flower market"""),
-    "VERB": _words("""watched followed painted carried found lost opened closed visited remembered praised ignored
-        repaired described touched admired moved bought sold crossed"""),
-    "ADV": _words("slowly quickly often never always quietly today yesterday again together"),
-    "PREP": _words("near under behind beside above across"),
+    **{name: WORDS[name] for name in ("ADJ", "NOUN", "VERB", "ADV", "PREP")},
     "KEY": TRAIN_KEYS + TEST_KEYS,
 }
 TEMPLATES: tuple[str, ...] = (

@@ -12,17 +12,7 @@ from pathlib import Path
 from llm_accel.errors import ConfigError
 from llm_accel.eval.prompts import grammar
 
-_ADJECTIVES = """
-absent active amused ancient annual bitter bold bouncy broad calm careful cheerful civil common crisp curious curly
-dapper dazzling deep dizzy dusty eager early elegant empty equal faint fancy fearless fluffy formal fresh frosty funny
-fuzzy giant giddy glossy grand grateful greedy handy harsh hasty hollow honest huge humble hungry idle jolly jumpy keen
-kind lively lonely loud loyal lucky mellow merry mighty modern muddy narrow neat nimble noble odd pale patient perky
-plain playful pleasant polite proud quaint quick rapid rare raspy rich robust rough royal rural rusty secret shallow
-shiny shy silent silly simple sleepy slim smooth snug sober solid sour spicy steep sticky stormy sturdy sunny super
-sweet swift tame tasty tender thirsty tidy tiny tired tough trusty unique upbeat urban useful vague vast vivid warlike
-weary wicked wide wild wise witty wobbly worthy yearly young zany zesty
-"""
-ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+ADJECTIVES: tuple[str, ...] = grammar.WORDS["ADJECTIVES"]
 
 _SINGLE = {*ADJECTIVES, *grammar.common_words(), *grammar.TRAIN_KEYS, *grammar.TEST_KEYS}
 SINGLE: tuple[str, ...] = tuple(
