@@ -23,13 +23,14 @@ def read_rows(source: str, option: str, split: str = "test") -> Iterator[Any]:
     """
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in SUFFIXES:
-        return _file_rows(path, option)
+        return read_file(path, option)
     return DatasetSource.parse(source, option, FORMS, split=split).rows()
 
 
-def _file_rows(path: Path, option: str) -> Iterator[Any]:
+def read_file(path: Path, option: str, forms: str = FORMS) -> Iterator[Any]:
+    """Rows of a file as :func:`read_rows` gives them; ``forms``: what ``option`` takes, for the error."""
     if not path.is_file():
-        raise ConfigError(f"{option} {str(path)!r}: no such file; give {FORMS}.")
+        raise ConfigError(f"{option} {str(path)!r}: no such file; give {forms}.")
     try:
         text = path.read_text(encoding="utf-8")
         rows = (
@@ -44,7 +45,7 @@ def _file_rows(path: Path, option: str) -> Iterator[Any]:
 
 
 def read_word_lists(file: Path) -> dict[str, str]:
-    """The lists of a file of the package: lines ``name: words``, which may go on in lines that begin with a space."""
+    """The lists of a file of the package: lines ``name: words``, continued on lines that begin with a space."""
     lines = file.read_text(encoding="utf-8").replace("\n ", " ").splitlines()
     return {name: words.strip() for name, _, words in (line.partition(":") for line in lines)}
 

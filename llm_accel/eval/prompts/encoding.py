@@ -1,6 +1,6 @@
-"""Text pieces to token ids. A prompt is assembled from pieces that are encoded once and never decoded and re-encoded.
+"""From text to token ids. A prompt is assembled from segments that are encoded once, never decoded and re-encoded.
 
-A tokenizer may split the joined text differently at the seams; that is accepted, since each piece is still a natural
+A tokenizer may split the joined text differently at the seams; that is accepted, since each segment is still a natural
 encoding of its own text, and it is what makes token-exact lengths possible. Seams lie between sentences only.
 """
 

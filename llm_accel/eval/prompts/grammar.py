@@ -104,9 +104,9 @@ def make_keys(rng: random.Random, n: int, kind: Kind = "word", split: Split = "t
     return list(keys)
 
 
-def join_list(items: Sequence[str]) -> str:
-    """``a``; ``a and b``; ``a, b and c``."""
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def join_list(items: Sequence[str], last: str = " and ") -> str:
+    """``a``; ``a and b``; ``a, b and c``; ``last`` stands before the last one."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + last + items[-1]
 
 
 def needle_text(key: str, value: str, kind: Kind = "number") -> str:
@@ -114,11 +114,11 @@ def needle_text(key: str, value: str, kind: Kind = "number") -> str:
     return f"One of the special magic {kind}s for {key} is: {value}."
 
 
-def question_text(keys: Sequence[str], kind: Kind = "number", n_values: int = 1) -> str:
+def question_text(keys: Sequence[str], kind: Kind = "number", n_values: int = 1, last: str = " and ") -> str:
     """The question for all values of ``keys``; ``n_values``: values each key has (> 1 is multi-value)."""
     if len(keys) == 1 and n_values == 1:
         return f"What is the special magic {kind} for {keys[0]} mentioned in the provided text?"
-    return f"What are all the special magic {kind}s for {join_list(keys)} mentioned in the provided text?"
+    return f"What are all the special magic {kind}s for {join_list(keys, last)} mentioned in the provided text?"
 
 
 def answer_prefix(keys: Sequence[str], kind: Kind = "number", n_values: int = 1) -> str:

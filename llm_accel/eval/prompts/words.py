@@ -23,7 +23,7 @@ _SECOND = tuple(word for word in SINGLE if word in {*grammar.value_words(), *gra
 PAIRS = len(_FIRST) * len(_SECOND)
 
 
-def pair(number: int) -> str:
+def word_pair(number: int) -> str:
     """One of the pairs, ``number`` from 0 to ``PAIRS`` - 1."""
     first, second = divmod(number, len(_SECOND))
     return f"{_FIRST[first]}-{_SECOND[second]}"
@@ -31,7 +31,7 @@ def pair(number: int) -> str:
 
 def draw_pairs(rng: random.Random, count: int) -> list[str]:
     """``count`` different pairs, or all there are."""
-    return [pair(number) for number in rng.sample(range(PAIRS), min(count, PAIRS))]
+    return [word_pair(number) for number in rng.sample(range(PAIRS), min(count, PAIRS))]
 
 
 def read_words(file: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from llm_accel.eval.lengths import comma_list
 from llm_accel.eval.rows import read_word_lists
 
 # where such a word means something else, or is the first of two that mean one thing
@@ -41,7 +42,7 @@ def _words() -> dict[str, str]:
     """Word or phrase, singular or plural -> category. ``coco.txt`` has the words of each; regular plurals are added."""
     found: dict[str, str] = {}
     for category, others in read_word_lists(Path(__file__).with_name("coco.txt")).items():
-        for word in (category, *filter(None, (other.strip() for other in others.split(",")))):
+        for word in (category, *comma_list(others)):
             found[word] = category
             found.setdefault(_plural(word), category)
     return found

@@ -23,10 +23,10 @@ class Example:
         task: what is asked, see :mod:`llm_accel.eval.tasks.vision.questions`.
         split: of existence questions, how absent objects were chosen; else empty.
         image: uint8 [H, W, 3], or a PIL image.
-        question: the text beside the image, without a placeholder.
+        question: the text that goes with the image, without a placeholder.
         answer: the expected answer.
         objects: what is in the image, for captions; None where that is unknown.
-        patches: bool [rows, columns], which parts of the image things cover; None where that is unknown.
+        patches: bool [rows, columns], which patches of the image objects cover; None where that is unknown.
     """
 
     sample: int
@@ -41,7 +41,7 @@ class Example:
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """What records tell it by."""
+        """The values that identify its records."""
         return self.sample, self.task, self.number
 
 
@@ -87,7 +87,7 @@ class SceneSource:
         ]
 
     def keys(self, sample: int) -> list[tuple[int, str, int]]:
-        """What records tell the questions about a scene by."""
+        """Keys of the questions about a scene."""
         return [example.key for example in self.examples(sample)]
 
     def digest(self) -> tuple[int, str]:

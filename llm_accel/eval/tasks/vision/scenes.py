@@ -96,7 +96,7 @@ class Prior:
     boost: Floats
 
     def following(self, present: Sequence[int]) -> Floats:
-        """Probability of each pair to be the next thing beside those ``present``, which do not occur again."""
+        """Probability of each pair to be the next object, given those ``present``, which do not occur again."""
         p: Floats = self.weights * (self.boost[list(present)].mean(0) if present else 1.0)
         p[list(present)] = 0.0
         p /= p.sum()
