@@ -10,7 +10,7 @@ from llm_accel.errors import ConfigError, LlmAccelError
 from llm_accel.eval.lengths import length_label
 from llm_accel.eval.table import aligned
 
-RATIOS = ("decode_speedup", "first_token_speedup", "kv_saving")  # of dense over contestant: higher is better
+RATIOS = ("decode_speedup", "first_token_speedup", "kv_saving")  # of dense over candidate: higher is better
 TOLERANCE = 0.15
 
 
@@ -25,12 +25,12 @@ def load(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(result, dict) or result.get("command") != "bench":
-        raise ConfigError(f"{str(path)!r} is no result of llm-accel bench.")
+        raise ConfigError(f"{str(path)!r} is not a result of llm-accel bench.")
     return result
 
 
 def by_cell(result: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Its records by contestant, length and batch."""
+    """Its records by candidate, length and batch."""
     return {(cell["name"], cell["length"], cell["batch"]): cell for cell in result["cells"]}
 
 
@@ -43,7 +43,7 @@ def render_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
     ours, others = by_cell(first), by_cell(second)
     shared = [key for key in ours if key in others]
     if not shared:
-        raise ConfigError("the two results share no contestant, length and batch.")
+        raise ConfigError("the two results have no candidate, length and batch in common.")
     header = ["", "prompt", "batch", "first token ms", "ratio", "decode ms/token", "ratio", "x dense", "KV ratio"]
     rows = [header]
     for name, length, batch in shared:
