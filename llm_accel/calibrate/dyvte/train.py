@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.common.progress import iterate
 from llm_accel.methods.exit_profile import RouterScore
 
 STEPS = 300
@@ -44,7 +45,6 @@ def train_routers(
     dim: int,
     seed: int,
     device: torch.device | str = "cpu",
-    tick: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Cross entropy per layer, seeded; every fifth sample is kept back where there are that many.
 
@@ -53,18 +53,16 @@ def train_routers(
         safe: bool [N, K], the labels.
         layers: indices of these layers.
         dim: width r of a router.
-        tick: called after each layer.
     """
     count = len(features)
     back = torch.arange(count) % KEPT_BACK == KEPT_BACK - 1
     weights: dict[int, Matrices] = {}
     votes = torch.zeros_like(safe)
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(iterate(layers, "router")):
         inside, labels = features[:, place].float(), safe[:, place]
         pair = _fit(inside[~back].to(device), labels[~back].to(device), dim, seed + layer)
         weights[layer] = (pair[0].bfloat16().cpu(), pair[1].bfloat16().cpu())
         votes[:, place] = router_votes(weights[layer], inside)
-        tick()
     scores = tuple(_score(layer, votes[back, k], safe[back, k]) for k, layer in enumerate(layers)) if back.any() else ()
     return Trained(weights, scores, _routed(votes[back], safe[back], layers) if back.any() else None)
 

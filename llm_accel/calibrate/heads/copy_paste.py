@@ -1,4 +1,4 @@
-"""The copy-paste detector: which heads look at the token of the needle that the model writes at this very step
+"""The copy-paste detector: which heads attend to the needle token that the model generates at the same step
 (Retrieval Head, arXiv 2404.15574)."""
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Copies:
     Attributes:
         answer: generated ids.
         size: needle tokens that hold the answer.
-        hits: (layer, query head, needle position) -> how often that head looked there while that token was written.
+        hits: (layer, query head, needle position) -> how often that head attended there while that token was
+            generated.
     """
 
     answer: tuple[int, ...]
@@ -33,7 +34,7 @@ class Copies:
     hits: dict[tuple[int, int, int], int]
 
 
-class _Watch:
+class _MostAttended:
     """The position that each query head of each layer attends to most, in the running decode step."""
 
     def __init__(self) -> None:
@@ -50,10 +51,10 @@ class _Watch:
 
 
 @torch.no_grad()
-def watch_copies(
+def find_copies(
     model: Any, ids: Sequence[int], spans: Iterable[tuple[int, int]], steps: int, ends: Iterable[int] = ()
 ) -> Copies:
-    """Greedy decoding of one prompt, with an eye on the needle.
+    """Greedy decoding of one prompt: which head attends to which token of the needle while that token is generated.
 
     Args:
         ids: prompt tokens.
@@ -62,22 +63,22 @@ def watch_copies(
         ends: tokens that end the answer.
     """
     wanted = {position for first, last in spans for position in range(first, last)}
-    stop, watch = set(ends), _Watch()
+    stop, recorder = set(ends), _MostAttended()
     hits: dict[tuple[int, int, int], int] = {}
     answer: list[int] = []
     prompt = torch.tensor([list(ids)], device=model.device)
-    with observe_attention(model, watch):
+    with observe_attention(model, recorder):
         given: dict[str, Any] = {CACHE: DynamicCache(config=model.config), "use_cache": True}
         if prompt.shape[1] > 1:
             model.get_decoder()(prompt[:, :-1], **given)
-        watch.active, token = True, prompt[:, -1:]
+        recorder.active, token = True, prompt[:, -1:]
         for _ in range(min(steps, MAX_STEPS)):
             token = model(token, **given).logits[:, -1:].argmax(-1)
             written = int(token)
             if written in stop:
                 break
             answer.append(written)
-            for layer, places in watch.best.items():
+            for layer, places in recorder.best.items():
                 for head, place in enumerate(places.tolist()):
                     if place in wanted and ids[place] == written:
                         hits[layer, head, place] = hits.get((layer, head, place), 0) + 1
