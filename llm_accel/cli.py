@@ -42,13 +42,11 @@ COMMANDS = {
     "ruler": Command(
         "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
     ),
-    "vision": Command(
-        "llm_accel.eval.tasks.vision.command", "what is still seen with fewer visual tokens, and what is made up"
-    ),
+    "vision": Command("llm_accel.eval.tasks.vision.command", "accuracy and hallucination with fewer visual tokens"),
     "bench": Command(
         "llm_accel.eval.tasks.bench.command",
-        "speed and memory of methods, against dense and what bytes allow",
-        alone="cells that run beside each other share cores and memory, so that their times would not be their own",
+        "speed and memory of methods, against dense and the bandwidth bound",
+        alone="cells that run at the same time share cores and memory, which would distort their times",
     ),
     "heads": Command(
         "llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map", alone=_WHOLE
