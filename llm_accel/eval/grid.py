@@ -10,17 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True, order=True)
 class GridPoint:
-    """One prompt of a grid; ordered by length first, so that cheap prompts come first.
+    """One prompt of a grid; ordered by length first, so that cheap prompts come first."""
 
-    Attributes:
-        length: of the prompt in tokens, as asked for.
-        row: depth of the needle in percent, or name of a task.
-        sample: number of the prompt in its cell.
-    """
-
-    length: int
-    row: Any
-    sample: int
+    length: int  # of the prompt in tokens, as asked for
+    row: Any  # depth of the needle in percent, or name of a task
+    sample: int  # number of the prompt in its cell
 
     @property
     def key(self) -> tuple[int, Any, int]:

@@ -17,10 +17,7 @@ SUFFIXES = (".json", ".jsonl")
 
 def read_rows(source: str, option: str, split: str = "test") -> Iterator[Any]:
     """Rows of what ``option`` was given; a row with a list of rows as its ``data`` (SQuAD's file) stands for these.
-
-    Raises:
-        ConfigError: the source cannot be read, or needs a package that is not installed.
-    """
+    Raises :class:`ConfigError`: the source cannot be read, or needs a package that is not installed."""
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in SUFFIXES:
         return read_file(path, option)
@@ -52,19 +49,12 @@ def read_word_lists(file: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset that an option names: ``NAME[,split=test,config=NAME]``.
+    """A dataset that an option names: ``NAME[,split=test,config=NAME]``."""
 
-    Attributes:
-        given: what the option was given.
-        option: its name.
-        name: the dataset, a name on the hub or a folder.
-        options: the split, the configuration (may be empty), and what else the option takes.
-    """
-
-    given: str
-    option: str
-    name: str
-    options: Mapping[str, str]
+    given: str  # what the option was given
+    option: str  # its name
+    name: str  # the dataset, a name on the hub or a folder
+    options: Mapping[str, str]  # the split, the configuration (may be empty), and what else the option takes
 
     @classmethod
     def parse(cls, given: str, option: str, forms: str, **defaults: str) -> DatasetSource:
@@ -83,11 +73,8 @@ class DatasetSource:
         return cls(given, option, name, options)
 
     def rows(self, streaming: bool = False) -> Iterator[Any]:
-        """The rows; ``streaming``: without having all of them first.
-
-        Raises:
-            ConfigError: the package is missing, or the dataset cannot be loaded.
-        """
+        """The rows; ``streaming``: without having all of them first. Raises :class:`ConfigError`: the package is
+        missing, or the dataset cannot be loaded."""
         about = f"{self.option} {self.given!r}"
         try:
             datasets: Any = importlib.import_module("datasets")

@@ -32,17 +32,11 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        profile: the measurements and the calibrated layer.
-        routers: the trained routers, or None where none were wanted.
-        routed: see :class:`llm_accel.calibrate.dyvte.train.Trained`.
-    """
-
-    profile: ExitProfile
-    routers: Routers | None = None
-    routed: tuple[float, float] | None = None
+    profile: ExitProfile  # the measurements and the calibrated layer
+    routers: Routers | None = None  # the trained routers, or None where none were wanted
+    routed: tuple[float, float] | None = None  # see :class:`llm_accel.calibrate.dyvte.train.Trained`
 
     def save(self, folder: str | Path) -> None:
         """Writes ``dyvte.json`` and, where there are routers, ``routers.safetensors``."""

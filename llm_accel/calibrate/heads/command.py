@@ -93,11 +93,8 @@ add_arguments = HeadsOptions.add_arguments
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Detects, writes heads.json and heads.png, prints the table and one JSON line, and returns that.
-
-    Raises:
-        LlmAccelError: anything wrong with the arguments, before anything is run or written.
-    """
+    """Detects, writes heads.json and heads.png, prints the table and one JSON line, and returns that. Raises
+    :class:`LlmAccelError`: anything wrong with the arguments, before anything is run or written."""
     options = HeadsOptions.from_arguments(args)
     if options.plot:
         require_matplotlib()

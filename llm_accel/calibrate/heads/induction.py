@@ -20,17 +20,11 @@ SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Repetition:
-    """One input.
+    """One input."""
 
-    Attributes:
-        ids: [1, lead + 4 * tokens].
-        lead: tokens before the first segment (the begin-of-text token, or none).
-        tokens: T, tokens of a segment.
-    """
-
-    ids: Tensor
-    lead: int
-    tokens: int
+    ids: Tensor  # [1, lead + 4 * tokens]
+    lead: int  # tokens before the first segment (the begin-of-text token, or none)
+    tokens: int  # T, tokens of a segment
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Same-token and next-token slots of the rows after the first segment, int64 [3 T, 3] each, -1 for none."""

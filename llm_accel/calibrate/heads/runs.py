@@ -60,11 +60,8 @@ class CopyTask(NeedleTask):
         }
 
     def head_scores(self, records: Sequence[Record], compat: bool) -> tuple[Any, int]:
-        """Query-head scores [L, Hq] and the number of prompts behind them.
-
-        Raises:
-            ConfigError: no prompt was answered, so that nothing can be said about heads.
-        """
+        """Query-head scores [L, Hq] and the number of prompts behind them. Raises :class:`ConfigError`: no prompt was
+        answered, so that nothing can be said about heads."""
         answered = [record for record in records if record["success"]]
         if not answered:
             raise ConfigError(

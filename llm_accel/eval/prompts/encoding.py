@@ -70,17 +70,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the user's text.
+    """What stands around the user's text."""
 
-    Attributes:
-        prefix: ids before the haystack (template and bos).
-        suffix: ids between the question and the answer prefix.
-        chat: whether a chat template made them.
-    """
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    chat: bool
+    prefix: tuple[int, ...]  # ids before the haystack (template and bos)
+    suffix: tuple[int, ...]  # ids between the question and the answer prefix
+    chat: bool  # whether a chat template made them
 
 
 def make_frame(encoder: Encoder, chat_template: bool | None) -> Frame:

@@ -87,10 +87,7 @@ def make_value(rng: random.Random, kind: Kind = "number") -> str:
 
 def make_keys(rng: random.Random, n: int, kind: Kind = "word", split: Split = "test") -> list[str]:
     """``n`` distinct keys. Word keys come from the split's pool; number and UUID keys are random, the same for both.
-
-    Raises:
-        ValueError: unknown kind or split, or more word keys asked for than the pool holds.
-    """
+    Raises :class:`ValueError`: unknown kind or split, or more word keys asked for than the pool holds."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
     if kind == "word":

@@ -58,11 +58,8 @@ class Haystack:
 
 
 def load_haystack(source: str, encoder: Encoder, tokens: int) -> Haystack:
-    """Reads and encodes a source until it has ``tokens`` tokens or ends.
-
-    Raises:
-        ConfigError: the source cannot be read, holds no text, or needs a package that is not installed.
-    """
+    """Reads and encodes a source until it has ``tokens`` tokens or ends. Raises :class:`ConfigError`: the source cannot
+    be read, holds no text, or needs a package that is not installed."""
     if source == BUILT_IN:
         stream = grammar.filler_sentences(random.Random(_GRAMMAR_SEED))
         texts: Iterable[str] = islice(stream, _GRAMMAR_SENTENCES)

@@ -27,27 +27,16 @@ _HAYSTACK_TOKENS = 2**18  # what is read of a long haystack at least; prompts be
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        point: its point of the grid.
-        ids: the whole prompt.
-        context_length: tokens before the question; the part that query-agnostic compression sees.
-        answer_start: tokens before the answer prefix.
-        new_tokens: tokens to generate at most.
-        expected: strings that the answer should contain.
-        needles: first token of each asked needle in ``ids``, in the order of ``expected``.
-        others: first token of each other needle.
-    """
-
-    point: GridPoint
-    ids: tuple[int, ...]
-    context_length: int
-    answer_start: int
-    new_tokens: int
-    expected: tuple[str, ...]
-    needles: tuple[int, ...] = ()
-    others: tuple[int, ...] = ()
+    point: GridPoint  # its point of the grid
+    ids: tuple[int, ...]  # the whole prompt
+    context_length: int  # tokens before the question; the part that query-agnostic compression sees
+    answer_start: int  # tokens before the answer prefix
+    new_tokens: int  # tokens to generate at most
+    expected: tuple[str, ...]  # strings that the answer should contain
+    needles: tuple[int, ...] = ()  # first token of each asked needle in ``ids``, in the order of ``expected``
+    others: tuple[int, ...] = ()  # first token of each other needle
 
     @property
     def key(self) -> tuple[int, Any, int]:
@@ -105,11 +94,8 @@ class PromptMaker(ABC):
         return str(point.row)
 
     def make(self, point: GridPoint) -> TextPrompt:
-        """The prompt of a point.
-
-        Raises:
-            ConfigError: the length is too short for what the prompt must contain.
-        """
+        """The prompt of a point. Raises :class:`ConfigError`: the length is too short for what the prompt must
+        contain."""
         template = self.template(point)
         head = [*self.frame.prefix, *self.encoder.start(template.intro)]
         (question,) = (self.encoder.lines if template.on_line else self.encoder.continuations)([template.question])

@@ -30,23 +30,15 @@ _DISTRACTORS = 128  # needles that a haystack of needles is drawn from at a time
 
 @dataclass(frozen=True)
 class Needles:
-    """What is hidden and what is asked for.
+    """What is hidden and what is asked for."""
 
-    Attributes:
-        keys: keys that belong to the task.
-        values: values of each of them.
-        queries: keys that are asked for.
-        distractors: additional keys with one value each that are not asked for.
-        hay: what the needles are hidden in: one repeated passage, prose, or other needles.
-    """
-
-    keys: int = 1
-    values: int = 1
-    queries: int = 1
-    distractors: int = 0
+    keys: int = 1  # keys that belong to the task
+    values: int = 1  # values of each of them
+    queries: int = 1  # keys that are asked for
+    distractors: int = 0  # additional keys with one value each that are not asked for
     key_kind: Kind = "word"
     value_kind: Kind = "number"
-    hay: Hay = "essay"
+    hay: Hay = "essay"  # what the needles are hidden in: one repeated passage, prose, or other needles
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,7 @@ def count_tokens(segments: Iterable[Segment]) -> int:
 
 def cut_head(segments: Sequence[Segment], size: int) -> tuple[Segment, list[Segment]]:
     """The last ``size`` tokens: the rest of the segment that loses its head, which may be empty, and all after it.
-
-    Raises:
-        TooShortError: ``size`` is negative.
-    """
+    Raises :class:`TooShortError`: ``size`` is negative."""
     if size < 0:
         raise TooShortError(-size)
     excess, first = count_tokens(segments) - size, 0

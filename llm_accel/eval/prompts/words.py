@@ -35,11 +35,8 @@ def draw_pairs(rng: random.Random, count: int) -> list[str]:
 
 
 def read_words(file: str) -> tuple[str, ...]:
-    """Different words of a text file, in its order.
-
-    Raises:
-        ConfigError: it cannot be read, or holds fewer than 100 words.
-    """
+    """Different words of a text file, in its order. Raises :class:`ConfigError`: it cannot be read, or holds fewer than
+    100 words."""
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -15,17 +15,11 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class Bounds:
-    """Rates of this machine with the threads that the benchmark has.
+    """Rates of this machine with the threads that the benchmark has."""
 
-    Attributes:
-        copy: bytes per second, read and written, of a copy.
-        triad: the same of ``a = b + s * c``.
-        flop: floating-point operations per second of a matrix product in the model's type.
-    """
-
-    copy: float
-    triad: float
-    flop: float
+    copy: float  # bytes per second, read and written, of a copy
+    triad: float  # the same of ``a = b + s * c``
+    flop: float  # floating-point operations per second of a matrix product in the model's type
 
     @property
     def bandwidth(self) -> float:

@@ -109,10 +109,7 @@ class CandidateRunner:
 
 def make_inputs(model: Any, length: int, batch: int, seed: int) -> dict[str, Tensor]:
     """Random token ids [batch, length] with a full mask; for a vision-language model one image per row among them.
-
-    Raises:
-        ConfigError: the prompt is too short for the image.
-    """
+    Raises :class:`ConfigError`: the prompt is too short for the image."""
     text, device = model.config.get_text_config(), model.device
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(3, min(text.vocab_size, 30000), (batch, length), generator=generator).to(device)

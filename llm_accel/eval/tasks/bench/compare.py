@@ -36,10 +36,7 @@ def by_cell(result: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]
 
 def render_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
     """What both results measured, figures of the second over those of the first, and how their conditions differ.
-
-    Raises:
-        ConfigError: they have no cell in common.
-    """
+    Raises :class:`ConfigError`: they have no cell in common."""
     ours, others = by_cell(first), by_cell(second)
     shared = [key for key in ours if key in others]
     if not shared:

@@ -99,11 +99,8 @@ class DocumentBuilder:
 
 
 def load_questions(source: str, option: str, encoder: Encoder) -> DocumentBuilder:
-    """Questions and documents of a file or a data set.
-
-    Raises:
-        ConfigError: it cannot be read, or a row has none of the forms above.
-    """
+    """Questions and documents of a file or a data set. Raises :class:`ConfigError`: it cannot be read, or a row has
+    none of the forms above."""
     found: list[tuple[str, list[str], list[str], list[str]]] = []
     for i, row in enumerate(_flat(read_rows(source, option, "validation"))):
         try:

@@ -36,11 +36,8 @@ def sample_of(maker: RulerMaker, point: GridPoint) -> dict[str, Any]:
 
 
 def write_samples(path: Path, maker: RulerMaker, shard: tuple[int, int] = (1, 1)) -> dict[str, Any]:
-    """Writes one line for each point of a shard; returns what was written.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Writes one line for each point of a shard; returns what was written. Raises :class:`ConfigError`: the file cannot
+    be written."""
     settings, same = maker.settings, 0
     wanted = points(settings.lengths, settings.rows, settings.samples)[shard[0] - 1 :: shard[1]]
     with reported_errors(path, "--write-samples"):

@@ -48,11 +48,8 @@ class RulerMaker(PromptMaker):
 
     @cached_property
     def builders(self) -> dict[str, Builder]:
-        """What draws the prompts of each task.
-
-        Raises:
-            ConfigError: the questions of a task, or the words for lists, cannot be read.
-        """
+        """What draws the prompts of each task. Raises :class:`ConfigError`: the questions of a task, or the words for
+        lists, cannot be read."""
         return {name: self._builder(TASKS[name]) for name in self.settings.tasks}
 
     def _builder(self, task: TaskSpec) -> Builder:

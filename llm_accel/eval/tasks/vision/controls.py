@@ -65,11 +65,8 @@ CONTROLS: Mapping[str, type[MethodConfig]] = {"blind": Blind, "blank": Blank, "o
 def with_patch_order(
     configs: Sequence[MethodConfig], patches: npt.NDArray[np.bool_] | None, seed: int
 ) -> tuple[MethodConfig, ...]:
-    """The methods with the oracle told about one image: its covered patches in random order, then the others.
-
-    Raises:
-        ConfigError: an oracle on an image without known object positions.
-    """
+    """The methods with the oracle told about one image: its covered patches in random order, then the others. Raises
+    :class:`ConfigError`: an oracle on an image without known object positions."""
     if not any(isinstance(config, OracleTokens) for config in configs):
         return tuple(configs)
     if patches is None:

@@ -117,11 +117,7 @@ SKEWED = _skewed()
 
 
 def draw_scene(rng: np.random.Generator, count: int, prior: Prior = SKEWED) -> Scene:
-    """A scene of ``count`` things (1 to 16).
-
-    Raises:
-        ValueError: ``count`` does not fit into the grid.
-    """
+    """A scene of ``count`` things (1 to 16). Raises :class:`ValueError`: ``count`` does not fit into the grid."""
     if not 1 <= count <= GRID * GRID:
         raise ValueError(f"a scene has 1 to {GRID * GRID} things, got {count}")
     pairs: list[int] = []

@@ -131,10 +131,7 @@ class VisionRunOptions(RunOptions):
 
 def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
     """Every method that keeps a share of the visual tokens and was given none, at each of these; the others once.
-
-    Raises:
-        ConfigError: every method was given a share, or takes none.
-    """
+    Raises :class:`ConfigError`: every method was given a share, or takes none."""
     found: list[str] = []
     for spec in specs:
         configs = parse_method(spec)

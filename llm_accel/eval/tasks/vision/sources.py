@@ -66,11 +66,8 @@ Source = SceneSource | RowSource
 
 
 def load_rows(data: str, limit: int | None) -> RowSource:
-    """What ``--data pope:SOURCE`` or ``chair:SOURCE`` names, at most ``limit`` images of it.
-
-    Raises:
-        ConfigError: the source cannot be read, or a row lacks what is needed.
-    """
+    """What ``--data pope:SOURCE`` or ``chair:SOURCE`` names, at most ``limit`` images of it. Raises
+    :class:`ConfigError`: the source cannot be read, or a row lacks what is needed."""
     kind, _, place = data.partition(":")
     path = Path(place).expanduser()
     raw = read_rows(place, "--data")
