@@ -16,7 +16,7 @@ def head_dim(config: Any) -> int:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model must read and compute, whatever runs it.
+    """What a model must read and compute, independent of what runs it.
 
     Attributes:
         weight_bytes: all parameters.
@@ -35,7 +35,7 @@ class ModelCost:
 
     @staticmethod
     def of(model: Any) -> ModelCost:
-        """Read off the modules of a model."""
+        """Counted on the modules of a model."""
         decoder, config = model.get_decoder(), model.config.get_text_config()
         table = model.get_input_embeddings().weight
         head = model.get_output_embeddings()

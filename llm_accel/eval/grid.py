@@ -29,7 +29,7 @@ def points(lengths: Iterable[int], rows: Iterable[Any], samples: int) -> list[Gr
 
 
 def batches(wanted: Iterable[GridPoint], size: int, alike: Callable[[GridPoint], Any]) -> Iterator[Sequence[GridPoint]]:
-    """Points of which ``alike`` says the same, at most ``size`` at a time."""
+    """Points with equal ``alike(point)``, at most ``size`` at a time."""
     for _, group in groupby(sorted(wanted), key=alike):
         yield from chunks(list(group), size)
 
@@ -63,7 +63,7 @@ class Speed:
 
 
 def cost(pending: Sequence[tuple[GridPoint, int, int, int]], speed: Speed) -> str:
-    """What there is to do, in words; ``pending``: points with the tokens of their prompt, the tokens to generate at
+    """The amount of work, in words; ``pending``: points with the tokens of their prompt, the tokens to generate at
     most, and the number of methods that lack them."""
     cells = len({(point.length, point.row) for point, *_ in pending})
     prompts, new_tokens = sum(n for *_, n in pending), sum(new * n for _, _, new, n in pending)

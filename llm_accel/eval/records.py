@@ -1,4 +1,4 @@
-"""The run directory: ``run.json``, ``cells.jsonl`` and ``summary.json``; nothing that was measured gets lost.
+"""The run directory: ``run.json``, ``cells.jsonl`` and ``summary.json``; no measurement is lost.
 
 Records are appended one line per write, so a crash can tear at most the last line; torn lines are skipped on reading
 and what they stood for is run again. Shards of one run may share a directory.
@@ -44,7 +44,7 @@ class RunDir:
         self.summary_file = path / "summary.json"
 
     def key(self, record: Record) -> tuple[Any, ...]:
-        """What a record is about."""
+        """The key of a record."""
         return tuple(record[field] for field in self.fields)
 
     def open(self, settings: dict[str, Any], about: dict[str, Any], overwrite: bool = False) -> list[Record]:

@@ -103,8 +103,8 @@ def run_items(
     log: Log = lambda text: print(text, file=sys.stderr),
     shown: bool = True,
 ) -> None:
-    """Runs what ``done`` lacks of a shard, every method on the same prompts, and appends to the directory. Shards are
-    disjoint, cover the run and have equal shares of its cheap and its costly items."""
+    """Runs the part of a shard that ``done`` lacks, every method on the same prompts, and appends to the directory.
+    Shards are disjoint, cover the run and have equal shares of its cheap and its costly items."""
     known = {run_dir.key(record) for record in done}
     lacking = lacking_methods(task, task.items()[shard[0] - 1 :: shard[1]], known)
     if done:

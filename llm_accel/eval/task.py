@@ -30,7 +30,7 @@ OutcomeT = TypeVar("OutcomeT")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OutputOptions):
-    """How a run is carried out, which does not change what its records say."""
+    """How a run is carried out, without effect on its records."""
 
     shard: tuple[int, int] = option(
         "run the I-th of N parts; they may share --out",
@@ -98,14 +98,14 @@ class Task(ABC, Generic[ItemT, PromptT, OutcomeT]):
 
     @abstractmethod
     def keys(self, item: ItemT) -> Iterable[tuple[Any, ...]]:
-        """Keys of the prompts of an item, without the work of making them."""
+        """Keys of the prompts of an item, without making the prompts."""
 
     def size(self, item: ItemT) -> int:
         """What an item costs, for the progress bar."""
         return 1
 
     def announce(self, lacking: Mapping[ItemT, Sequence[str]]) -> str | None:
-        """What there is to do, in words; ``lacking``: the methods without a record, by item."""
+        """The remaining work, in words; ``lacking``: the methods without a record, by item."""
         return None
 
     def batches(self, items: Iterable[ItemT]) -> Iterator[Sequence[ItemT]]:

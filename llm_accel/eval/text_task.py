@@ -57,7 +57,7 @@ class TextSettings(ModelOptions):
 
     @property
     def model_name(self) -> str:
-        """What titles call the model."""
+        """The model's name in titles."""
         return "bundled needle model" if self.model is None else short_name(self.model)
 
 
@@ -73,7 +73,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     Attributes:
         row_label, score_label: what the heat map calls its rows and its colours.
-        measures: entries of a column of which a mean is told.
+        measures: entries of a column that are averaged.
         palette: its colours.
     """
 
@@ -103,7 +103,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     @property
     def trained_length(self) -> int | None:
-        """The length that the model was made for; None if unknown."""
+        """The model's maximum length; None if unknown."""
         found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return found
 
@@ -112,11 +112,11 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         return self.maker.digest(self.settings.lengths, self.settings.rows)
 
     def about(self) -> dict[str, Any]:
-        """What the haystack was."""
+        """Size and hash of the haystack."""
         return {"haystack_tokens": self.maker.haystack.tokens, "haystack_hash": self.maker.haystack.digest()}
 
     def warnings(self) -> list[str]:
-        """Whether prompts are longer than what the model was made for."""
+        """Whether prompts exceed the model's maximum length."""
         ends = (GridPoint(max(self.settings.lengths), row, 0) for row in self.settings.rows)
         longest, trained = max(self.maker.length(e) + self.maker.new_tokens(e) for e in ends), self.trained_length
         if trained is None or longest <= trained:
@@ -136,7 +136,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         return self.maker.length(point)
 
     def announce(self, lacking: Mapping[GridPoint, Sequence[str]]) -> str | None:
-        """Cells, prompts, tokens, and how long they take, from one or two prompts that are tried out."""
+        """Cells, prompts, tokens, and how long they take, estimated on one or two prompts."""
         speed = self._probe(next(iter(lacking)).row)
         make = self.maker
         return grid.cost(
@@ -160,11 +160,11 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         return Speed.fit(timed[0], timed[1] if len(timed) > 1 else None, step)
 
     def alike(self, point: GridPoint) -> Any:
-        """What prompts of a batch share: lengths are exact, so that it needs no padding."""
+        """What the prompts of a batch have in common: their exact length, so that no padding is needed."""
         return point.length
 
     def batches(self, items: Iterable[GridPoint]) -> Iterator[Sequence[GridPoint]]:
-        """Places of prompts that may share a call."""
+        """Points whose prompts may share a call."""
         return grid.batches(items, self.settings.batch_size, self.alike)
 
     def prompts(self, point: GridPoint) -> Sequence[TextPrompt]:
@@ -172,7 +172,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         return [self.maker.make(point)]
 
     def calls(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[TextPrompt]]:
-        """All at once; of two-step prompts those of one context length, so that there is no padding either."""
+        """All in one call; two-step prompts are grouped by context length, so that they need no padding either."""
         if not self.settings.query_agnostic:
             return [prompts]
         ordered = sorted(prompts, key=lambda prompt: prompt.context_length)
@@ -201,10 +201,10 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     @abstractmethod
     def scores(self, prompt: TextPrompt, answer: str) -> dict[str, Any]:
-        """What is said of an answer."""
+        """The scores of an answer."""
 
     def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
-        """Of each method (see :func:`by_method`) the measures over all lengths, and at each length its column."""
+        """For each method (see :func:`by_method`) the measures over all lengths, and a column per length."""
         settings = self.settings
         methods = by_method(settings.methods, settings.lengths, records, self.column, self.measures)
         facts = {"query_agnostic": settings.query_agnostic, **self.facts(methods)}
@@ -212,7 +212,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     @abstractmethod
     def column(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What is told of the records of one method and length, cost aside."""
+        """Summary of the records of one method and length, without cost."""
 
     @abstractmethod
     def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     @abstractmethod
     def title(self) -> str:
-        """One line that says what was run."""
+        """One line that describes the run."""
 
     @property
     def aware(self) -> str:

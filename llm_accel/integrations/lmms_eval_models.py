@@ -35,7 +35,7 @@ class _Stop(BaseException):
 
 
 class Accelerated:
-    """In front of a wrapper of lmms-eval: a method on its model, and no error goes unseen.
+    """Mixin for wrappers of lmms-eval: applies a method to their model, and reports errors that they swallow.
 
     Args:
         method: a method as on the command line, with ``;`` between its options; ``dense`` for none.

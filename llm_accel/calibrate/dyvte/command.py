@@ -109,7 +109,7 @@ def _summary(found: Calibration, out: Path) -> dict[str, Any]:
 
 
 def _table(found: Calibration) -> str:
-    """What happened behind each layer."""
+    """Results per exit layer."""
     profile = found.profile
     scores = {score.layer: score for score in profile.routers}
     header = ["layer", "safe", "same tokens", "loss", *(["router: exits", "precision", "recall"] if scores else [])]

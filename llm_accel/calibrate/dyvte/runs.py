@@ -44,17 +44,17 @@ class CalibrationRun:
     _done: dict[int, Record] = field(default_factory=dict)
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Finds what an earlier run has done."""
+        """Reads the records of an earlier run."""
         if self.out is None:
             return
         about = {"command": "calibrate dyvte", "versions": versions(), "argv": sys.argv[1:]}
         done = RunDir(self.out, FIELDS).open(settings, about, overwrite)
         self._done = {record["sample"]: record for record in done}
         if self._done:
-            print(f"{self.out}: {len(self._done)} samples are there already", file=sys.stderr)
+            print(f"{self.out}: {len(self._done)} samples are already done", file=sys.stderr)
 
     def observe(self, samples: Iterable[Sample], total: int | None) -> None:
-        """Observes what is not there yet, and writes each sample at once.
+        """Observes samples without a record, and writes each at once.
 
         Raises:
             ConfigError: a sample cannot be used, or is another one than in the earlier run.

@@ -24,11 +24,11 @@ Matrices = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """Routers and what they are worth.
+    """Routers and their scores.
 
     Attributes:
         weights: layer -> (W1 [r, 2 C], W2 [2, r]), bfloat16.
-        scores: per layer, on the samples that were kept back.
+        scores: per layer, on the held-out samples.
         routed: on those samples, (share whose first exit was safe, mean layer of that exit); a sample without an exit
             counts as safe, at the last layer. None without such samples.
     """
@@ -46,7 +46,7 @@ def train_routers(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Trained:
-    """Cross entropy per layer, seeded; every fifth sample is kept back where there are that many.
+    """Cross entropy per layer, seeded; every fifth sample is held out where there are that many.
 
     Args:
         features: [N, K, 2 C] of K layers.
@@ -68,7 +68,7 @@ def train_routers(
 
 
 def router_votes(weights: Matrices, features: Tensor) -> Tensor:
-    """bool [N]: for which features [N, 2 C] a router says exit."""
+    """bool [N]: for which features [N, 2 C] a router decides to exit."""
     logits = F.linear(F.gelu(F.linear(features, weights[0].float())), weights[1].float())
     return logits[:, 1] > logits[:, 0]
 
@@ -115,7 +115,7 @@ def _score(layer: int, votes: Tensor, safe: Tensor) -> RouterScore:
 
 
 def _routed(votes: Tensor, safe: Tensor, layers: Sequence[int]) -> tuple[float, float]:
-    """What the routers do together: see :class:`Trained`."""
+    """Scores of the routers together: see :class:`Trained`."""
     padded = F.pad(votes, (0, 1), value=True)
     exits = padded.long().argmax(-1)
     kept = F.pad(safe, (0, 1), value=True).gather(1, exits[:, None])[:, 0]

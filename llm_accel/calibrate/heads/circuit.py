@@ -1,4 +1,4 @@
-"""Which single heads answering rests on, found by taking out one at a time."""
+"""Which single heads answers depend on, found by ablating one at a time."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def mean_share(successes: Sequence[Copies], layers: int, heads: int, compat: boo
 
 
 def value_span(decode: Callable[[Sequence[int]], str], ids: Sequence[int], first: int, value: str) -> tuple[int, int]:
-    """[first, past-the-end) positions of the tokens that spell ``value``, in a needle that begins at ``first``. Worked
-    out on the ids themselves, so that any tokenizer and chat template will do.
+    """[first, past-the-end) positions of the tokens that spell ``value``, in a needle that begins at ``first``. Found
+    on the ids themselves, so that it works for any tokenizer and chat template.
 
     Raises:
         ConfigError: the tokens do not spell it.

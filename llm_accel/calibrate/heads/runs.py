@@ -1,4 +1,4 @@
-"""The copy-paste detector on a grid of needle prompts: a task of the frame, so that it can be continued."""
+"""The copy-paste detector on a grid of needle prompts: a task of the frame, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CopyTask(NeedleTask):
 
     def head_scores(self, records: Sequence[Record], compat: bool) -> tuple[Any, int]:
         """Query-head scores [L, Hq] and the number of prompts behind them. Raises :class:`ConfigError`: no prompt was
-        answered, so that nothing can be said about heads."""
+        answered, so that heads cannot be scored."""
         answered = [record for record in records if record["success"]]
         if not answered:
             raise ConfigError(

@@ -9,7 +9,7 @@ ROWS = 16
 
 
 def render(profile: HeadProfile, rows: int = ROWS) -> str:
-    """Top query heads with their KV head, score, and what they count as."""
+    """Top query heads with their KV head, score, and their roles."""
     layers, heads, kv_heads = profile.shape
     detected, circuit = set(profile.detected()), set(profile.circuit or ())
     every = range(layers)

@@ -26,10 +26,10 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def behind(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that each stand right behind ``anchor``.
+        """Ids of texts that each follow directly after ``anchor``.
 
-        They are encoded after it, and it is then cut off, so that tokenizers that put a space of their own in front of
-        every text (SentencePiece) do not add one.
+        They are encoded after it, and it is then cut off, so that tokenizers that prepend a space to every text
+        (SentencePiece) do not add one.
         """
         if not texts:
             return []
@@ -70,7 +70,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the user's text."""
+    """The text around the user's message, as ids."""
 
     prefix: tuple[int, ...]  # ids before the haystack (template and bos)
     suffix: tuple[int, ...]  # ids between the question and the answer prefix

@@ -102,7 +102,7 @@ def make_keys(rng: random.Random, n: int, kind: Kind = "word", split: Split = "t
 
 
 def join_list(items: Sequence[str], last: str = " and ") -> str:
-    """``a``; ``a and b``; ``a, b and c``; ``last`` stands before the last one."""
+    """``a``; ``a and b``; ``a, b and c``; ``last`` joins the last one."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + last + items[-1]
 
 

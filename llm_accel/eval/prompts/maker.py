@@ -90,7 +90,7 @@ class PromptMaker(ABC):
         return point.length
 
     def label(self, point: GridPoint) -> str:
-        """What an error calls the prompt."""
+        """The prompt's name in errors."""
         return str(point.row)
 
     def make(self, point: GridPoint) -> TextPrompt:

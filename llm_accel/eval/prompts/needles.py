@@ -51,7 +51,7 @@ class NeedleBuilder:
     prose: Haystack
 
     def draw(self, rng: random.Random, sample: int, length: int) -> PromptTemplate:
-        """As RULER has it: random keys are asked for, and needles lie at random places."""
+        """As in RULER: random keys are asked for, and needles are at random positions."""
         keys, values = self._pairs(rng)
         needles = [self._text(k, v) for k, own in zip(keys, values, strict=True) for v in own]
         rng.shuffle(needles)
@@ -60,8 +60,8 @@ class NeedleBuilder:
         return self._template([keys[i] for i in asked], answers, lambda size: self._fill(rng, size, needles, set(keys)))
 
     def draw_at(self, rng: random.Random, depth: float) -> PromptTemplate:
-        """The first needle that is asked for stands at ``depth`` percent of the haystack, further ones are spread over
-        the rest, and the others lie anywhere else."""
+        """The first needle that is asked for is at ``depth`` percent of the haystack, further ones are spread over the
+        rest, and the others are anywhere else."""
         keys, values = self._pairs(rng)
         texts = [[self._text(k, v) for v in own] for k, own in zip(keys, values, strict=True)]
         queries = self.needles.queries
@@ -116,7 +116,7 @@ class NeedleBuilder:
         return grammar.needle_text(key, value, self.needles.value_kind)
 
     def _fill(self, rng: random.Random, size: int, needles: list[str], used: set[str]) -> list[Segment]:
-        """Filler with the needles at random places: between lines, or in prose at one of RULER's 40 depths."""
+        """Filler with the needles at random positions: between lines, or in prose at one of RULER's 40 depths."""
         depths = sorted(rng.sample(_DEPTHS, len(needles)))
         hidden = self._encode(needles)
         stream = self._filler(rng, used)
@@ -135,8 +135,8 @@ class NeedleBuilder:
     def _fill_at(
         self, rng: random.Random, size: int, depth: float, asked: Sequence[Segment], others: Sequence[Segment]
     ) -> list[Segment]:
-        """Sentences behind the end of one, with needles at their boundaries: depth 0 is the first boundary, right
-        behind that end, depth 100 the last one, right before the question."""
+        """Sentences after the end of one, with needles at their boundaries: depth 0 is the first boundary, right after
+        that end, depth 100 the last one, right before the question."""
         left = size - template.count_tokens(asked) - template.count_tokens(others)
         head, sentences = template.cut_head(template.take_segments(self.prose.draw(rng), left), left)
         ends = list(accumulate(map(len, sentences), initial=len(head)))  # filler tokens before each boundary
@@ -161,7 +161,7 @@ class NeedleBuilder:
             yield from self._encode([self._text(key, grammar.make_value(rng, self.needles.value_kind)) for key in keys])
 
     def _encode(self, sentences: list[str]) -> list[Segment]:
-        """Sentences as they stand in the context: each on a line of its own, or one behind the other in prose."""
+        """Sentences as they appear in the context: each on a line of its own, or one after the other in prose."""
         if self.wording == "ruler" and self.needles.hay != "essay":
             return list(self.encoder.lines([sentence + "\n" for sentence in sentences]))
         return list(self.encoder.continuations(sentences))

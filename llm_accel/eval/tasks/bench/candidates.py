@@ -92,13 +92,13 @@ class CandidateRunner:
         return TimedCall(first, steps[WARM:], *held_bytes(output, self.handle), notes)
 
     def warm_up(self, inputs: dict[str, Tensor], new_tokens: int, weight_bytes: int) -> PeakMemory | None:
-        """A short call that no figure of time counts, and its peaks; compiled code is compiled in a call before."""
+        """A short call outside of all timings, and its peaks; compiled code is compiled in a call before."""
         if self.candidate.decode != "eager":
             self.run(inputs, new_tokens, stop_after=4)
         return self.measure_memory(inputs, new_tokens, weight_bytes)
 
     def measure_memory(self, inputs: dict[str, Tensor], new_tokens: int, weight_bytes: int) -> PeakMemory | None:
-        """Peaks of a short call, or None where they cannot be seen: compiled code on a CPU."""
+        """Peaks of a short call, or None where they cannot be measured: compiled code on a CPU."""
         if self.model.device.type != "cuda" and self.candidate.decode in ("compiled", "static"):
             return None
         gc.collect()  # what earlier calls left in cycles is no part of this one

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def measure(settings: BenchSettings) -> dict[str, Any]:
-    """The whole result as plain data: settings as they came out, conditions, bounds and cells."""
+    """The whole result as plain data: settings as resolved, conditions, bounds and cells."""
     model, settings = _model(settings)
     work, bounds = ModelCost.of(model), measure_bounds(model.device, model.dtype)
     before = os.getloadavg()

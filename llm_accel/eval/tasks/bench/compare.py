@@ -1,4 +1,4 @@
-"""Two results side by side, and a result held against one that was kept."""
+"""Two results side by side, and a result checked against an earlier one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCE = 0.15
 
 
 class SlowerError(LlmAccelError):
-    """A ratio fell by more than the tolerance."""
+    """A ratio dropped by more than the tolerance."""
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 
 def check(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line per ratio of the kept result that fell by more than the tolerance, or that is not there any more."""
+    """One line per ratio of the earlier result that fell by more than the tolerance, or that is not there any more."""
     found, failures = by_cell(now), []
     for key, cell in by_cell(kept).items():
         name, length, batch = key

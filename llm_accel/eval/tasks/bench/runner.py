@@ -63,7 +63,7 @@ def probe(
 
 
 def largest_fitting(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest count that fits, found from a guess; counts below one that fits are taken to fit."""
+    """The largest count that fits, found from a guess; counts below one that fits are assumed to fit."""
     low, high = 0, guess
     while fits(high):
         low, high = high, 2 * high

@@ -62,7 +62,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What tables and plots call it."""
+        """Its name in tables and plots."""
         return self.method if self.decode == "eager" else f"{self.method} ({self.decode})"
 
 

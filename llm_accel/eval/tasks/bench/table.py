@@ -10,7 +10,7 @@ from llm_accel.eval.table import NONE, aligned, size
 
 
 def title(result: dict[str, Any]) -> str:
-    """What was measured where, in one line."""
+    """One line: what was measured, and where."""
     settings, machine = result["settings"], result["hardware"]
     where = machine.get("gpu") or f"{machine['torch_threads']} CPU thread{'s' if machine['torch_threads'] > 1 else ''}"
     what = settings["model"] or " ".join([f"random weights, shape {settings['shape']}", *settings["changes"]])
@@ -31,7 +31,7 @@ def render(result: dict[str, Any]) -> str:
         f"{bounds['triad'] / 1e9:.1f}), matrix product {bounds['flop'] / 1e12:.2f} TFLOP/s",
         "decode: median (quartiles) over all steps; speed-ups: dense over method within a round, median over "
         f"{result['settings']['rounds']} rounds",
-        "at most: speed-up that the bytes of a step allow; of it: share of that reached",
+        "at most: bandwidth bound of the speed-up; of it: fraction reached",
         f"peaks, weights included: {result['memory_source']}",
     ]
     return "\n".join(lines)

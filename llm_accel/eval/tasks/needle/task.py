@@ -36,7 +36,7 @@ class NeedleMaker(PromptMaker):
 
     @cached_property
     def builder(self) -> NeedleBuilder:
-        """What draws the needles."""
+        """Draws the needles."""
         return NeedleBuilder(self.settings.hidden, "bundled", self.encoder, self.haystack)
 
     def template(self, point: GridPoint) -> PromptTemplate:
@@ -52,7 +52,7 @@ class NeedleMaker(PromptMaker):
 
     @cached_property
     def max_new_tokens(self) -> int:
-        """What the settings say, or what a drawn answer takes and some more."""
+        """From the settings, or what a drawn answer takes, with a margin."""
         if self.settings.max_new_tokens is not None:
             return self.settings.max_new_tokens
         answers = self.builder.draw_at(random.Random("answer"), 0.0).answers

@@ -27,7 +27,7 @@ _INTRO = f"{_TASK}\n\nThe following are given documents.\n\n"
 
 @dataclass(frozen=True)
 class DocumentQuestion:
-    """A question, the answers of which one is enough, and the numbers of its documents."""
+    """A question, its answers, of which one suffices, and the indices of its documents."""
 
     text: str
     answers: tuple[str, ...]
@@ -151,7 +151,7 @@ def _flat(rows: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[str, list[str], list[str], list[str]]:
-    """Question, answers, documents that hold them, documents near to these."""
+    """Question, answers, documents that hold them, related documents."""
     context = row.get("context")
     if isinstance(context, str):  # SQuAD
         answers = row["answers"]

@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Asks everything; see :func:`llm_accel.eval.runner.run`."""
+    """Runs the questions; see :func:`llm_accel.eval.runner.run`."""
     settings, how = VisionSettings.from_arguments(args), VisionRunOptions.from_arguments(args)
     return runner.run(VisionTask, VisionTask.load, settings, how)

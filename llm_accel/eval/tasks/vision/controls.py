@@ -33,7 +33,7 @@ class Blind(InputControl):
 
 @dataclass(frozen=True)
 class Blank(InputControl):
-    """A grey image of the same size: what is said about nothing."""
+    """A grey image of the same size: what is answered without content."""
 
     name: ClassVar[str] = "blank"
 
@@ -65,7 +65,7 @@ CONTROLS: Mapping[str, type[MethodConfig]] = {"blind": Blind, "blank": Blank, "o
 def with_patch_order(
     configs: Sequence[MethodConfig], patches: npt.NDArray[np.bool_] | None, seed: int
 ) -> tuple[MethodConfig, ...]:
-    """The methods with the oracle told about one image: its covered patches in random order, then the others. Raises
+    """The methods, the oracle with the patches of one image: the covered ones in random order, then the others. Raises
     :class:`ConfigError`: an oracle on an image without known object positions."""
     if not any(isinstance(config, OracleTokens) for config in configs):
         return tuple(configs)

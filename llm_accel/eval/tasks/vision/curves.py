@@ -16,7 +16,7 @@ _FLAT = {"dense": ("-", INK), "blind": (":", MUTED), "blank": ("-.", MUTED)}
 
 
 def family(spec: str) -> str:
-    """A method without its number of tokens: what is one line in the plot."""
+    """A method without its budget: one line of the plot."""
     open_ = [
         replace(config, target=None, keep_ratio=None) if isinstance(config, VisualBudget) else config
         for config in parse_method(spec)

@@ -50,7 +50,7 @@ def questions(
 
 
 def caption(things: Iterable[Thing]) -> str:
-    """What the model says of an image: its things in reading order."""
+    """The caption of an image: its things in reading order."""
     return ", ".join(f"a {thing.colour} {thing.shape}" for thing in things) + "."
 
 

@@ -11,7 +11,7 @@ _VOID = 0.1  # a task on which the dense model is no better than this above the 
 
 
 def title(settings: VisionSettings, model: str) -> str:
-    """One line that says what was run."""
+    """One line that describes the run."""
     what = f"{settings.split} scenes" if settings.data == SCENES else settings.data
     return f"vision: {model}, {what}"
 
@@ -92,5 +92,5 @@ def _footer(summary: dict[str, Any], methods: dict[str, Any]) -> str:
     lines = [f"{summary['samples']} images{missing(summary)}"]
     void = void_tasks(methods)
     if void:
-        lines.append(f"void: {', '.join(void)}; the model answers as well without the image, so this says nothing")
+        lines.append(f"void: {', '.join(void)}; the model answers as well without the image")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The vision task: what is still seen with fewer visual tokens, and what is made up."""
+"""The vision task: accuracy and hallucination with fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PICTURED = 4  # images of which records say which patches stayed, for the pictur
 
 
 def model_name(model: str | None, gaps: bool = True) -> str:
-    """What titles call the model."""
+    """The model's name in titles."""
     if model is not None:
         return short_name(model)
     return "bundled vision model" if gaps else "bundled vision model without gaps in training"
@@ -150,7 +150,7 @@ class VisionTask(EvalTask[int, Example, VisionOutcome]):
 
 
 def patch_recall(kept: Sequence[float] | None, example: Example) -> float | None:
-    """Share of the patches with things on them that are kept; None where either is unknown, or the model does not see
+    """Share of the patches with objects on them that are kept; None where either is unknown, or the model does not see
     the image as these patches."""
     if kept is None or example.patches is None or len(kept) != example.patches.size:
         return None
