@@ -30,21 +30,13 @@ class TokenPrompt(Protocol):
 
 @dataclass(frozen=True)
 class TextOutcome:
-    """One batch.
+    """One batch."""
 
-    Attributes:
-        answers: generated ids per row, up to the end token.
-        kv_bytes: bytes that the cache holds after generation, per row.
-        dense_kv_bytes: bytes that the dense model would hold, per row.
-        prefill_ms: until the first token, for the batch; query-agnostic: context and question together.
-        decode_ms: mean time of a decode step after the first token, for the batch; None without such a step.
-    """
-
-    answers: list[list[int]]
-    kv_bytes: int
-    dense_kv_bytes: int
-    prefill_ms: float
-    decode_ms: float | None
+    answers: list[list[int]]  # generated ids per row, up to the end token
+    kv_bytes: int  # bytes that the cache holds after generation, per row
+    dense_kv_bytes: int  # bytes that the dense model would hold, per row
+    prefill_ms: float  # until the first token, for the batch; query-agnostic: context and question together
+    decode_ms: float | None  # mean time of a decode step of the batch; None without a step after the first token
 
 
 class TextEngine:

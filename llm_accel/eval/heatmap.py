@@ -26,17 +26,11 @@ _EMPTY = "#ECEEF0"
 
 @dataclass(frozen=True)
 class Panel:
-    """One method.
+    """One method."""
 
-    Attributes:
-        name: title of the panel.
-        cells: mean score per cell, rows are depths or tasks, columns lengths; None where nothing ran.
-        mean: number for the title, or None.
-    """
-
-    name: str
-    cells: list[list[float | None]]
-    mean: float | None
+    name: str  # title of the panel
+    cells: list[list[float | None]]  # mean score by row and length; None where nothing ran
+    mean: float | None  # number for the title, or None
 
 
 def draw(

@@ -27,19 +27,12 @@ _ROW_PER_TOKEN = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids":
 
 @dataclass(frozen=True)
 class Observation:
-    """One sample.
+    """One sample."""
 
-    Attributes:
-        loss: mean loss of the answer in the full model, nats per token.
-        losses: the same when visual tokens leave after each layer, from the first allowed one to the last but one.
-        agreement: share of the answer's tokens that stay the most likely ones, of the same layers.
-        features: the inputs of the routers after these layers, fp32 [layers, 2 C].
-    """
-
-    loss: float
-    losses: tuple[float, ...]
-    agreement: tuple[float, ...]
-    features: Tensor
+    loss: float  # mean loss of the answer in the full model, nats per token
+    losses: tuple[float, ...]  # the same by exit layer, from the first allowed one to the last but one
+    agreement: tuple[float, ...]  # share of the answer's tokens that stay the most likely ones, of the same layers
+    features: Tensor  # the inputs of the routers after these layers, fp32 [layers, 2 C]
 
 
 def safe_exits(

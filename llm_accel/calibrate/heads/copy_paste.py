@@ -20,18 +20,11 @@ MAX_STEPS = 50
 
 @dataclass(frozen=True)
 class Copies:
-    """One answered prompt.
+    """One answered prompt."""
 
-    Attributes:
-        answer: generated ids.
-        size: needle tokens that hold the answer.
-        hits: (layer, query head, needle position) -> how often that head attended there while that token was
-            generated.
-    """
-
-    answer: tuple[int, ...]
-    size: int
-    hits: dict[tuple[int, int, int], int]
+    answer: tuple[int, ...]  # generated ids
+    size: int  # needle tokens that hold the answer
+    hits: dict[tuple[int, int, int], int]  # (layer, query head, needle position) -> how often it copied
 
 
 class _MostAttended:

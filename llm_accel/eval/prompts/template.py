@@ -21,25 +21,16 @@ class TooShortError(Exception):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The parts of one prompt before its length is fixed: intro, context, question, answer prefix.
+    """The parts of one prompt before its length is fixed: intro, context, question, answer prefix."""
 
-    Attributes:
-        fill: the context in segments of token ids, exactly as many tokens as asked for; raises :class:`TooShortError`.
-        prefix: beginning of the answer; None: the model starts it.
-        answers: strings that the answer should hold, or for questions about documents one of them.
-        intro: what stands before the context.
-        on_line: whether the question begins a line; else it follows a sentence.
-        asked, others: segments of the context whose positions are recorded in the prompt.
-    """
-
-    fill: Callable[[int], list[Segment]]
+    fill: Callable[[int], list[Segment]]  # the context, exactly as many tokens as asked for; raises TooShortError
     question: str
-    prefix: str | None
-    answers: tuple[str, ...]
-    intro: str = ""
-    on_line: bool = True
-    asked: tuple[Segment, ...] = ()
-    others: tuple[Segment, ...] = ()
+    prefix: str | None  # beginning of the answer; None: the model starts it
+    answers: tuple[str, ...]  # strings that the answer should hold, or for questions about documents one of them
+    intro: str = ""  # what stands before the context
+    on_line: bool = True  # whether the question begins a line; else it follows a sentence
+    asked: tuple[Segment, ...] = ()  # the needles asked for, whose positions the prompt records
+    others: tuple[Segment, ...] = ()  # the other needles, likewise
 
 
 class Builder(Protocol):

@@ -24,21 +24,13 @@ WARM = 2  # decode steps after the prompt that no figure counts
 
 @dataclass
 class TimedCall:
-    """One ``generate`` call.
+    """One ``generate`` call."""
 
-    Attributes:
-        first_ms: time to first token.
-        steps_ms: every decode step after the first :data:`WARM`.
-        kv_bytes: bytes that the cache holds at the end.
-        dense_kv_bytes: bytes that a dense cache of the same length would hold.
-        notes: what the plug-in says of its decoding, for example why it was not compiled.
-    """
-
-    first_ms: float
-    steps_ms: list[float]
-    kv_bytes: int
-    dense_kv_bytes: int
-    notes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    first_ms: float  # time to first token
+    steps_ms: list[float]  # every decode step after the first :data:`WARM`
+    kv_bytes: int  # bytes that the cache holds at the end
+    dense_kv_bytes: int  # bytes that a dense cache of the same length would hold
+    notes: dict[str, tuple[str, str]] = field(default_factory=dict)  # how the plug-in decoded, and why
 
 
 def share_weights(model: Any) -> Any:

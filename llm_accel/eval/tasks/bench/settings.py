@@ -50,15 +50,10 @@ def _decodes(given: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One line of the comparison.
+    """One line of the comparison."""
 
-    Attributes:
-        method: specification as on the command line; ``dense`` is the plain model.
-        decode: ``eager``, ``compiled`` or ``auto``; ``static`` is the compiled static cache of transformers, dense.
-    """
-
-    method: str
-    decode: Decode | Literal["static"] = "eager"
+    method: str  # specification as on the command line; ``dense`` is the plain model
+    decode: Decode | Literal["static"] = "eager"  # static: the compiled static cache of transformers
 
     @property
     def name(self) -> str:
