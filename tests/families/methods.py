@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Literal
 
 from llm_accel import HiP, RetrievalHeads, list_methods
-from llm_accel.methods import MethodConfig, ScoreAndKeep, hip
+from llm_accel.methods import MethodConfig, ScoreAndKeep
+from llm_accel.methods.sparse import hip
 from tests.contracts import matrix
 
 ABOVE = 512

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.common.progress import iterate
-from llm_accel.methods.exit_profile import RouterScore
+from llm_accel.methods.visual.exit_profile import RouterScore
 
 STEPS = 300
 BATCH = 128

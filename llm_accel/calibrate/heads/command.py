@@ -24,7 +24,7 @@ from llm_accel.eval.records import RunDir, reported_errors
 from llm_accel.eval.runner import print_summary, run_items
 from llm_accel.eval.tasks.needle.settings import NeedleSettings, parse_depths
 from llm_accel.eval.tasks.needle.task import NeedleMaker
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.methods.kv.head_profile import HeadProfile
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_accel.eval.table import aligned
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.methods.kv.head_profile import HeadProfile
 
 ROWS = 16
 
