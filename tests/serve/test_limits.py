@@ -12,7 +12,7 @@ import pytest
 
 from llm_accel import ConfigError, UnknownMethodError
 from llm_accel.serve.settings import ServeSettings
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import Running, start, wait_for
 
 

@@ -15,7 +15,7 @@ from llm_accel.serve.queue import JobQueue
 from llm_accel.serve.sampling import Sampling, choose
 from llm_accel.serve.settings import ServeSettings
 from llm_accel.serve.text import TextStream
-from tests.eval.needle_kit import tokenizer
+from tests.eval.needle_helpers import tokenizer
 
 
 @pytest.mark.parametrize("kind", ["bundled", "spaces"])

@@ -14,7 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import ALICE, Running, start
 
 HEADERS = {"Authorization": f"Bearer {ALICE}"}

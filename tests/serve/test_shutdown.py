@@ -16,7 +16,7 @@ import pytest
 from llm_accel.common.bundled import load_needle_model
 from llm_accel.patches.install import hook_of
 from llm_accel.serve.settings import KEY_VARIABLE
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import PATIENCE, start, wait_for
 
 
