@@ -12,17 +12,17 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from llm_accel.serve.answers import Answer
 from llm_accel.serve.body import parse_body
-from llm_accel.serve.desk import Desk
 from llm_accel.serve.engine import Engine
 from llm_accel.serve.errors import ApiError, late
-from llm_accel.serve.gate import Gate
+from llm_accel.serve.input_processor import Desk
 from llm_accel.serve.loading import Served
+from llm_accel.serve.middleware import Gate
+from llm_accel.serve.openapi import describer
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
-from llm_accel.serve.reply import Reply
-from llm_accel.serve.schema import describer
+from llm_accel.serve.responses import Answer
 from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.streaming import Reply
 
 _STOP_S = 10.0  # what a batch has to notice that nobody waits for it
 

@@ -9,13 +9,13 @@ import traceback
 
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.registry import parse_all
-from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversations
 from llm_accel.serve.errors import ApiError, shutting_down
-from llm_accel.serve.jobs import Job
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.queue import JobQueue
+from llm_accel.serve.model_runner import Runner
+from llm_accel.serve.scheduler import JobQueue
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)

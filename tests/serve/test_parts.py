@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from llm_accel.methods import MethodConfig, SnapKV
-from llm_accel.serve.jobs import Job
-from llm_accel.serve.queue import JobQueue
+from llm_accel.serve.detokenizer import TextStream
 from llm_accel.serve.sampling import Sampling, choose
+from llm_accel.serve.scheduler import JobQueue
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
-from llm_accel.serve.text import TextStream
 from tests.eval.needle_kit import tokenizer
 
 

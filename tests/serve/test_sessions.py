@@ -13,9 +13,9 @@ import llm_accel
 from llm_accel.methods import MethodConfig, SnapKV
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers.hybrid import states_of
-from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.metrics import Metrics
+from llm_accel.serve.model_runner import Runner
 from tests.families.build import text_model
 from tests.serve.kit import ALICE, BOB, Running
 from tests.serve.test_answers import needle_prompts

@@ -10,10 +10,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from llm_accel.serve.answers import Answer
 from llm_accel.serve.engine import Engine
 from llm_accel.serve.errors import ApiError, late
-from llm_accel.serve.gate import Message, Receive, Send
+from llm_accel.serve.middleware import Message, Receive, Send
+from llm_accel.serve.responses import Answer
 
 
 class Reply(Response):

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from llm_accel.serve.jobs import Chance, Job, Piece
+from llm_accel.serve.sequences import Chance, Job, Piece
 
 Json = dict[str, Any]
 

@@ -17,9 +17,9 @@ from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers.hybrid import state_bytes
 from llm_accel.serve.conversations import Conversation, Conversations
-from llm_accel.serve.jobs import Chance, Job, Row
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.sampling import choose
+from llm_accel.serve.sequences import Chance, Job, Row
 
 # What the model's own generation settings may hold beside sampling. Padding counts as text for some of it, so that a
 # row would depend on the others.

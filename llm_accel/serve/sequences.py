@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
+from llm_accel.serve.detokenizer import TextStream
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.sampling import Sampling
-from llm_accel.serve.text import TextStream
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llm_accel.serve.errors import ApiError, shutting_down
-from llm_accel.serve.jobs import Job
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
 

@@ -9,16 +9,16 @@ from typing import Any
 from llm_accel.errors import LlmAccelError
 from llm_accel.methods import MethodConfig, WholeCache
 from llm_accel.registry import parse_all
-from llm_accel.serve.answers import ChatAnswer, CompletionAnswer
 from llm_accel.serve.body import MOST_PARTS
+from llm_accel.serve.detokenizer import TextStream
 from llm_accel.serve.errors import ApiError
-from llm_accel.serve.jobs import Job
 from llm_accel.serve.loading import Served
 from llm_accel.serve.prompts import Prompt, Reader
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
+from llm_accel.serve.responses import ChatAnswer, CompletionAnswer
 from llm_accel.serve.sampling import Sampling
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
-from llm_accel.serve.text import TextStream
 
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 
