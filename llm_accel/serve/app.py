@@ -14,27 +14,27 @@ from starlette.responses import JSONResponse, Response
 
 from llm_accel.serve.body import parse_body
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, late
-from llm_accel.serve.input_processor import Desk
+from llm_accel.serve.errors import ApiError, deadline_passed
+from llm_accel.serve.input_processor import InputProcessor
 from llm_accel.serve.loading import Served
-from llm_accel.serve.middleware import Gate
+from llm_accel.serve.middleware import Middleware
 from llm_accel.serve.openapi import describer
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
-from llm_accel.serve.responses import Answer
+from llm_accel.serve.responses import ApiResponse
 from llm_accel.serve.settings import ServeSettings
-from llm_accel.serve.streaming import Reply
+from llm_accel.serve.streaming import GenerationResponse
 
 _STOP_S = 10.0  # what a batch has to notice that nobody waits for it
 
 
-def create_app(served: Served, settings: ServeSettings) -> tuple[Gate, Engine]:
+def create_app(served: Served, settings: ServeSettings) -> tuple[Middleware, Engine]:
     """The application, and the engine behind it, which starts and stops with it.
 
     Raises:
         LlmAccelError: the keys or the default method cannot be used.
     """
     engine = Engine(served, settings)
-    desk = Desk(served, settings)
+    processor = InputProcessor(served, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,46 +44,48 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[Gate, Engine]:
         await asyncio.to_thread(engine.join, _STOP_S)
 
     app = FastAPI(title="llm_accel", lifespan=lifespan, docs_url=None, redoc_url=None)
-    _add_answers(app, engine, desk)
-    _add_pages(app, engine, desk, served.name, settings.method)
+    _add_answers(app, engine, processor)
+    _add_pages(app, engine, processor, served.name, settings.method)
     _add_errors(app)
     keys = settings.keys()
     app.openapi = describer(app, served.name, settings, bool(keys))  # type: ignore[method-assign]
     max_inside = settings.max_queue + 2 * settings.max_batch  # all that wait, all that run, and some on their way
-    gate = Gate(app, keys, int(settings.max_body_mib * 2**20), desk.max_values, max_inside, engine.metrics)
-    return gate, engine
+    middleware = Middleware(
+        app, keys, int(settings.max_body_mib * 2**20), processor.max_values, max_inside, engine.metrics
+    )
+    return middleware, engine
 
 
-def _add_answers(app: FastAPI, engine: Engine, desk: Desk) -> None:
+def _add_answers(app: FastAPI, engine: Engine, processor: InputProcessor) -> None:
     async def answer(request: HttpRequest, kind: type[Request], make: Any) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError("bad_request", "send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
         body = await asyncio.to_thread(parse_body, kind, await request.body())
-        desk.check_model(body.model)
-        until = begin + desk.seconds(body)
-        with engine.queue.place():
+        processor.check_model(body.model)
+        until = begin + processor.seconds(body)
+        with engine.scheduler.place():
             try:
                 async with asyncio.timeout_at(until):
-                    ready: Answer = await make(body, request.state.key)
+                    ready: ApiResponse = await make(body, request.state.key)
             except TimeoutError:
-                raise late(desk.seconds(body)) from None
-        return Reply(engine, ready, body.stream, body.stream_options.include_usage, until)
+                raise deadline_passed(processor.seconds(body)) from None
+        return GenerationResponse(engine, ready, body.stream, body.stream_options.include_usage, until)
 
     @app.post("/v1/chat/completions")
     async def chat(request: HttpRequest) -> Response:
-        return await answer(request, ChatRequest, desk.chat)
+        return await answer(request, ChatRequest, processor.chat)
 
     @app.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
-        return await answer(request, CompletionRequest, desk.completion)
+        return await answer(request, CompletionRequest, processor.completion)
 
 
-def _add_pages(app: FastAPI, engine: Engine, desk: Desk, name: str, method: str) -> None:
+def _add_pages(app: FastAPI, engine: Engine, processor: InputProcessor, name: str, method: str) -> None:
     started = int(time.time())
 
     def description() -> dict[str, Any]:
-        extension = {"method": method, "context": desk.context}
+        extension = {"method": method, "context": processor.context}
         return {"id": name, "object": "model", "created": started, "owned_by": "llm_accel", "llm_accel": extension}
 
     @app.get("/v1/models")
@@ -92,7 +94,7 @@ def _add_pages(app: FastAPI, engine: Engine, desk: Desk, name: str, method: str)
 
     @app.get("/v1/models/{model_name:path}")
     async def one_model(model_name: str) -> dict[str, Any]:
-        desk.check_model(model_name)
+        processor.check_model(model_name)
         return description()
 
     @app.get("/health")

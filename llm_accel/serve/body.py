@@ -16,7 +16,7 @@ _STEP = 40  # characters of a name in a message
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Census:
+class ValueCounter:
     """Counts the values of a JSON text piece by piece, at the speed of :meth:`bytes.split`. It reads no JSON: what is
     none is left to the parser, which stops there.
 

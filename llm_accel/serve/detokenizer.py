@@ -8,7 +8,7 @@ from typing import Any
 _INCOMPLETE = "\ufffd"  # what a decoder writes for the first bytes of a character whose other bytes are still to come
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into pieces of text whose concatenation is the decoded answer.
 
     Attributes:

@@ -13,8 +13,8 @@ from llm_accel.serve.conversations import Conversations
 from llm_accel.serve.errors import ApiError, shutting_down
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.model_runner import Runner
-from llm_accel.serve.scheduler import JobQueue
+from llm_accel.serve.model_runner import ModelRunner
+from llm_accel.serve.scheduler import Scheduler
 from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
@@ -33,15 +33,15 @@ class Engine:
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.metrics = Metrics()
-        self.queue = JobQueue(settings)
+        self.scheduler = Scheduler(settings)
         conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
-        self._runner = Runner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
+        self._runner = ModelRunner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
         self._own = parse_all(settings.method)
         self._runner.use(self._own)
         self._failed = 0
         self._running: list[Job] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
-        self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.queue))
+        self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
         self.metrics.watch("running", "Requests in the running batch.", lambda: len(self._running))
         self.metrics.watch("sessions", "Conversations that keep their cache.", lambda: len(conversations))
         self.metrics.watch("session_bytes", "Bytes of their caches.", lambda: conversations.nbytes)
@@ -49,7 +49,7 @@ class Engine:
     @property
     def status(self) -> str:
         """ "ok", or why a load balancer should send requests elsewhere."""
-        if self.queue.closed:
+        if self.scheduler.closed:
             return "shutting down"
         if not self.working:
             return "not running"
@@ -66,20 +66,20 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Accepts a request, or raises :class:`ApiError`."""
-        self.queue.put(job)
+        self.scheduler.put(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this request any more: it leaves the queue, or its rows stop at their next token."""
         job.cancelled = True
-        self.queue.discard(job)
+        self.scheduler.discard(job)
 
     def drain(self) -> None:
         """No more requests; accepted ones are finished."""
-        self.queue.close()
+        self.scheduler.close()
 
     def abandon(self) -> None:
         """Fails every request that is not finished."""
-        for job in [*self.queue.clear(), *self._running]:
+        for job in [*self.scheduler.clear(), *self._running]:
             job.fail(shutting_down())
 
     def join(self, seconds: float) -> None:
@@ -88,7 +88,7 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while jobs := self.queue.take():
+            while jobs := self.scheduler.take():
                 self._serve(jobs)
         finally:
             self._runner.use(())  # whoever served the model gets it back as it was
@@ -113,8 +113,8 @@ class Engine:
         finally:
             self._running = []
         seconds = time.monotonic() - begin
-        mean = self.queue.batch_seconds
-        self.queue.batch_seconds = seconds if mean == 0 else 0.8 * mean + 0.2 * seconds
+        mean = self.scheduler.batch_seconds
+        self.scheduler.batch_seconds = seconds if mean == 0 else 0.8 * mean + 0.2 * seconds
 
     def _fail(self, jobs: list[Job], error: ApiError) -> None:
         for job in jobs:

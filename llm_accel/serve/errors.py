@@ -54,6 +54,6 @@ def shutting_down() -> ApiError:
     return ApiError("shutting_down", "the server is shutting down; try another one or come back later.")
 
 
-def late(seconds: float) -> ApiError:
+def deadline_passed(seconds: float) -> ApiError:
     """What a request gets that is not answered in time."""
     return ApiError("deadline", f"not finished within {seconds:g} s.")

@@ -10,12 +10,12 @@ from llm_accel.errors import LlmAccelError
 from llm_accel.methods import MethodConfig, WholeCache
 from llm_accel.registry import parse_all
 from llm_accel.serve.body import MOST_PARTS
-from llm_accel.serve.detokenizer import TextStream
+from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.loading import Served
-from llm_accel.serve.prompts import Prompt, Reader
+from llm_accel.serve.prompts import Prompt, PromptReader
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
-from llm_accel.serve.responses import ChatAnswer, CompletionAnswer
+from llm_accel.serve.responses import ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
@@ -23,7 +23,7 @@ from llm_accel.serve.settings import ServeSettings
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 
 
-class Desk:
+class InputProcessor:
     """What is known about the model and the limits.
 
     Attributes:
@@ -37,7 +37,7 @@ class Desk:
         text_config = served.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
-        self._reader = Reader(served, settings, limit, int(text_config.vocab_size))
+        self._reader = PromptReader(served, settings, limit, int(text_config.vocab_size))
         self.max_values = MOST_PARTS + min(_MOST_IDS, settings.max_batch * limit)
         own = served.model.generation_config
         self._sampling = (
@@ -53,18 +53,18 @@ class Desk:
         """How long a request may take, from its arrival to its end."""
         return min(body.llm_accel.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
 
-    async def chat(self, body: ChatRequest, key: str) -> ChatAnswer:
+    async def chat(self, body: ChatRequest, key: str) -> ChatResponse:
         """The answer to a chat, not begun yet."""
         self._check(body, 1)
         prompts = [await self._reader.chat(body.messages)]
-        return ChatAnswer(self._job(body, prompts, key), self._name, self._reader.tokenizer, [prompts[0].ids])
+        return ChatResponse(self._job(body, prompts, key), self._name, self._reader.tokenizer, [prompts[0].ids])
 
-    async def completion(self, body: CompletionRequest, key: str) -> CompletionAnswer:
+    async def completion(self, body: CompletionRequest, key: str) -> CompletionResponse:
         """The answer to prompts, not begun yet."""
         self._check(body, len(body.prompts))
         prompts = await self._reader.texts(body.prompts)
         distinct = [prompt.ids for prompt in prompts]
-        return CompletionAnswer(self._job(body, prompts, key), self._name, self._reader.tokenizer, distinct)
+        return CompletionResponse(self._job(body, prompts, key), self._name, self._reader.tokenizer, distinct)
 
     def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         """What costs nothing to check, before anything is made of the request."""
@@ -88,9 +88,9 @@ class Desk:
             prompts=rows,
             methods=self._methods(body.llm_accel.method),
             sampling=self._choice(body),
-            max_new_tokens=self._room([prompt.ids for prompt in prompts], body.limit),
+            max_new_tokens=self._answer_limit([prompt.ids for prompt in prompts], body.limit),
             deadline_s=self.seconds(body),
-            make_text=lambda: TextStream(self._tokenizer, body.stops),
+            make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops),
             session=None if session is None else (key, session),
             features=features,
         )
@@ -133,7 +133,7 @@ class Desk:
                     f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed.",
                 )
 
-    def _room(self, prompts: Sequence[tuple[int, ...]], wanted: int | None) -> int:
+    def _answer_limit(self, prompts: Sequence[tuple[int, ...]], wanted: int | None) -> int:
         """How many tokens to generate at most."""
         longest, settings = max(map(len, prompts)), self._settings
         left = settings.max_new_tokens if self.context is None else self.context - longest

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from llm_accel.serve.body import Census
+from llm_accel.serve.body import ValueCounter
 from llm_accel.serve.errors import STATUS, ApiError
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.settings import is_loopback
@@ -35,7 +35,7 @@ _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
 _PORT = re.compile(r":\d+$")
 
 
-class Gate:
+class Middleware:
     """ASGI application around another one.
 
     Args:
@@ -125,7 +125,7 @@ class Gate:
         if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
             await self._discard(receive)
             raise too_large
-        body, census = bytearray(), Census(self._max_values)
+        body, counter = bytearray(), ValueCounter(self._max_values)
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 more = True
@@ -138,7 +138,7 @@ class Gate:
                     more = message.get("more_body", False)
                     if len(body) > self._max_body:
                         raise too_large
-                    census.add(piece)
+                    counter.add(piece)
         except ApiError:
             body.clear()
             if more:

@@ -43,15 +43,15 @@ def _answer(name: str, **content: Json) -> Json:
 
 _SCHEMAS: Json = {
     "Error": _object(error=_object(message=_TEXT, type=_TEXT, code={"enum": list(STATUS)})),
-    "ChatAnswer": _answer("chat.completion", message=_object(role={"const": "assistant"}, content=_TEXT)),
-    "CompletionAnswer": _answer("text_completion", text=_TEXT),
+    "ChatResponse": _answer("chat.completion", message=_object(role={"const": "assistant"}, content=_TEXT)),
+    "CompletionResponse": _answer("text_completion", text=_TEXT),
     "Model": _MODEL,
     "ModelList": _object(object={"const": "list"}, data=_list({"$ref": _REF + "Model"})),
     "Health": _object(status=_TEXT),
 }
 _BODIES = {
-    "/v1/chat/completions": ("ChatRequest", "ChatAnswer"),
-    "/v1/completions": ("CompletionRequest", "CompletionAnswer"),
+    "/v1/chat/completions": ("ChatRequest", "ChatResponse"),
+    "/v1/completions": ("CompletionRequest", "CompletionResponse"),
 }
 
 

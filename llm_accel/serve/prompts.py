@@ -33,7 +33,7 @@ class Prompt:
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Reader:
+class PromptReader:
     """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads.
 
     Args:

@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from llm_accel.serve.sequences import Chance, Job, Piece
+from llm_accel.serve.sequences import Delta, Job, TokenLogprob
 
 Json = dict[str, Any]
 
 
-class Answer:
+class ApiResponse:
     """What the answers to chats and completions share.
 
     Args:
@@ -29,21 +29,21 @@ class Answer:
         self._prompt_tokens = sum(map(len, distinct))
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, pieces: Sequence[Piece]) -> Json:
+    def whole(self, pieces: Sequence[Delta]) -> Json:
         """The body of a response that is not streamed."""
         choices = []
-        for index in range(len(self.job.rows)):
+        for index in range(len(self.job.sequences)):
             own = [piece for piece in pieces if piece.index == index]
             text = "".join(piece.text for piece in own)
-            chances = [chance for piece in own for chance in piece.chances]
-            choices.append(self.choice(index, text, chances, own[-1].finish))
+            logprobs = [logprob for piece in own for logprob in piece.logprobs]
+            choices.append(self.choice(index, text, logprobs, own[-1].finish))
         return self._head | {"object": self.object_name, "choices": choices, "usage": self.usage()} | self._extension()
 
     def opening(self) -> list[Json]:
         """Chunks before the first text."""
         return []
 
-    def chunk(self, piece: Piece) -> Json:
+    def chunk(self, piece: Delta) -> Json:
         """One chunk of a stream."""
         return self._wrap([self.delta(piece)])
 
@@ -61,11 +61,11 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.job.reused_tokens},
         }
 
-    def choice(self, index: int, text: str, chances: Sequence[Chance], finish: str | None) -> Json:
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
         """One answer of a whole response."""
         raise NotImplementedError
 
-    def delta(self, piece: Piece) -> Json:
+    def delta(self, piece: Delta) -> Json:
         """One answer of a chunk."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Answer:
         return text
 
 
-class ChatAnswer(Answer):
+class ChatResponse(ApiResponse):
     """``/v1/chat/completions``."""
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -88,52 +88,52 @@ class ChatAnswer(Answer):
     def opening(self) -> list[Json]:
         """The role of every answer, before its text."""
         delta = {"role": "assistant", "content": ""}
-        return [self._wrap([self._chunk_choice(row.index, delta, (), None)]) for row in self.job.rows]
+        return [self._wrap([self._chunk_choice(row.index, delta, (), None)]) for row in self.job.sequences]
 
-    def choice(self, index: int, text: str, chances: Sequence[Chance], finish: str | None) -> Json:
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
         """One answer of a whole response."""
         message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": self._logprobs(chances), "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
 
-    def delta(self, piece: Piece) -> Json:
+    def delta(self, piece: Delta) -> Json:
         """One answer of a chunk."""
         delta = {"content": piece.text} if piece.text else {}
-        return self._chunk_choice(piece.index, delta, piece.chances, piece.finish)
+        return self._chunk_choice(piece.index, delta, piece.logprobs, piece.finish)
 
-    def _chunk_choice(self, index: int, delta: Json, chances: Sequence[Chance], finish: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(chances), "finish_reason": finish}
+    def _chunk_choice(self, index: int, delta: Json, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
 
-    def _logprobs(self, chances: Sequence[Chance]) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if self.job.sampling.logprobs is None:
             return None
-        return {"content": [self._entry(one.token, one.logprob) | self._top(one) for one in chances]}
+        return {"content": [self._entry(one.token, one.logprob) | self._top(one) for one in logprobs]}
 
-    def _top(self, chance: Chance) -> Json:
-        return {"top_logprobs": [self._entry(token, logprob) for token, logprob in chance.top]}
+    def _top(self, logprob: TokenLogprob) -> Json:
+        return {"top_logprobs": [self._entry(token, logprob) for token, logprob in logprob.top]}
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-class CompletionAnswer(Answer):
+class CompletionResponse(ApiResponse):
     """``/v1/completions``."""
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, chances: Sequence[Chance], finish: str | None) -> Json:
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
         """One answer of a whole response, and of a chunk too."""
-        return {"index": index, "text": text, "logprobs": self._logprobs(chances), "finish_reason": finish}
+        return {"index": index, "text": text, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
 
-    def delta(self, piece: Piece) -> Json:
+    def delta(self, piece: Delta) -> Json:
         """One answer of a chunk."""
-        return self.choice(piece.index, piece.text, piece.chances, piece.finish)
+        return self.choice(piece.index, piece.text, piece.logprobs, piece.finish)
 
-    def _logprobs(self, chances: Sequence[Chance]) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if self.job.sampling.logprobs is None:
             return None
         return {
-            "tokens": [self._text(one.token) for one in chances],
-            "token_logprobs": [one.logprob for one in chances],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in one.top} for one in chances],
+            "tokens": [self._text(one.token) for one in logprobs],
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [{self._text(token): logprob for token, logprob in one.top} for one in logprobs],
         }

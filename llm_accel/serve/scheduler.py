@@ -14,7 +14,7 @@ from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
 
-class JobQueue:
+class Scheduler:
     """First come, first served; others with the same method ride along, nearest in length: every row of a batch
     is padded to the longest one. Safe in several threads.
 
@@ -106,7 +106,7 @@ class JobQueue:
                         return []
                     self._changed.wait()
                     continue
-                batch = self._riders(self._jobs[0])
+                batch = self._batch_of(self._jobs[0])
                 left = self._jobs[0].accepted_at + self._settings.window_ms / 1e3 - time.monotonic()
                 if self._closed or left <= 0 or not self._open(batch):
                     for job in batch:
@@ -116,15 +116,15 @@ class JobQueue:
 
     def _open(self, batch: list[Job]) -> bool:
         """Whether waiting may bring more rows."""
-        return not batch[0].alone and sum(len(job.rows) for job in batch) < self._settings.max_batch
+        return not batch[0].alone and sum(len(job.sequences) for job in batch) < self._settings.max_batch
 
-    def _riders(self, head: Job) -> list[Job]:
+    def _batch_of(self, head: Job) -> list[Job]:
         """The first request and those behind it that share its batch, nearest in length first."""
-        batch, rows, width = [head], len(head.rows), head.width
+        batch, rows, width = [head], len(head.sequences), head.width
         if head.alone:
             return batch
         for job in sorted(list(self._jobs)[1:], key=lambda job: abs(job.width - head.width)):
-            more, wider = rows + len(job.rows), max(width, job.width)
+            more, wider = rows + len(job.sequences), max(width, job.width)
             fits = more <= self._settings.max_batch and more * wider <= self._settings.max_batch_tokens
             if not job.alone and job.methods == head.methods and fits:
                 batch.append(job)

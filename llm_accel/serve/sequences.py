@@ -12,13 +12,13 @@ from torch import Tensor
 
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
-from llm_accel.serve.detokenizer import TextStream
+from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Chance:
+class TokenLogprob:
     """Log-probabilities at one step, of the model itself: before temperature and cuts.
 
     Attributes:
@@ -33,32 +33,32 @@ class Chance:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """A part of one answer.
 
     Attributes:
         index: number of the answer within the request.
         text: new text, maybe none.
-        chances: log-probabilities of the tokens since the last piece, where they were asked for.
+        logprobs: log-probabilities of the tokens since the last delta, where they were asked for.
         finish: "stop" or "length" with the last piece, else None.
     """
 
     index: int
     text: str
-    chances: tuple[Chance, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finish: str | None
 
 
-class Row:
+class TokenSequence:
     """One answer in the making; lives in the inference thread."""
 
-    def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: TextStream) -> None:
+    def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
         self.job, self.index, self.prompt = job, index, prompt
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.first_at = self.last_at = 0.0
         self._text, self._random = text, job.sampling.source(index)
-        self._chances: list[Chance] = []
+        self._logprobs: list[TokenLogprob] = []
 
     def draw(self) -> float:
         """The next random number of this row."""
@@ -69,15 +69,15 @@ class Row:
         """Whether it needs no further token."""
         return self.finish is not None or self.job.cancelled
 
-    def accept(self, token: int, ends: set[int], chance: Chance | None) -> None:
+    def accept(self, token: int, ends: set[int], logprob: TokenLogprob | None) -> None:
         """Takes the next token and tells the client what is new."""
         if self.over:
             return
         self.last_at = time.monotonic()
         self.first_at = self.first_at or self.last_at
         self.tokens.append(token)
-        if chance is not None:
-            self._chances.append(chance)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         text = "" if token in ends else self._text.push(token)
         if token in ends or self._text.stopped:
             self.finish = "stop"
@@ -87,8 +87,8 @@ class Row:
             text += self._text.flush()
             self.finish = "stop" if self._text.stopped else self.finish
         if text or self.finish:
-            self.job.send(Piece(self.index, text, tuple(self._chances), self.finish))
-            self._chances.clear()
+            self.job.send(Delta(self.index, text, tuple(self._logprobs), self.finish))
+            self._logprobs.clear()
 
 
 @dataclass(eq=False)
@@ -103,7 +103,7 @@ class Job:
         features: what a vision-language model needs beside the ids, as its processor made it.
         session: API key and name of the conversation whose cache to keep, or None.
         deadline_s: seconds from acceptance to the end.
-        make_text: a new decoder of text for each answer.
+        make_detokenizer: a new decoder of text for each answer.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
         cancelled: nobody waits for the answer any more.
     """
@@ -113,18 +113,20 @@ class Job:
     sampling: Sampling
     max_new_tokens: int
     deadline_s: float
-    make_text: Callable[[], TextStream]
+    make_detokenizer: Callable[[], Detokenizer]
     session: tuple[str, str] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     reused_tokens: int = 0
     cancelled: bool = False
     accepted_at: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(init=False)
+    sequences: list[TokenSequence] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [Row(self, index, prompt, self.make_text()) for index, prompt in enumerate(self.prompts)]
+        self.sequences = [
+            TokenSequence(self, index, prompt, self.make_detokenizer()) for index, prompt in enumerate(self.prompts)
+        ]
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+        self._events: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
     @property
     def method_name(self) -> str:
@@ -144,9 +146,9 @@ class Job:
     @property
     def generated_tokens(self) -> int:
         """Tokens generated so far, end tokens included."""
-        return sum(len(row.tokens) for row in self.rows)
+        return sum(len(row.tokens) for row in self.sequences)
 
-    def send(self, event: Piece | ApiError) -> None:
+    def send(self, event: Delta | ApiError) -> None:
         """Hands an event to the waiting client; from any thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -156,12 +158,12 @@ class Job:
         self.cancelled = True
         self.send(error)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def deltas(self) -> AsyncIterator[Delta]:
         """What the client gets, in order, until every answer is finished; raises the error that ended the request."""
-        open_rows = len(self.rows)
-        while open_rows:
+        unfinished = len(self.sequences)
+        while unfinished:
             event: Any = await self._events.get()
             if isinstance(event, ApiError):
                 raise event
-            open_rows -= event.finish is not None
+            unfinished -= event.finish is not None
             yield event

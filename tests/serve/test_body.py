@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_accel.serve.body import MOST_PARTS, Census, parse_body
+from llm_accel.serve.body import MOST_PARTS, ValueCounter, parse_body
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
 
@@ -36,23 +36,23 @@ def test_what_is_counted_is_what_the_json_holds_however_it_is_cut(
     value: Any, ascii_only: bool, cuts: list[int]
 ) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
-    census, begin = Census(10**9), 0
+    counter, begin = ValueCounter(10**9), 0
     for cut in [*sorted(cuts), len(body)]:
-        census.add(body[begin : max(begin, cut)])
+        counter.add(body[begin : max(begin, cut)])
         begin = max(begin, cut)
-    assert (census._openings + census._quotes // 2, census._commas) == counts(value)
+    assert (counter._openings + counter._quotes // 2, counter._commas) == counts(value)
 
 
 @pytest.mark.parametrize("one", ["{}", "[]", '""', '"\\""', '"\\\\"'])
 def test_more_parts_than_any_request_needs(one: str) -> None:
     body = ("[" + ",".join([one] * MOST_PARTS)).encode()
-    census = Census(10**9)
-    census.add(body[: -2 * len(one)])
+    counter = ValueCounter(10**9)
+    counter.add(body[: -2 * len(one)])
     with pytest.raises(ApiError, match=f"JSON has over {MOST_PARTS} texts, lists and objects"):
-        census.add(body[-2 * len(one) :])
+        counter.add(body[-2 * len(one) :])
     with pytest.raises(ApiError, match="JSON has over 7 values"):
-        Census(7).add(b"[1,2,3,4,5,6,7,8,9]")
-    Census(7).add(b'[1,2,3,4,5,6,7,"8,9,10,11"]')
+        ValueCounter(7).add(b"[1,2,3,4,5,6,7,8,9]")
+    ValueCounter(7).add(b'[1,2,3,4,5,6,7,"8,9,10,11"]')
 
 
 USER = {"role": "user", "content": "x"}

@@ -125,7 +125,7 @@ def test_reading_takes_places_in_the_queue_and_time_of_the_deadline(server: tupl
             first = pool.submit(running.complete, "slow", llm_accel={"deadline_s": 0.4})
             wait_for(lambda: len(slow.texts) == before + 1)  # the one thread that reads is busy
             others = [pool.submit(running.complete, "The dog") for _ in range(2)]
-            wait_for(lambda: running.server.engine.queue._reading == 3)
+            wait_for(lambda: running.server.engine.scheduler._reading == 3)
             full = running.complete("The dog")
             assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
             assert refusal(first.result(), 504) == "not finished within 0.4 s."
@@ -135,7 +135,7 @@ def test_reading_takes_places_in_the_queue_and_time_of_the_deadline(server: tupl
             slow.go.set()
         assert [one.result().status_code for one in others] == [200, 200]
     running.idle()
-    assert running.server.engine.queue._reading == 0
+    assert running.server.engine.scheduler._reading == 0
     assert len(slow.texts) == before + 3, "what was given up before it was read is not read"
 
 
