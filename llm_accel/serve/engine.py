@@ -10,7 +10,7 @@ import traceback
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.registry import parse_all
 from llm_accel.serve.conversations import Conversations
-from llm_accel.serve.errors import ApiError, shutting_down
+from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.model_runner import ModelRunner
@@ -38,7 +38,7 @@ class Engine:
         self._runner = ModelRunner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
         self._own = parse_all(settings.method)
         self._runner.use(self._own)
-        self._failed = 0
+        self._failed, self._max_batch = 0, settings.max_batch
         self._running: list[Job] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
         self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
@@ -97,10 +97,11 @@ class Engine:
         self._running = jobs
         begin = time.monotonic()
         try:
-            self._runner.run(jobs)
+            self._runner.run(jobs, self._max_batch)
+            self.scheduler.put_back(jobs)
             self._failed = 0
         except _REFUSALS as error:
-            self._fail(jobs, ApiError("bad_request", str(error)))
+            self._fail(jobs, BadRequest(str(error)))
         except Exception as error:
             if jobs[0].methods in ((), self._own):  # what clients made of other methods says nothing about the server
                 self._failed += 1

@@ -7,20 +7,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_accel.errors import LlmAccelError
-from llm_accel.methods import MethodConfig, WholeCache
+from llm_accel.methods import Claim, MethodConfig, WholeCache
 from llm_accel.registry import parse_all
 from llm_accel.serve.body import MOST_PARTS
 from llm_accel.serve.detokenizer import Detokenizer
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import ApiError, BadRequest, ContextExceeded
 from llm_accel.serve.loading import Served
 from llm_accel.serve.prompts import Prompt, PromptReader
-from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
+from llm_accel.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ModelRequest,
+    TokenizeRequest,
+)
 from llm_accel.serve.responses import ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
+MOST_ANSWERS = 1024  # of a request: prompts times n
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
+_DEFAULT_NEW_TOKENS = 1024  # of a request that names no number
 
 
 class InputProcessor:
@@ -36,9 +44,10 @@ class InputProcessor:
         self._allowed = settings.allowed()
         text_config = served.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._vocabulary = int(text_config.vocab_size)
         limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
-        self._reader = PromptReader(served, settings, limit, int(text_config.vocab_size))
-        self.max_values = MOST_PARTS + min(_MOST_IDS, settings.max_batch * limit)
+        self._reader = PromptReader(served, settings, self.context or _MOST_IDS, limit, self._vocabulary)
+        self.max_values = MOST_PARTS + min(_MOST_IDS, MOST_ANSWERS * limit)
         own = served.model.generation_config
         self._sampling = (
             Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or None) if own.do_sample else Sampling()
@@ -47,52 +56,78 @@ class InputProcessor:
     def check_model(self, name: str) -> None:
         """Refuses the name of another model."""
         if name != self._name:
-            raise ApiError("not_found", f"there is no model {name!r} here; this server runs {self._name!r}.")
+            message = f"there is no model {name!r} here; this server runs {self._name!r}."
+            raise ApiError("not_found", message, code="model_not_found", param="model")
 
-    def seconds(self, body: Request) -> float:
+    def seconds(self, body: ModelRequest) -> float:
         """How long a request may take, from its arrival to its end."""
         return min(body.llm_accel.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
 
     async def chat(self, body: ChatRequest, key: str) -> ChatResponse:
-        """The answer to a chat, not begun yet."""
-        self._check(body, 1)
-        prompts = [await self._reader.chat(body.messages)]
-        return ChatResponse(self._job(body, prompts, key), self._name, self._reader.tokenizer, [prompts[0].ids])
+        """The response to a chat, not begun yet."""
+        self._check(body, 1, body.prompt_logprobs)
+        prompts = [await self._reader.chat(body)]
+        return ChatResponse(
+            self._job(body, prompts, key, body.prompt_logprobs), body, self._name, self._reader, prompts
+        )
 
     async def completion(self, body: CompletionRequest, key: str) -> CompletionResponse:
-        """The answer to prompts, not begun yet."""
-        self._check(body, len(body.prompts))
+        """The response to prompts, not begun yet."""
+        wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
+        top = max((count for count in wanted if count is not None), default=None)
+        self._check(body, len(body.prompts), top, body.echo)
         prompts = await self._reader.texts(body.prompts)
-        distinct = [prompt.ids for prompt in prompts]
-        return CompletionResponse(self._job(body, prompts, key), self._name, self._reader.tokenizer, distinct)
+        return CompletionResponse(self._job(body, prompts, key, top), body, self._name, self._reader, prompts)
 
-    def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a prompt."""
+        if body.prompt is None:
+            prompt = await self._reader.chat(body)
+        else:
+            [prompt] = await self._reader.texts([body.prompt], body.add_special_tokens)
+        return {"count": len(prompt.ids), "max_model_len": self.context, "tokens": list(prompt.ids)}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of tokens."""
+        return {"prompt": await self._reader.text(body.tokens)}
+
+    def _check(self, body: ChatRequest | CompletionRequest, prompts: int, top: int | None, echo: bool = False) -> None:
         """What costs nothing to check, before anything is made of the request."""
-        rows = prompts * body.n
-        if rows > self._settings.max_batch:
-            raise ApiError("bad_request", f"{rows} answers at once; {self._settings.max_batch} are allowed.")
-        if body.limit is not None and body.limit > self._settings.max_new_tokens:
-            raise ApiError(
-                "bad_request", f"max_tokens={body.limit}: at most {self._settings.max_new_tokens} are allowed."
-            )
-        self._methods(body.llm_accel.method)
+        answers, limit = prompts * body.n, self._settings.max_new_tokens
+        if answers > MOST_ANSWERS:
+            raise BadRequest(f"{answers} answers in one request; {MOST_ANSWERS} are allowed.", param="n")
+        if body.limit == 0 and top is None and not echo:
+            raise BadRequest("max_tokens: give at least 1; 0 is for 'echo' and 'prompt_logprobs'.", param="max_tokens")
+        if limit is not None and max(body.limit or 0, body.min_tokens) > limit:
+            wanted = max(body.limit or 0, body.min_tokens)
+            raise BadRequest(f"max_tokens={wanted}: at most {limit} are allowed.", param="max_tokens")
+        if any(int(token) >= self._vocabulary for token in body.logit_bias):
+            raise BadRequest(f"logit_bias: token ids are below {self._vocabulary}.", param="logit_bias")
+        methods = self._methods(body.llm_accel.method)
+        if top is not None:
+            _check_prompt_logprobs(methods)
 
-    def _job(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], key: str) -> Job:
+    def _job(
+        self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], key: str, prompt_logprobs: int | None
+    ) -> Job:
         rows = [prompt.ids for prompt in prompts for _ in range(body.n)]
         features, session = prompts[0].features, body.llm_accel.session
         if len(rows) > 1 and (session is not None or features):
-            raise ApiError("bad_request", "a request with a session or images has one prompt and n=1.")
+            raise BadRequest("a request with a session or images has one prompt and n=1.")
         if session is not None and features:
-            raise ApiError("bad_request", "a session keeps text only; leave the session or the images out.")
+            raise BadRequest("a session keeps text only; leave the session or the images out.")
+        if prompt_logprobs is not None and features:
+            raise BadRequest("prompt_logprobs: there are none for prompts with images.")
         return Job(
             prompts=rows,
             methods=self._methods(body.llm_accel.method),
             sampling=self._choice(body),
-            max_new_tokens=self._answer_limit([prompt.ids for prompt in prompts], body.limit),
+            max_new_tokens=self._answer_limit([prompt.ids for prompt in prompts], body),
             deadline_s=self.seconds(body),
-            make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops),
+            make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops, body.skip_special_tokens),
             session=None if session is None else (key, session),
             features=features,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _choice(self, body: ChatRequest | CompletionRequest) -> Sampling:
@@ -100,7 +135,15 @@ class InputProcessor:
         return Sampling(
             temperature=own.temperature if body.temperature is None else body.temperature,
             top_p=body.top_p or own.top_p,
-            top_k=body.top_k or own.top_k,
+            top_k=own.top_k if body.top_k is None else max(body.top_k, 0) or None,
+            min_p=body.min_p,
+            presence=body.presence_penalty,
+            frequency=body.frequency_penalty,
+            repetition=body.repetition_penalty,
+            bias={int(token): value for token, value in body.logit_bias.items()},
+            stop_ids=frozenset(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
             seed=body.seed,
             logprobs=body.alternatives,
         )
@@ -109,18 +152,17 @@ class InputProcessor:
         try:
             configs = parse_all(self._settings.method if spec is None else spec)
         except LlmAccelError as error:
-            raise ApiError("bad_request", f"llm_accel.method: {error}") from error
+            raise BadRequest(f"llm_accel.method: {error}") from error
         if spec is not None:
             others = [config.name for config in configs if config.name not in self._allowed]
             if others:
-                raise ApiError(
-                    "bad_request",
+                raise BadRequest(
                     f"llm_accel.method: {', '.join(others)} cannot be chosen by requests to this server, which may use "
-                    f"{', '.join(sorted(self._allowed))}; the operator allows others with --allow-methods.",
+                    f"{', '.join(sorted(self._allowed))}; the operator allows others with --allow-methods."
                 )
             texts = [key for config in configs for key in config.changed() if str in _kinds(type(config), key)]
             if texts:  # they name files, which are none of a client's business
-                raise ApiError("bad_request", f"llm_accel.method: {', '.join(texts)} can be set by the operator only.")
+                raise BadRequest(f"llm_accel.method: {', '.join(texts)} can be set by the operator only.")
             self._check_capacity(configs)
         return configs
 
@@ -128,21 +170,31 @@ class InputProcessor:
         """Compiled decoding allocates what ``capacity`` says, whatever the request needs."""
         for config in configs:
             if isinstance(config, WholeCache) and self.context is not None and (config.capacity or 0) > self.context:
-                raise ApiError(
-                    "bad_request",
-                    f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed.",
+                raise BadRequest(
+                    f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed."
                 )
 
-    def _answer_limit(self, prompts: Sequence[tuple[int, ...]], wanted: int | None) -> int:
+    def _answer_limit(self, prompts: Sequence[tuple[int, ...]], body: ChatRequest | CompletionRequest) -> int:
         """How many tokens to generate at most."""
-        longest, settings = max(map(len, prompts)), self._settings
-        left = settings.max_new_tokens if self.context is None else self.context - longest
-        if left < (wanted or 1):
-            raise ApiError(
-                "bad_request",
-                f"the prompt has {longest} tokens and the answer {wanted or 1}; the model's context is {self.context}.",
-            )
-        return wanted or min(left, settings.max_new_tokens)
+        longest, most = max(map(len, prompts)), self._settings.max_new_tokens or _MOST_IDS
+        left = most if self.context is None else min(most, self.context - longest)
+        least = max(1 if body.limit is None else body.limit, body.min_tokens)
+        if self.context is not None and longest + least > self.context:
+            raise ContextExceeded(f"the prompt has {longest} tokens and the answer {least}", self.context)
+        wanted = min(left, max(_DEFAULT_NEW_TOKENS, body.min_tokens)) if body.limit is None else body.limit
+        if wanted < body.min_tokens:
+            raise BadRequest(f"min_tokens={body.min_tokens} is more than max_tokens={wanted}.", param="min_tokens")
+        return wanted
+
+
+def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:
+    """The dense model reads the prompt, and methods that leave its attention alone read it like that."""
+    others = [it.name for it in methods if Claim.ATTENTION in it.claims and not isinstance(it, WholeCache)]
+    if others:
+        raise BadRequest(
+            "log-probabilities of the prompt are those of the dense model, and "
+            f"{', '.join(others)} reads prompts otherwise; give the method 'dense' in llm_accel.method."
+        )
 
 
 def _kinds(config: type[MethodConfig], option: str) -> tuple[Any, ...]:

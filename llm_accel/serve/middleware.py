@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import traceback
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -28,11 +29,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 _OPEN = ("/health",)  # needs no key
 _UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
 _BODY_SECONDS = 30.0
 _DIGITS = 18  # of a length
 _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
 _PORT = re.compile(r":\d+$")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class Middleware:
@@ -57,7 +59,8 @@ class Middleware:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Passes the request on with its body read, its key under ``scope["state"]["key"]``."""
+        """Passes the request on with its body read. ``scope["state"]`` holds its ``key``, and the ``headers`` of its
+        response: ``x-request-id``, and what the application adds."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -66,7 +69,9 @@ class Middleware:
         path = scope["path"]
         endpoint = next((known for known in _ENDPOINTS if path == known or path.startswith(known + "/")), "other")
         state = scope.setdefault("state", {})
-        state["outcome"] = "error"
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        state |= {"outcome": "error", "headers": [(b"x-request-id", number)]}
         begin = time.monotonic()
         if path not in _UNCOUNTED:
             self._metrics.received.labels(endpoint).inc()
@@ -75,12 +80,14 @@ class Middleware:
         finally:
             if path not in _UNCOUNTED:
                 self._metrics.requests.labels(endpoint, state["outcome"]).inc()
-                log.info("%s %s %.3f s", endpoint, state["outcome"], time.monotonic() - begin)
+                seconds = time.monotonic() - begin
+                log.info("%s %s %.3f s %s", endpoint, state["outcome"], seconds, number.decode())
 
     async def _pass(self, scope: Message, receive: Receive, send: Send, state: dict[str, Any]) -> None:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["outcome"] = _outcome(message["status"])
+                message["headers"] = [*message.get("headers", ()), *state["headers"]]
             await send(message)
 
         self._inside += 1
@@ -116,6 +123,7 @@ class Middleware:
                 "unauthorized",
                 "send a valid key as 'Authorization: Bearer KEY'.",
                 {"WWW-Authenticate": "Bearer"},
+                "invalid_api_key",
             )
         return str(found.index(True))
 

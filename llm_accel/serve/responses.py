@@ -1,79 +1,106 @@
-"""Answers in the shapes of OpenAI's API: whole, or as chunks of a stream."""
+"""Responses in the shapes of OpenAI's API: whole, or as chunks of a stream."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from llm_accel.serve.sequences import Delta, Job, TokenLogprob
+from llm_accel.serve.logprobs import TokenLogprob
+from llm_accel.serve.prompts import Prompt, PromptReader
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest
+from llm_accel.serve.sequences import Delta, Job
 
 Json = dict[str, Any]
 
 
 class ApiResponse:
-    """What the answers to chats and completions share.
+    """What the responses to chats and completions share.
 
     Args:
-        job: the request.
+        job: the request, on its way.
         model: the name of the model.
-        tokenizer: turns single tokens into text, for log-probabilities.
-        distinct: prompts that count in the usage: one for all ``n`` answers to it.
+        reader: turns single tokens into text, for log-probabilities.
+        prompts: each one once, whatever ``n`` is.
     """
 
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, job: Job, model: str, tokenizer: Any, distinct: Sequence[Sequence[int]]) -> None:
-        self.job, self._tokenizer = job, tokenizer
-        self._prompt_tokens = sum(map(len, distinct))
+    def __init__(
+        self,
+        job: Job,
+        body: ChatRequest | CompletionRequest,
+        model: str,
+        reader: PromptReader,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        self.job, self.stream, self.include_usage = job, body.stream, body.stream_options.include_usage
+        self._n, self._tokenizer, self._prompts = body.n, reader.tokenizer, prompts
+        self._begun: set[int] = set()
+        self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self._prompt_logprobs = body.prompt_logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, pieces: Sequence[Delta]) -> Json:
+    def whole(self, deltas: Sequence[Delta]) -> Json:
         """The body of a response that is not streamed."""
-        choices = []
-        for index in range(len(self.job.sequences)):
-            own = [piece for piece in pieces if piece.index == index]
-            text = "".join(piece.text for piece in own)
-            logprobs = [logprob for piece in own for logprob in piece.logprobs]
-            choices.append(self.choice(index, text, logprobs, own[-1].finish))
-        return self._head | {"object": self.object_name, "choices": choices, "usage": self.usage()} | self._extension()
+        choices, answers = [], defaultdict[int, list[Delta]](list)
+        for delta in deltas:
+            answers[delta.index].append(delta)
+        for index, own in sorted(answers.items()):
+            logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
+            choices.append(self._whole(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish)))
+        return self._head | {"object": self.object_name, "choices": choices} | self._usage()
 
     def opening(self) -> list[Json]:
         """Chunks before the first text."""
         return []
 
-    def chunk(self, piece: Delta) -> Json:
+    def chunk(self, delta: Delta) -> Json:
         """One chunk of a stream."""
-        return self._wrap([self.delta(piece)])
+        return self._wrap([self._part(delta)])
 
     def last(self) -> Json:
         """The chunk with the usage, for clients that ask for it."""
-        return self._wrap([]) | {"usage": self.usage()} | self._extension()
+        return self._wrap([]) | self._usage()
 
-    def usage(self) -> Json:
-        """Tokens of the request; ``cached_tokens`` are those that a kept cache held already."""
+    def _whole(self, delta: Delta) -> Json:
+        """One answer of a whole response."""
+        raise NotImplementedError
+
+    def _part(self, delta: Delta) -> Json:
+        """One answer of a chunk."""
+        raise NotImplementedError
+
+    def _usage(self) -> Json:
+        """Tokens of the request, ``cached_tokens`` those that a kept cache held already; and our extension."""
         generated = self.job.generated_tokens
-        return {
+        usage = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._prompt_tokens + generated,
             "prompt_tokens_details": {"cached_tokens": self.job.reused_tokens},
         }
-
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
-        """One answer of a whole response."""
-        raise NotImplementedError
-
-    def delta(self, piece: Delta) -> Json:
-        """One answer of a chunk."""
-        raise NotImplementedError
+        return {"usage": usage, "llm_accel": {"method": self.job.method_name}}
 
     def _wrap(self, choices: list[Json]) -> Json:
         return self._head | {"object": self.chunk_name, "choices": choices}
 
-    def _extension(self) -> Json:
-        return {"llm_accel": {"method": self.job.method_name}}
+    def _choice(self, delta: Delta, content: Json, logprobs: Json) -> Json:
+        """With the log-probabilities, where the request asked for any, and at its beginning those of the prompt."""
+        wanted = self.job.sampling.logprobs is not None
+        choice = {"index": delta.index, **content, "logprobs": logprobs if wanted else None}
+        if self._prompt_logprobs is not None and delta.index not in self._begun:
+            known = self.job.sequences[delta.index].prompt_logprobs
+            choice["prompt_logprobs"] = [one and self._by_id(one) for one in known]
+        self._begun.add(delta.index)
+        return choice | {"finish_reason": delta.finish}
+
+    def _by_id(self, one: TokenLogprob) -> Json:
+        """As vLLM writes it."""
+        pairs = {one.token: one.logprob} | dict(one.top[: self._prompt_logprobs])
+        return {str(token): {"logprob": value, "decoded_token": self._text(token)} for token, value in pairs.items()}
 
     def _text(self, token: int) -> str:
         text: str = self._tokenizer.decode([token])
@@ -87,29 +114,22 @@ class ChatResponse(ApiResponse):
 
     def opening(self) -> list[Json]:
         """The role of every answer, before its text."""
-        delta = {"role": "assistant", "content": ""}
-        return [self._wrap([self._chunk_choice(row.index, delta, (), None)]) for row in self.job.sequences]
+        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._wrap([{"index": sequence.index, **role}]) for sequence in self.job.sequences]
 
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
-        """One answer of a whole response."""
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
+    def _whole(self, delta: Delta) -> Json:
+        message = {"role": "assistant", "content": delta.text}
+        return self._choice(delta, {"message": message}, self._logprobs(delta))
 
-    def delta(self, piece: Delta) -> Json:
-        """One answer of a chunk."""
-        delta = {"content": piece.text} if piece.text else {}
-        return self._chunk_choice(piece.index, delta, piece.logprobs, piece.finish)
+    def _part(self, delta: Delta) -> Json:
+        return self._choice(delta, {"delta": {"content": delta.text} if delta.text else {}}, self._logprobs(delta))
 
-    def _chunk_choice(self, index: int, delta: Json, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        if self.job.sampling.logprobs is None:
-            return None
-        return {"content": [self._entry(one.token, one.logprob) | self._top(one) for one in logprobs]}
-
-    def _top(self, logprob: TokenLogprob) -> Json:
-        return {"top_logprobs": [self._entry(token, logprob) for token, logprob in logprob.top]}
+    def _logprobs(self, delta: Delta) -> Json:
+        entries = [
+            self._entry(one.token, one.logprob) | {"top_logprobs": [self._entry(*pair) for pair in one.top]}
+            for one in delta.logprobs
+        ]
+        return {"content": entries}
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._text(token)
@@ -117,23 +137,42 @@ class ChatResponse(ApiResponse):
 
 
 class CompletionResponse(ApiResponse):
-    """``/v1/completions``."""
+    """``/v1/completions``, with the prompt before the answer where ``echo`` asks for it."""
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
-        """One answer of a whole response, and of a chunk too."""
-        return {"index": index, "text": text, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
+    def __init__(self, job: Job, body: CompletionRequest, *more: Any) -> None:
+        super().__init__(job, body, *more)
+        self._echo = body.echo
+        self._offsets = [0] * len(job.sequences)
 
-    def delta(self, piece: Delta) -> Json:
-        """One answer of a chunk."""
-        return self.choice(piece.index, piece.text, piece.logprobs, piece.finish)
+    def _whole(self, delta: Delta) -> Json:
+        text, logprobs = delta.text, list[TokenLogprob | None](delta.logprobs)
+        if self._echo and delta.index not in self._begun:
+            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self._n]
+            text, logprobs = prompt.text + text, [*sequence.prompt_logprobs, *logprobs]
+        return self._choice(delta, {"text": text}, self._logprobs(delta.index, logprobs))
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        if self.job.sampling.logprobs is None:
-            return None
+    _part = _whole
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
+        """In columns; the first token of a prompt has no probability."""
+        tokens, offsets = [], []
+        for place, one in enumerate(logprobs):
+            token = self.job.sequences[index].prompt[place] if one is None else one.token
+            tokens.append(self._text(token))
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(tokens[-1])
         return {
-            "tokens": [self._text(one.token) for one in logprobs],
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in one.top} for one in logprobs],
+            "tokens": tokens,
+            "token_logprobs": [one and one.logprob for one in logprobs],
+            "top_logprobs": [one and self._by_text(one) for one in logprobs],
+            "text_offset": offsets,
         }
+
+    def _by_text(self, one: TokenLogprob) -> Json:
+        """Of several tokens that decode to the same text, the likeliest."""
+        known: Json = {}
+        for token, logprob in one.top[: self.job.sampling.logprobs]:
+            known.setdefault(self._text(token), logprob)
+        return known

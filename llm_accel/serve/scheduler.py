@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from llm_accel.serve.errors import ApiError, shutting_down
@@ -75,6 +75,11 @@ class Scheduler:
             {"Retry-After": str(seconds)},
         )
 
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Takes back those of whose prompts some have not run yet, behind all that wait."""
+        with self._changed:
+            self._jobs.extend(job for job in jobs if job.waiting)
+
     def discard(self, job: Job) -> None:
         """Takes out a request that nobody waits for; nothing happens when it has left the queue."""
         with self._changed:
@@ -116,15 +121,15 @@ class Scheduler:
 
     def _open(self, batch: list[Job]) -> bool:
         """Whether waiting may bring more rows."""
-        return not batch[0].alone and sum(len(job.sequences) for job in batch) < self._settings.max_batch
+        return not batch[0].alone and sum(len(job.waiting) for job in batch) < self._settings.max_batch
 
     def _batch_of(self, head: Job) -> list[Job]:
         """The first request and those behind it that share its batch, nearest in length first."""
-        batch, rows, width = [head], len(head.sequences), head.width
+        batch, rows, width = [head], len(head.waiting), head.width
         if head.alone:
             return batch
         for job in sorted(list(self._jobs)[1:], key=lambda job: abs(job.width - head.width)):
-            more, wider = rows + len(job.sequences), max(width, job.width)
+            more, wider = rows + len(job.waiting), max(width, job.width)
             fits = more <= self._settings.max_batch and more * wider <= self._settings.max_batch_tokens
             if not job.alone and job.methods == head.methods and fits:
                 batch.append(job)

@@ -14,22 +14,8 @@ from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
 from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError
+from llm_accel.serve.logprobs import TokenLogprob
 from llm_accel.serve.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Log-probabilities at one step, of the model itself: before temperature and cuts.
-
-    Attributes:
-        token: the chosen token.
-        logprob: its log-probability.
-        top: the likeliest tokens with theirs, as many as were asked for.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -50,13 +36,18 @@ class Delta:
 
 
 class TokenSequence:
-    """One answer in the making; lives in the inference thread."""
+    """One answer in the making; lives in the inference thread.
+
+    Attributes:
+        prompt_logprobs: of the tokens of the prompt, None for the first one, once they are known and where wanted.
+    """
 
     def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
         self.job, self.index, self.prompt = job, index, prompt
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.first_at = self.last_at = 0.0
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self._text, self._random = text, job.sampling.source(index)
         self._logprobs: list[TokenLogprob] = []
 
@@ -69,7 +60,7 @@ class TokenSequence:
         """Whether it needs no further token."""
         return self.finish is not None or self.job.cancelled
 
-    def accept(self, token: int, ends: set[int], logprob: TokenLogprob | None) -> None:
+    def accept(self, token: int, model_ends: set[int], logprob: TokenLogprob | None) -> None:
         """Takes the next token and tells the client what is new."""
         if self.over:
             return
@@ -78,14 +69,24 @@ class TokenSequence:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        text = "" if token in ends else self._text.push(token)
-        if token in ends or self._text.stopped:
+        sampling = self.job.sampling
+        ended = token in sampling.ends(model_ends)
+        text = "" if ended else self._text.push(token, len(self.tokens) > sampling.min_tokens)
+        if ended or self._text.stopped:
             self.finish = "stop"
         elif len(self.tokens) >= self.job.max_new_tokens:
             self.finish = "length"
         if self.finish:
             text += self._text.flush()
             self.finish = "stop" if self._text.stopped else self.finish
+        self._tell(text)
+
+    def end_unsaid(self) -> None:
+        """Ends an answer of no tokens: only the prompt was of interest."""
+        self.finish = "length"
+        self._tell("")
+
+    def _tell(self, text: str) -> None:
         if text or self.finish:
             self.job.send(Delta(self.index, text, tuple(self._logprobs), self.finish))
             self._logprobs.clear()
@@ -99,11 +100,12 @@ class Job:
         prompts: token ids, one prompt for each answer.
         methods: the methods to run together, none for dense.
         sampling: how tokens are chosen.
-        max_new_tokens: at most, for each answer.
+        max_new_tokens: at most, for each answer; 0 where only the prompt's log-probabilities are wanted.
         features: what a vision-language model needs beside the ids, as its processor made it.
         session: API key and name of the conversation whose cache to keep, or None.
         deadline_s: seconds from acceptance to the end.
         make_detokenizer: a new decoder of text for each answer.
+        prompt_logprobs: how many alternatives to report for each token of the prompt; None for no log-probabilities.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
         cancelled: nobody waits for the answer any more.
     """
@@ -116,6 +118,7 @@ class Job:
     make_detokenizer: Callable[[], Detokenizer]
     session: tuple[str, str] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_logprobs: int | None = None
     reused_tokens: int = 0
     cancelled: bool = False
     accepted_at: float = field(default_factory=time.monotonic)
@@ -125,6 +128,7 @@ class Job:
         self.sequences = [
             TokenSequence(self, index, prompt, self.make_detokenizer()) for index, prompt in enumerate(self.prompts)
         ]
+        self._started = 0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
@@ -137,6 +141,16 @@ class Job:
     def alone(self) -> bool:
         """Whether it shares no batch: a kept cache has one row, and images are laid out differently by each family."""
         return self.session is not None or bool(self.features)
+
+    @property
+    def waiting(self) -> list[TokenSequence]:
+        """The sequences that have not run yet."""
+        return [] if self.cancelled else self.sequences[self._started :]
+
+    def next_sequences(self, most: int) -> list[TokenSequence]:
+        """The next of them, which run now."""
+        begin, self._started = self._started, self._started + most
+        return [] if self.cancelled else self.sequences[begin : self._started]
 
     @property
     def width(self) -> int:

@@ -74,8 +74,11 @@ class ServeSettings(ModelOptions):
     max_prompt_tokens: int | None = option(
         "tokens of a prompt (default: what the model's context holds)", None, least=1, group="limits"
     )
-    max_new_tokens: int = option(
-        "tokens of an answer, and those of a request that names no number", 1024, least=1, group="limits"
+    max_new_tokens: int | None = option(
+        "tokens of an answer (default: what the context leaves)", None, least=1, group="limits"
+    )
+    strict_fields: bool = option(
+        "refuse requests with unknown fields, which are ignored otherwise", False, group="limits"
     )
     max_images: int = option("images of a request, for vision-language models", 8, least=1, group="limits")
     max_image_pixels: float = option("pixels of an image", 16e6, least=1, group="limits")

@@ -20,9 +20,9 @@ class GenerationResponse(Response):
     """Submits the job when it is called. Errors before the first byte leave as :class:`ApiError`, later ones end the
     stream with an event that says so. ``until``: the deadline, as the loop counts time."""
 
-    def __init__(self, engine: Engine, response: ApiResponse, stream: bool, usage: bool, until: float) -> None:
+    def __init__(self, engine: Engine, response: ApiResponse, until: float) -> None:
         super().__init__()
-        self._engine, self._response, self._stream, self._usage, self._until = engine, response, stream, usage, until
+        self._engine, self._response, self._until = engine, response, until
         self._started = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -31,7 +31,8 @@ class GenerationResponse(Response):
         try:
             self._engine.submit(job)
             async with asyncio.timeout_at(self._until):
-                await _unless_gone(receive, self._streamed(send) if self._stream else self._whole(scope, receive, send))
+                streamed = self._response.stream
+                await _unless_gone(receive, self._streamed(send) if streamed else self._whole(scope, receive, send))
         except TimeoutError:
             await self._refuse(deadline_passed(job.deadline_s), scope, send)
         except ApiError as error:
@@ -63,7 +64,7 @@ class GenerationResponse(Response):
                 for chunk in self._response.opening():
                     await _event(send, chunk)
             await _event(send, self._response.chunk(delta))
-        if self._usage:
+        if self._response.include_usage:
             await _event(send, self._response.last())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
