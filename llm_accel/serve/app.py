@@ -34,7 +34,7 @@ from llm_accel.serve.streaming import GenerationResponse
 
 log = logging.getLogger(__name__)
 
-Body = TypeVar("Body", bound=ModelRequest)
+Kind = TypeVar("Kind", bound=ModelRequest)
 Result = TypeVar("Result")
 
 _MOST_NAMES = 32  # of ignored fields that are told
@@ -82,14 +82,14 @@ class Inbox:
         self._warned: set[str] = set()
 
     async def read(
-        self, request: HttpRequest, kind: type[Body], make: Callable[[Body], Awaitable[Result]]
+        self, request: HttpRequest, kind: type[Kind], make: Callable[[Kind], Awaitable[Result]]
     ) -> tuple[Result, float]:
         """What ``make`` makes of the body, with a place in the queue, and when its time is over."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest("send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
         ignored: set[str] | None = None if self._strict else set()
-        body = await asyncio.to_thread(parse_body, kind, await request.body(), ignored)
+        body = await asyncio.to_thread(parse_body, kind, request.state.body, ignored)
         self._report(request, ignored or set())
         if body.model is not None:
             self._processor.check_model(body.model)

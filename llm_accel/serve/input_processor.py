@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from llm_accel.errors import LlmAccelError
@@ -29,6 +30,7 @@ from llm_accel.serve.settings import ServeSettings
 MOST_ANSWERS = 1024  # of a request: prompts times n
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 _DEFAULT_NEW_TOKENS = 1024  # of a request that names no number
+_SAMPLING = {field.name for field in fields(Sampling)}
 
 
 class InputProcessor:
@@ -50,7 +52,7 @@ class InputProcessor:
         self.max_values = MOST_PARTS + min(_MOST_IDS, MOST_ANSWERS * limit)
         own = served.model.generation_config
         self._sampling = (
-            Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or None) if own.do_sample else Sampling()
+            Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or 0) if own.do_sample else Sampling()
         )
 
     def check_model(self, name: str) -> None:
@@ -121,7 +123,7 @@ class InputProcessor:
         return Job(
             prompts=rows,
             methods=self._methods(body.llm_accel.method),
-            sampling=self._choice(body),
+            sampling=self._sampling_of(body),
             max_new_tokens=self._answer_limit([prompt.ids for prompt in prompts], body),
             deadline_s=self.seconds(body),
             make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops, body.skip_special_tokens),
@@ -130,23 +132,12 @@ class InputProcessor:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _choice(self, body: ChatRequest | CompletionRequest) -> Sampling:
-        own = self._sampling
-        return Sampling(
-            temperature=own.temperature if body.temperature is None else body.temperature,
-            top_p=body.top_p or own.top_p,
-            top_k=own.top_k if body.top_k is None else max(body.top_k, 0) or None,
-            min_p=body.min_p,
-            presence=body.presence_penalty,
-            frequency=body.frequency_penalty,
-            repetition=body.repetition_penalty,
-            bias={int(token): value for token, value in body.logit_bias.items()},
-            stop_ids=frozenset(body.stop_token_ids),
-            ignore_eos=body.ignore_eos,
-            min_tokens=body.min_tokens,
-            seed=body.seed,
-            logprobs=body.alternatives,
-        )
+    def _sampling_of(self, body: ChatRequest | CompletionRequest) -> Sampling:
+        """What the request says, and the model's own settings where it says nothing."""
+        given = body.model_dump(include=_SAMPLING, exclude_none=True)
+        bias = {int(token): value for token, value in body.logit_bias.items()}
+        given |= {"logit_bias": bias, "stop_token_ids": frozenset(body.stop_token_ids), "logprobs": body.alternatives}
+        return replace(self._sampling, **given)
 
     def _methods(self, spec: str | None) -> tuple[MethodConfig, ...]:
         try:

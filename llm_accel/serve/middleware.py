@@ -59,8 +59,8 @@ class Middleware:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Passes the request on with its body read. ``scope["state"]`` holds its ``key``, and the ``headers`` of its
-        response: ``x-request-id``, and what the application adds."""
+        """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
+        gets: ``x-request-id``, and what the application adds."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -97,8 +97,8 @@ class Middleware:
                 state["key"] = self._key(headers)
             if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
                 raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
-            body = await self._body(headers, receive)
-            await self._app(scope, _replay(body, receive), watched)
+            state["body"] = await self._body(headers, receive)
+            await self._app(scope, receive, watched)
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, watched)
         except Exception as error:  # answered inside; its text may quote the request, so only its place is logged
@@ -177,17 +177,3 @@ def _digest(key: bytes) -> bytes:
 
 def _outcome(status: int) -> str:
     return next((name for name, known in STATUS.items() if known == status), "ok" if status < 400 else "bad_request")
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once, and then what happens to the connection."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_accel.serve.errors import BadRequest, ContextExceeded
 from llm_accel.serve.images import decode
 from llm_accel.serve.loading import Served
-from llm_accel.serve.protocol import Chat, Message
+from llm_accel.serve.messages import Chat, Message
 from llm_accel.serve.settings import ServeSettings
 
 Result = TypeVar("Result")

@@ -12,17 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request wants its tokens chosen.
+    """How one request wants its tokens chosen; the names are those of the API.
 
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: the likeliest tokens that together reach this probability, in (0, 1].
-        top_k: that many of the likeliest tokens; None for all.
+        top_k: that many of the likeliest tokens; 0 and less for all.
         min_p: tokens stay that have at least this share of the likeliest token's probability.
-        presence, frequency: taken off the logit of each generated token, once and for each time.
-        repetition: divides the positive logits of all tokens of prompt and answer, and multiplies the negative ones.
-        bias: token id -> what is added to its logit.
-        stop_ids: tokens that end the answer, beside the model's own.
+        presence_penalty, frequency_penalty: taken off the logit of each generated token, once and for each time.
+        repetition_penalty: divides the positive logits of tokens in prompt and answer, multiplies negative ones.
+        logit_bias: token id -> what is added to its logit.
+        stop_token_ids: tokens that end the answer, beside the model's own.
         ignore_eos: the model's own end tokens do not.
         min_tokens: so many tokens come before anything ends the answer.
         seed: the same seed gives the same random numbers, whatever else is in the batch; None for fresh ones.
@@ -31,13 +31,13 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int | None = None
+    top_k: int = 0
     min_p: float = 0.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-    bias: Mapping[int, float] = field(default_factory=dict)
-    stop_ids: frozenset[int] = frozenset()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     min_tokens: int = 0
     seed: int | None = None
@@ -49,7 +49,7 @@ class Sampling:
 
     def ends(self, model_ends: set[int]) -> frozenset[int]:
         """The tokens that end an answer of a model with these end tokens."""
-        return self.stop_ids if self.ignore_eos else self.stop_ids | model_ends
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | model_ends
 
     def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], model_ends: set[int]) -> Tensor:
         """Logits after penalties, bias and minimum length, in the order of vLLM.
@@ -61,21 +61,21 @@ class Sampling:
         if len(tokens) < self.min_tokens:
             ends = [token for token in self.ends(model_ends) if token < len(logits)]
             logits[_ids(ends, logits)] = -torch.inf
-        if self.bias:
-            logits[_ids(self.bias, logits)] += logits.new_tensor(list(self.bias.values()))
-        if self.repetition != 1:
+        if self.logit_bias:
+            logits[_ids(self.logit_bias, logits)] += logits.new_tensor(list(self.logit_bias.values()))
+        if self.repetition_penalty != 1:
             seen = _ids({*prompt, *tokens}, logits)
             chosen = logits[seen]
-            logits[seen] = torch.where(chosen > 0, chosen / self.repetition, chosen * self.repetition)
+            logits[seen] = torch.where(chosen > 0, chosen / self.repetition_penalty, chosen * self.repetition_penalty)
         said, times = _ids(tokens, logits).unique(return_counts=True)
-        logits[said] -= self.presence + self.frequency * times
+        logits[said] -= self.presence_penalty + self.frequency_penalty * times
         return logits
 
     @property
     def adjusts(self) -> bool:
         """Whether :meth:`adjusted` may change anything."""
-        plain = (self.presence, self.frequency, self.repetition, self.min_tokens) == (0, 0, 1, 0)
-        return bool(self.bias) or not plain
+        penalised = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        return penalised or bool(self.logit_bias) or self.min_tokens > 0
 
 
 def _ids(tokens: Iterable[int], like: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
             (
                 setting.temperature,
                 setting.top_p,
-                min(setting.top_k or logits.shape[-1], logits.shape[-1]),
+                setting.top_k if setting.top_k > 0 else logits.shape[-1],
                 setting.min_p,
                 draws[row],
             )
