@@ -29,6 +29,7 @@ from llm_accel.serve.settings import ServeSettings
 
 MOST_ANSWERS = 1024  # of a request: prompts times n
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
+_MOST_LOGPROBS = 2**19  # of a response
 _DEFAULT_NEW_TOKENS = 1024  # of a request that names no number
 _SAMPLING = {field.name for field in fields(Sampling)}
 
@@ -120,11 +121,15 @@ class InputProcessor:
             raise BadRequest("a session keeps text only; leave the session or the images out.")
         if prompt_logprobs is not None and features:
             raise BadRequest("prompt_logprobs: there are none for prompts with images.")
+        sampling, most = self._sampling_of(body), self._answer_limit([prompt.ids for prompt in prompts], body)
+        entries = len(rows) * most * _entries(sampling.logprobs) + sum(map(len, rows)) * _entries(prompt_logprobs)
+        if entries > _MOST_LOGPROBS:
+            raise BadRequest(f"{entries} log-probabilities in one request; {_MOST_LOGPROBS} are allowed.")
         return Job(
             prompts=rows,
             methods=self._methods(body.llm_accel.method),
-            sampling=self._sampling_of(body),
-            max_new_tokens=self._answer_limit([prompt.ids for prompt in prompts], body),
+            sampling=sampling,
+            max_new_tokens=most,
             deadline_s=self.seconds(body),
             make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops, body.skip_special_tokens),
             session=None if session is None else (key, session),
@@ -186,6 +191,11 @@ def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:
             "log-probabilities of the prompt are those of the dense model, and "
             f"{', '.join(others)} reads prompts otherwise; give the method 'dense' in llm_accel.method."
         )
+
+
+def _entries(alternatives: int | None) -> int:
+    """Log-probabilities of each token."""
+    return 0 if alternatives is None else 1 + alternatives
 
 
 def _kinds(config: type[MethodConfig], option: str) -> tuple[Any, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic_core import from_json
 
 from llm_accel.serve.fields import Body, Name, by_form, taken, text_or_list
 
@@ -51,8 +51,8 @@ class ToolCall(Body):
     def plain(self) -> dict[str, Any]:
         """As chat templates take it: with the arguments as an object where they are one."""
         try:
-            arguments = json.loads(self.function.arguments)
-        except (ValueError, RecursionError):
+            arguments = from_json(self.function.arguments)
+        except ValueError:
             arguments = self.function.arguments
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 

@@ -23,6 +23,8 @@ from llm_accel.serve.settings import ServeSettings
 Result = TypeVar("Result")
 
 CHARACTERS = 16  # of a token, on average over a prompt, at most: several times what texts and code have
+# what messages and options that a template does not expect make of it
+_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 
 
@@ -159,7 +161,15 @@ class PromptReader:
             for other in _other_tool_turns(messages):
                 if render(other) == text:
                     raise BadRequest("the model's chat template leaves turns with tools out; send none.")
-        except (TemplateError, TypeError, ValueError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             # what a template says itself is meant for whoever sent the messages; other errors speak of its insides
             told = f": {error}" if type(error) is TemplateError else "."
             raise BadRequest(f"the model's chat template does not take these messages{told}") from error

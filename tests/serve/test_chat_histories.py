@@ -60,8 +60,9 @@ def test_turns_with_tools_go_through_the_template(reader: Running) -> None:
 
 
 def test_arguments_that_are_no_json_stay_text(reader: Running) -> None:
-    call = CALL | {"function": {"name": "look", "arguments": "[" * 1000}}
-    assert rendered(reader, [*HISTORY[:1], HISTORY[1] | {"tool_calls": [call]}]).count("look ") == 1
+    for arguments in ("", "[" * 1000, "[" * 900 + "]" * 900):  # the parser gives up on deep ones
+        call = CALL | {"function": {"name": "look", "arguments": arguments}}
+        assert rendered(reader, [*HISTORY[:1], HISTORY[1] | {"tool_calls": [call]}]).count("look ") == 1
 
 
 @pytest.mark.parametrize("messages", [HISTORY, HISTORY[:2]], ids=["call and result", "call"])
@@ -90,6 +91,26 @@ def test_options_of_the_template(reader: Running) -> None:
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "messages", "conversation", "return_dict"])
 def test_options_that_belong_to_the_server(reader: Running, name: str) -> None:
     assert f"{name} cannot be set there" in refusal(reader, HISTORY[:1], chat_template_kwargs={name: "{{ 1 }}"})
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, AttributeError, RecursionError, OverflowError])
+def test_whatever_a_template_makes_of_options_is_the_request_s_own_mistake(
+    reader: Running, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("of its insides")
+
+    monkeypatch.setattr(type(tokenizer()), "apply_chat_template", fail)
+    told = refusal(reader, HISTORY[:1], chat_template_kwargs={"divisor": 0})
+    assert told == "the model's chat template does not take these messages."
+
+
+def test_deep_options(reader: Running) -> None:
+    deep: Any = {}
+    for _ in range(150):
+        deep = {"a": deep}
+    body = {"model": "needle", "messages": HISTORY[:1], "max_tokens": 1, "chat_template_kwargs": deep}
+    assert reader.post("/v1/chat/completions", body).status_code in (200, 400)
 
 
 def test_long_arguments_count_as_part_of_the_prompt(running: Running) -> None:
