@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=ModelRequest)
 Result = TypeVar("Result")
 
-_MOST_NAMES = 32  # of ignored fields that are told
+_MOST_NAMES = 32  # of ignored fields that are reported
 _STOP_S = 10.0  # what a batch has to notice that nobody waits for it
 
 
@@ -94,7 +94,7 @@ class Inbox:
         if body.model is not None:
             self._processor.check_model(body.model)
         seconds = self._processor.seconds(body)
-        with self._engine.scheduler.place():
+        with self._engine.scheduler.reserve():
             try:
                 async with asyncio.timeout_at(begin + seconds):
                     return await make(body), begin + seconds
@@ -171,10 +171,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def elsewhere(request: HttpRequest, error: Any) -> JSONResponse:
-        known = "POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize, " + (
-            "GET /v1/models, /version, /health, /metrics, /openapi.json"
+        message = (
+            "there is no such path or method here; this server has POST /v1/chat/completions, /v1/completions, /tokenize, "
+            "/detokenize, GET /v1/models, /version, /health, /metrics, /openapi.json."
         )
-        return JSONResponse(ApiError("not_found", f"there are: {known}.").body(), error.status_code, error.headers)
+        return JSONResponse(ApiError("not_found", message).body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: HttpRequest, error: Exception) -> JSONResponse:

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ValueCounter:
-    """Counts the values of a JSON text piece by piece, at the speed of :meth:`bytes.split`. It reads no JSON: what is
+    """Counts the values of a JSON text chunk by chunk, at the speed of :meth:`bytes.split`. It reads no JSON: what is
     none is left to the parser, which stops there.
 
     Args:
@@ -30,16 +30,16 @@ class ValueCounter:
         self._commas = self._quotes = self._openings = 0
         self._escaped = False  # the next byte belongs to an escape
 
-    def add(self, piece: bytes) -> None:
-        """Counts the next piece.
+    def add(self, chunk: bytes) -> None:
+        """Counts the next chunk.
 
         Raises:
             BadRequest: there are more values than any request needs.
         """
-        if not piece:
+        if not chunk:
             return
-        piece = self._without_escapes(piece)
-        runs = piece.split(b'"')
+        chunk = self._without_escapes(chunk)
+        runs = chunk.split(b'"')
         outside = b"".join(runs[self._quotes % 2 :: 2])
         self._quotes += len(runs) - 1
         self._commas += outside.count(b",")
@@ -49,11 +49,11 @@ class ValueCounter:
         if self._commas > self._most_values:
             raise BadRequest(f"the JSON has over {self._most_values} values; send fewer.")
 
-    def _without_escapes(self, piece: bytes) -> bytes:
+    def _without_escapes(self, chunk: bytes) -> bytes:
         """Without escaped quotes, which end no string."""
-        piece = piece[1:] if self._escaped else piece
-        self._escaped = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-        return piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
+        chunk = chunk[1:] if self._escaped else chunk
+        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
+        return chunk.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in chunk else chunk
 
 
 def parse_body(kind: type[Model], body: bytes, ignored: set[str] | None = None) -> Model:
@@ -110,7 +110,7 @@ def complaint(error: ValidationError, data: Any) -> tuple[str, str]:
     """
     first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
     text = _SAYS.get(first["type"], "has a value that is not allowed").format(**first.get("ctx", {}))
-    if first["type"].startswith("told"):  # by a check of our own
+    if first["type"].startswith("custom"):  # by a check of our own
         text = first["msg"]
     if first["type"] == "extra_forbidden" and first["loc"][-1] in LARGE_ENGINE:
         text = "tools and structured output are not served here; vLLM with the llm_accel plug-in has them"

@@ -36,15 +36,15 @@ def text_or_list(value: Any) -> str | None:
 
 def by_form(which: Callable[[Any], str | None], allowed: str) -> Discriminator:
     """Each value is tried for the one alternative that it means, so that there is one complaint."""
-    return Discriminator(which, custom_error_type="told_form", custom_error_message=f"give {allowed}")
+    return Discriminator(which, custom_error_type="custom_form", custom_error_message=f"give {allowed}")
 
 
-def at_most(most: int) -> BeforeValidator:
+def max_entries(most: int) -> BeforeValidator:
     """Bounds an object before anything in it is looked at."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
-            raise PydanticCustomError("told_size", "give at most {most} entries", {"most": most})
+            raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
         return value
 
     return BeforeValidator(check)
@@ -55,8 +55,8 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def taken(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
-    """Adds to a JSON schema which values that ask for nothing are taken."""
+def neutral_values(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
+    """Adds the values that ask for nothing to a JSON schema."""
 
     def add(schema: dict[str, Any]) -> None:
         required, properties = schema.get("required", ()), schema["properties"]
@@ -89,7 +89,7 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         if len(data) > _MOST_FIELDS:
-            raise PydanticCustomError("told_size", "give at most {most} fields", {"most": _MOST_FIELDS})
+            raise PydanticCustomError("custom_size", "give at most {most} fields", {"most": _MOST_FIELDS})
         neutral = cls.without_effect | cls.unsupported
         data = {
             key: value

@@ -141,12 +141,12 @@ class Middleware:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError("client_left", "the connection was closed before the request was complete.")
-                    piece = message.get("body", b"")
-                    body += piece
+                    chunk = message.get("body", b"")
+                    body += chunk
                     more = message.get("more_body", False)
                     if len(body) > self._max_body:
                         raise too_large
-                    counter.add(piece)
+                    counter.add(chunk)
         except ApiError:
             body.clear()
             if more:

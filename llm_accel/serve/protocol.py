@@ -18,10 +18,10 @@ from llm_accel.serve.fields import (
     Penalty,
     Share,
     Stop,
-    at_most,
     by_form,
     form,
-    taken,
+    max_entries,
+    neutral_values,
     text_or_list,
 )
 from llm_accel.serve.messages import MOST_MESSAGES, Chat, Message
@@ -89,7 +89,7 @@ class ModelRequest(Body):
 class Request(ModelRequest):
     """What chats and completions share."""
 
-    model_config = ConfigDict(json_schema_extra=taken(_UNSUPPORTED | _WITHOUT_EFFECT))
+    model_config = ConfigDict(json_schema_extra=neutral_values(_UNSUPPORTED | _WITHOUT_EFFECT))
     unsupported, without_effect = _UNSUPPORTED, _WITHOUT_EFFECT
 
     model: Annotated[str, Field(max_length=500)]
@@ -105,7 +105,7 @@ class Request(ModelRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        at_most(_MOST_BIASES),
+        max_entries(_MOST_BIASES),
         Field(max_length=_MOST_BIASES),
     ] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
@@ -123,7 +123,7 @@ class Request(ModelRequest):
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Name],
-            at_most(_MOST_METADATA),
+            max_entries(_MOST_METADATA),
             Field(max_length=_MOST_METADATA),
         ]
         | None
@@ -207,7 +207,7 @@ class TokenizeRequest(ModelRequest, Chat):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (not self.messages):
-            raise PydanticCustomError("told_either", "give either 'prompt' or 'messages'")
+            raise PydanticCustomError("custom_either", "give either 'prompt' or 'messages'")
         return self
 
 

@@ -15,7 +15,7 @@ from llm_accel.serve.settings import ServeSettings
 
 
 class Scheduler:
-    """First come, first served; others with the same method ride along, nearest in length: every row of a batch
+    """First come, first served; others with the same method join the batch, nearest in length: every row of a batch
     is padded to the longest one. Safe in several threads.
 
     Attributes:
@@ -39,7 +39,7 @@ class Scheduler:
         return self._closed
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """A place in the queue for a request whose prompt is still to be read: reading costs time too.
 
         Raises:

@@ -26,7 +26,7 @@ class Delta:
         index: number of the answer within the request.
         text: new text, maybe none.
         logprobs: log-probabilities of the tokens since the last delta, where they were asked for.
-        finish: "stop" or "length" with the last piece, else None.
+        finish: "stop" or "length" with the last delta, else None.
     """
 
     index: int
