@@ -172,8 +172,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(405)
     async def elsewhere(request: HttpRequest, error: Any) -> JSONResponse:
         message = (
-            "there is no such path or method here; this server has POST /v1/chat/completions, /v1/completions, /tokenize, "
-            "/detokenize, GET /v1/models, /version, /health, /metrics, /openapi.json."
+            "there is no such path or method here; this server has POST /v1/chat/completions, /v1/completions, "
+            "/tokenize, /detokenize, GET /v1/models, /version, /health, /metrics, /openapi.json."
         )
         return JSONResponse(ApiError("not_found", message).body(), error.status_code, error.headers)
 

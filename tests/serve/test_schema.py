@@ -20,11 +20,11 @@ from tests.serve.kit import ALICE, Running, start
 HEADERS = {"Authorization": f"Bearer {ALICE}"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=[True, False], ids=["strict", "lenient"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = Path(tmp_path_factory.mktemp("keys")) / "keys"
     keys.write_text(ALICE)
-    running = start(tiny_model(), tokenizer(), api_key_file=str(keys), strict_fields=True, max_new_tokens=4)
+    running = start(tiny_model(), tokenizer(), api_key_file=str(keys), strict_fields=request.param, max_new_tokens=4)
     yield running
     running.stop()
 
