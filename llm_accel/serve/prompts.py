@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -176,16 +176,15 @@ class PromptReader:
         return text
 
 
-def _other_tool_turns(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages with other calls of tools, and with other results: what a template that reads them makes differs."""
-    if any("tool_calls" in message for message in messages):
-        yield [
-            message | {"tool_calls": [{**call, "function": {"name": "other", "arguments": {}}} for call in calls]}
-            if (calls := message.get("tool_calls"))
-            else message
-            for message in messages
-        ]
-    if any(message["role"] == "tool" for message in messages):
-        yield [
-            message | {"content": "another result"} if message["role"] == "tool" else message for message in messages
-        ]
+def _other_tool_turns(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages with other names of called tools, and with other results: a template that reads them differs."""
+    others = (
+        [_with_other_names(message) if "tool_calls" in message else message for message in messages],
+        [message | {"content": "another result"} if message["role"] == "tool" else message for message in messages],
+    )
+    return [other for other in others if other != messages]
+
+
+def _with_other_names(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [call | {"function": call["function"] | {"name": "another"}} for call in message["tool_calls"]]
+    return message | {"tool_calls": calls}

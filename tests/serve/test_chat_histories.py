@@ -19,7 +19,8 @@ HISTORY: list[dict[str, Any]] = [
 ]
 READS_TOOLS = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.place }}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.place }}"
+    "{% if call.function.arguments == {} %}{{ raise_exception('a call without arguments') }}{% endif %}{% endfor %}"
     "{% endfor %}{% if thinking is defined and not thinking %} quiet{% endif %}{{ reasoning_effort or '' }}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
