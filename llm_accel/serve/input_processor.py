@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from llm_accel.errors import LlmAccelError
-from llm_accel.methods import Claim, MethodConfig, WholeCache
+from llm_accel.methods import Claim, Dense, MethodConfig
 from llm_accel.registry import parse_all
 from llm_accel.serve.body import MOST_PARTS
 from llm_accel.serve.detokenizer import Detokenizer
@@ -165,7 +165,7 @@ class InputProcessor:
     def _check_capacity(self, configs: Sequence[MethodConfig]) -> None:
         """Compiled decoding allocates what ``capacity`` says, whatever the request needs."""
         for config in configs:
-            if isinstance(config, WholeCache) and self.context is not None and (config.capacity or 0) > self.context:
+            if isinstance(config, Dense) and self.context is not None and (config.capacity or 0) > self.context:
                 raise BadRequest(
                     f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed."
                 )
@@ -185,7 +185,7 @@ class InputProcessor:
 
 def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:
     """The dense model reads the prompt, and methods that leave its attention alone read it like that."""
-    others = [it.name for it in methods if Claim.ATTENTION in it.claims and not isinstance(it, WholeCache)]
+    others = [it.name for it in methods if Claim.ATTENTION in it.claims and not isinstance(it, Dense)]
     if others:
         raise BadRequest(
             "log-probabilities of the prompt are those of the dense model, and "
