@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+import llm_accel
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.serve import logprobs
+from llm_accel.serve.errors import ApiError
+from llm_accel.serve.input_processor import _check_prompt_logprobs
+from tests.contracts.matrix import LONG, METHODS
 from tests.serve.kit import Running
 from tests.serve.test_answers import needle_prompts
+from tests.tiny import prompt, tiny_model
 
 
 def of_the_model(needle: tuple[Any, Any], ids: list[int]) -> torch.Tensor:
@@ -103,6 +109,25 @@ def test_long_prompts_are_read_in_parts(
     torch.testing.assert_close(
         torch.tensor(known["token_logprobs"][1:]), of_the_model(needle, ids), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_methods_that_may_have_them_read_the_prompt_like_the_dense_model(name: str) -> None:
+    """What decides is whether a method claims attention; this is what that has to mean."""
+    config = METHODS[name]()
+    _check_prompt_logprobs([config])
+    model, ids = tiny_model("llama"), prompt(LONG)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with llm_accel.apply(model, config) as handle:
+            found = model(ids, **{CACHE: handle.new_cache()}).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["hip", "retrieval_heads", "snapkv:budget=40+hip"])
+def test_methods_that_compute_attention_are_known(spec: str) -> None:
+    with pytest.raises(ApiError, match="reads prompts otherwise"):
+        _check_prompt_logprobs([llm_accel.registry.parse(one) for one in spec.split("+")])
 
 
 def test_methods_that_read_prompts_otherwise_have_none(running: Running) -> None:
