@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import Running, start
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"place": "river"}'}}

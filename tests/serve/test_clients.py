@@ -12,7 +12,7 @@ import openai
 import pytest
 
 import llm_accel
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import ALICE, Running, start
 
 PARTS = [{"type": "text", "text": "The dog", "cache_control": {"type": "ephemeral"}}]
