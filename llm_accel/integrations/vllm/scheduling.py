@@ -1,0 +1,102 @@
+"""Scheduler side: the spec of layers whose requests let blocks go, and the manager that frees them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from llm_accel.errors import ConfigError
+from llm_accel.integrations.vllm.blocks import Policy, policy_of
+
+logger = logging.getLogger("vllm.llm_accel")
+_LOGGED_EVERY = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedSpec(FullAttentionSpec):
+    """Full attention over fewer blocks.
+
+    Attributes:
+        method: the KV method, in its text form.
+    """
+
+    method: str
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, method: str) -> CompressedSpec:
+        """The spec of a layer with a method."""
+        return cls(**{one.name: getattr(spec, one.name) for one in fields(spec) if one.init}, method=method)
+
+    @property
+    def policy(self) -> Policy:
+        """Which blocks leave."""
+        return policy_of(self.method, self.block_size)
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """No other request may find a block that was written to again: it holds other tokens then."""
+        return not self.policy.rewrites
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> CompressedSpec:
+        if any(type(one) is not cls or one.method != specs[0].method for one in specs):
+            raise ConfigError(
+                f"{specs[0].method} cannot run in this engine: its layers differ, and some of those that share block "
+                "tables keep all entries, as layers with a sliding window do."
+            )
+        return cls.of(FullAttentionSpec.merge(specs), specs[0].method)
+
+
+class CompressedManager(FullAttentionManager):
+    """Frees the blocks that no later step reads.
+
+    Worker and scheduler must agree on the number of tokens after which a prompt was complete. The worker sees how many
+    are computed when a step begins; here that is what the step before was given place for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._begins: dict[str, int] = {}  # tokens computed when the next step of a request begins
+        self._prompts: dict[str, int] = {}
+        self.freed = 0
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        self._begins[request_id] = num_tokens
+        return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        begins = self._begins.get(request_id, processed_computed_tokens)
+        if num_prompt_tokens is None or begins < num_prompt_tokens:
+            return
+        prompt = self._prompts.setdefault(request_id, begins)
+        if processed_computed_tokens <= prompt:
+            return  # the step that moves what stays may still read every block
+        before = self.block_pool.get_num_free_blocks()
+        gap = self.kv_cache_spec.policy.gap(prompt, processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, *gap)
+        self._count(self.block_pool.get_num_free_blocks() - before)
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        self._begins.pop(request_id, None)
+        self._prompts.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _count(self, freed: int) -> None:
+        step = self.freed // _LOGGED_EVERY
+        self.freed += freed
+        if self.freed // _LOGGED_EVERY > step:
+            page = self.kv_cache_spec.page_size_bytes / 2**20
+            logger.info(
+                "llm_accel: %s has freed %d blocks early, %.2f MiB each in every layer; %d of %d blocks are free",
+                self.kv_cache_spec.method,
+                self.freed,
+                page,
+                self.block_pool.get_num_free_blocks(),
+                self.block_pool.num_gpu_blocks,
+            )
