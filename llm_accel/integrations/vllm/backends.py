@@ -67,7 +67,9 @@ class Compressed:
     """Mixed into backends that KV methods know."""
 
     parts: tuple[Any, Any]
-    method: str | None = None  # of the engine that was built last: no configuration is current where specs are asked for
+    method: str | None = (
+        None  # of the engine that was built last: no configuration is current where specs are asked for
+    )
 
     @classmethod
     def get_impl_cls(cls) -> Any:

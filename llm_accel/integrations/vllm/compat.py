@@ -47,7 +47,9 @@ _ALWAYS = (
     Interface("vllm.config:get_current_vllm_config_or_none"),
 )
 _KV = (
-    Interface("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register", ("manager_class", "uniform_type_base_spec")),
+    Interface(
+        "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register", ("manager_class", "uniform_type_base_spec")
+    ),
     Interface("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.check_kv_cache_spec_registry"),
     Interface("vllm.v1.kv_cache_interface:KVCacheSpec.prefix_cacheable"),
     Interface(

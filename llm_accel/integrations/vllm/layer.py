@@ -40,7 +40,15 @@ class CompressedImpl:
         self._heads = HeadShard(_tensor_rank(parallel.tensor_parallel_size), parallel.tensor_parallel_size)
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, *args: Any, **kwargs: Any
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The backend's attention; before it, what the step asks for."""
         step: Step | None = getattr(attn_metadata, "llm_accel_step", None)

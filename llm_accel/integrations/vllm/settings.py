@@ -13,7 +13,7 @@ from typing import Any
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
     Attend,
-    HeadSplit,
+    HeadMethod,
     LayerCut,
     MethodConfig,
     ReplyDecoding,
@@ -88,7 +88,7 @@ def refusal(method: MethodConfig) -> str | None:
         return _visual_refusal(method)
     if isinstance(method, ScoreAndKeep):
         return _kv_refusal(method)
-    if isinstance(method, HeadSplit):
+    if isinstance(method, HeadMethod):
         return "some of its heads keep all entries and others a few, but one block table serves all heads of a layer"
     if isinstance(method, Attend):
         return "it replaces the attention kernel and frees no block; apply it in transformers"

@@ -146,9 +146,7 @@ class CompressedBuilder:
             return super().build(common_prefix_len, given, fast_build)  # type: ignore[misc]
         table = given.block_table_tensor
         lengths = given.seq_lens.tolist()
-        step, gaps = requests.step(
-            table, given.query_start_loc_cpu.tolist(), lengths, given.is_prefilling.tolist()
-        )
+        step, gaps = requests.step(table, given.query_start_loc_cpu.tolist(), lengths, given.is_prefilling.tolist())
         missing = [(last - first) * requests.block for first, last in gaps]
         if any(missing):
             left = torch.tensor(missing, dtype=given.seq_lens.dtype, device=given.seq_lens.device)
