@@ -33,8 +33,8 @@ class VecBuilder(CompressedBuilder):
         isa = getattr(self, "isa", None)
         if self._requests is not None and isa != "vec":
             raise ConfigError(
-                f"{self.kv_cache_spec.method} cannot run in this engine: CPU_ATTN uses its {isa!r} kernels, whose pages "
-                "are packed; give dtype=float32, or a block_size that is a multiple of 32."
+                f"{self.kv_cache_spec.method} cannot run in this engine: CPU_ATTN uses its {isa!r} kernels, whose "
+                "pages are packed; give dtype=float32, or a block_size that is a multiple of 32."
             )
 
 

@@ -1,7 +1,7 @@
 """How many blocks of a request stay: arithmetic that scheduler and worker do alike, so that nothing travels between.
 
-A block holds ``block`` tokens of all layers. Keys carry their positions, so the entries of a decoding request may lie in
-any order, and each layer and head may hold other tokens, as long as all hold equally many.
+A block holds ``block`` tokens of all layers. Keys carry their positions, so the entries of a decoding request may lie
+in any order, and each layer and head may hold other tokens, as long as all hold equally many.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Compaction:
         method, least = self.method, self.method.least + self.block
         if method.ratio is None and method.entries(2**62) < least:
             raise ConfigError(
-                f"{method.spec()}: vLLM frees whole blocks of {self.block} tokens, so a budget here is at least {least} "
-                f"({method.reserved_for}; up to {self.block - 1} stand in the last block). Raise the budget, or lower "
-                "vLLM's block_size."
+                f"{method.spec()}: vLLM frees whole blocks of {self.block} tokens, so a budget here is at least "
+                f"{least} ({method.reserved_for}; up to {self.block - 1} stand in the last block). Raise the "
+                "budget, or lower vLLM's block_size."
             )
 
     rewrites = True
@@ -71,8 +71,8 @@ class Streaming:
             )
         if method.entries(2**62) < least:
             raise ConfigError(
-                f"{method.spec()}: vLLM frees whole blocks of {self.block} tokens, so a budget here is at least {least}: "
-                f"{self.sink_blocks} of sinks, one of recent tokens, and the one that is being filled."
+                f"{method.spec()}: vLLM frees whole blocks of {self.block} tokens, so a budget here is at least "
+                f"{least}: {self.sink_blocks} of sinks, one of recent tokens, and the one that is being filled."
             )
 
     rewrites = False

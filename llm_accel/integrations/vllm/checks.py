@@ -1,9 +1,10 @@
-"""What an engine that asks for our methods must be like. Every attention layer of such an engine comes by here, whatever
-its backend, so that none runs without the method it was started for."""
+"""What an engine that asks for our methods must be like. Every attention layer of such an engine comes by here,
+whatever its backend, so that none runs without the method it was started for."""
 
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none
@@ -14,13 +15,15 @@ from llm_accel.integrations.vllm.settings import Settings, settings_of
 
 logger = logging.getLogger("vllm.llm_accel")
 _SAID: set[str] = set()
+PRUNING: ContextVar[bool] = ContextVar("llm_accel_vllm_pruning", default=False)
+"""Whether the layers that are being built belong to a model that prunes visual tokens."""
 
 
 def current_settings() -> Settings | None:
     """What the engine that is being built asks for."""
     config = get_current_vllm_config_or_none()
     model = getattr(config, "model_config", None)
-    return None if model is None else settings_of(model.hf_config)
+    return None if model is None else settings_of(model)
 
 
 def check_engine(backend: str, takes_kv: bool) -> Settings | None:
@@ -37,10 +40,8 @@ def check_engine(backend: str, takes_kv: bool) -> Settings | None:
         reason = compat.problem("kv") or (None if takes_kv else _backend_reason(backend)) or _kv_reason(config)
         if reason is not None:
             raise ConfigError(f"{settings.kv.spec()} cannot run in this engine: {reason}.")
-    if settings.visual is not None:
-        reason = _visual_reason(config)
-        if reason is not None:
-            raise ConfigError(f"{settings.visual.spec()} cannot run in this engine: {reason}.")
+    if settings.visual is not None and not PRUNING.get():
+        raise ConfigError(f"{settings.visual.spec()} cannot run in this engine: {_visual_reason(config)}.")
     _say(settings, backend)
     return settings
 
@@ -81,10 +82,12 @@ def _kv_reason(config: Any) -> str | None:
     return next((reason for reason, holds in wrong.items() if holds), None)
 
 
-def _visual_reason(config: Any) -> str | None:
-    names = list(config.model_config.architectures)
-    known = [name for name in names if name in compat.FEATURES and name != "kv"]
-    if not known:
-        visual = ", ".join(name for name in compat.FEATURES if name != "kv")
-        return f"visual methods know {visual}, not {', '.join(names)}"
-    return compat.problem(known[0])
+def _visual_reason(config: Any) -> str:
+    name = next(iter(config.model_config.architectures), "")
+    known = [name for name in compat.FEATURES if name != "kv"]
+    if name in known and (problem := compat.problem(name)) is not None:
+        return problem
+    wrong = [f"{name}: {problem}" for name in known if (problem := compat.problem(name)) is not None]
+    return f"visual methods know {', '.join(known)}, and this model is none of them" + "".join(
+        f" ({one})" for one in wrong
+    )

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 TESTED = ("0.29", "0.32")
 ANYWAY = "LLM_ACCEL_VLLM_UNTESTED"
@@ -30,7 +31,7 @@ class Interface:
         """What is missing, or None."""
         module, _, names = self.path.partition(":")
         try:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for name in names.split("."):
                 found = getattr(found, name)
         except (ImportError, AttributeError):
@@ -122,7 +123,7 @@ def problem(feature: str) -> str | None:
         return f"vllm {version()} differs from what llm_accel knows: {'; '.join(missing)}"
     if feature == "kv" and not tested():
         return (
-            f"vllm {version()} is outside of the tested range {TESTED[0]} to {TESTED[1]}; {ANYWAY}=1 in the environment "
-            "tries it anyway"
+            f"vllm {version()} is outside of the tested range {TESTED[0]} to {TESTED[1]}; {ANYWAY}=1 in the "
+            "environment tries it anyway"
         )
     return None

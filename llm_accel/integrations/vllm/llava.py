@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llm_accel.errors import ConfigError
-from llm_accel.integrations.vllm.visual import check_items, check_tower, visual_method
+from llm_accel.integrations.vllm.visual import check_items, check_tower, pruning, visual_method
 from llm_accel.methods import TowerTokens
 from llm_accel.patches.vision.tower import TowerPass
 
@@ -34,7 +34,7 @@ class AccelLlavaInfo(LlavaProcessingInfo):
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         count = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        method = visual_method(self.get_hf_config())
+        method = visual_method(self.ctx.model_config)
         return count if method is None else method.tokens(count)
 
 
@@ -42,7 +42,7 @@ class AccelLlavaProcessor(LlavaMultiModalProcessor):
     """Takes images only."""
 
     def _get_prompt_updates(self, mm_items: Any, *args: Any, **kwargs: Any) -> Any:
-        check_items(visual_method(self.info.get_hf_config()), mm_items)
+        check_items(visual_method(self.info.ctx.model_config), mm_items)
         return super()._get_prompt_updates(mm_items, *args, **kwargs)
 
 
@@ -67,7 +67,7 @@ class ClipPass(TowerPass):
             attention = layer.self_attn
             qkv, _ = attention.qkv_proj(layer.layer_norm1(hidden))
             heads = qkv.unflatten(-1, (3, attention.num_heads_per_partition, -1)).permute(2, 0, 3, 1, 4)
-            mixed = self._attended(*heads.unbind(), scaling=attention.scale)
+            mixed = self._attended(heads[0], heads[1], heads[2], attention.scale)
             hidden = hidden + attention.out_proj(mixed)[0]
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             hidden = self.after(index, hidden)
@@ -77,7 +77,8 @@ class ClipPass(TowerPass):
         self.see(query, key, value, scaling)
         mask = None if self.mask is None else self.mask[:, None, None]
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-        return output.transpose(1, 2).flatten(2)
+        rows: Tensor = output.transpose(1, 2).flatten(2)
+        return rows
 
 
 @MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder)
@@ -94,8 +95,9 @@ class AccelLlava(LlavaForConditionalGeneration):
     )
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.method = visual_method(self.config)
+        with pruning():
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.method = visual_method(vllm_config.model_config)
         if self.method is not None and isinstance(self.vision_tower, PixtralHFVisionModel):
             raise ConfigError(f"{self.method.spec()} cannot run in this engine: Pixtral towers mark each line's end.")
         layers = self.config.vision_feature_layer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.integrations.vllm.visual import check_items, check_tower, choose, visual_method
+from llm_accel.integrations.vllm.visual import check_items, check_tower, choose, pruning, visual_method
 from llm_accel.methods import TowerTokens, VisualTokens
 from llm_accel.patches.vision.tower import TowerPass
 
@@ -28,13 +28,13 @@ class MropeInfo:
 
     def get_num_image_tokens(self, **size: Any) -> int:
         count = super().get_num_image_tokens(**size)  # type: ignore[misc]
-        method = visual_method(self.get_hf_config())  # type: ignore[attr-defined]
+        method = visual_method(self.ctx.model_config)  # type: ignore[attr-defined]
         return count if method is None else method.tokens(count)
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
         """No videos beside a method: their frames would come in whole."""
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
-        return limits if visual_method(self.get_hf_config()) is None else {"image": limits["image"]}  # type: ignore[attr-defined]
+        return limits if visual_method(self.ctx.model_config) is None else limits | {"video": 0}  # type: ignore[attr-defined]
 
 
 class MropeProcessor:
@@ -42,7 +42,7 @@ class MropeProcessor:
 
     def _get_prompt_updates(self, mm_items: Any, *args: Any, **kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, *args, **kwargs)  # type: ignore[misc]
-        method = visual_method(self.info.get_hf_config())  # type: ignore[attr-defined]
+        method = visual_method(self.info.ctx.model_config)  # type: ignore[attr-defined]
         check_items(method, mm_items)
         return updates if method is None else [_fewer(one, method) for one in updates if one.modality == "image"]
 
@@ -72,8 +72,9 @@ class MropeModel:
     _shift: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.method = method = visual_method(self.config)
+        with pruning():
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.method = method = visual_method(vllm_config.model_config)
         if method is None:
             return
         if method.positions == "compact":
@@ -113,7 +114,8 @@ class MropeModel:
             return
         tensors = [kwargs[name][0].transpose(0, 1) for name in ("query", "key", "value")]
         for image in zip(*(one.split(self._sizes, dim=1) for one in tensors), strict=True):
-            self._running.see(*(one[None] for one in image), module.scale)
+            query, key, value = (one[None] for one in image)
+            self._running.see(query, key, value, module.scale)
 
     def _after(self, layer: int, output: Tensor) -> None:
         if self._running is not None:

@@ -8,11 +8,6 @@ from llm_accel.integrations.vllm import compat
 
 logger = logging.getLogger("vllm.llm_accel")
 _HERE = "llm_accel.integrations.vllm"
-_MODELS = {
-    "LlavaForConditionalGeneration": f"{_HERE}.llava:AccelLlava",
-    "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen2_5:AccelQwen2_5",
-    "Qwen3VLForConditionalGeneration": f"{_HERE}.qwen3:AccelQwen3",
-}
 _NO_KERNEL = {"TORCH_SDPA", "NO_ATTENTION"}
 
 PARENTS: dict[str, str] = {}
@@ -51,5 +46,6 @@ def _register_spec() -> None:
 def _register_models() -> None:
     from vllm import ModelRegistry
 
-    for name, path in _MODELS.items():
-        ModelRegistry.register_model(name, path)
+    for name in compat.FEATURES:
+        if name != "kv":
+            ModelRegistry.register_model(name, f"{_HERE}.models:{name}")

@@ -7,7 +7,7 @@ was configured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.errors import ConfigError
@@ -47,13 +47,17 @@ class Settings:
         return spec_of([method for method in (self.visual, self.kv) if method is not None])
 
 
-def settings_of(hf_config: Any) -> Settings | None:
-    """What the overrides of an engine ask for; None where they do not mention us, or ask for ``dense``.
+def settings_of(model_config: Any) -> Settings | None:
+    """What an engine asks for, from vLLM's configuration of its model; None where it does not mention us, or asks for
+    ``dense``. Language models within others have a Hugging Face configuration of their own, but the same overrides.
 
     Raises:
         LlmAccelError: there is no such method or option, or vLLM cannot run it: the message says why.
     """
-    given = getattr(hf_config, KEY, None)
+    overrides = getattr(model_config, "hf_overrides", None)
+    given = overrides.get(KEY) if isinstance(overrides, Mapping) else None
+    if given is None:
+        given = getattr(model_config.hf_config, KEY, None)
     return None if given is None else read_settings(given)
 
 
@@ -79,7 +83,7 @@ def _accepted(method: MethodConfig) -> MethodConfig:
     reason = refusal(method)
     if reason is not None:
         raise ConfigError(f"{method.spec()} cannot run in vLLM: {reason}.")
-    return replace(method, llm_stage="off") if hasattr(method, "llm_stage") else method
+    return method.one_stage() if isinstance(method, VisualTokens) else method
 
 
 def refusal(method: MethodConfig) -> str | None:
@@ -104,8 +108,8 @@ def refusal(method: MethodConfig) -> str | None:
 def _visual_refusal(method: VisualTokens) -> str | None:
     if method.always_cuts:
         return (
-            "its second stage lets tokens leave between layers, but vLLM lays out all layers of a step before the first "
-            "one runs; give llm_stage=off"
+            "its second stage lets tokens leave between layers, but vLLM lays out all layers of a step before the "
+            "first one runs; give llm_stage=off"
         )
     return None
 

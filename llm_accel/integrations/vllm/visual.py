@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +11,25 @@ from torch import Tensor
 from vllm.multimodal.parse import ImageEmbeddingItems
 
 from llm_accel.errors import ConfigError
+from llm_accel.integrations.vllm.checks import PRUNING
 from llm_accel.integrations.vllm.settings import settings_of
 from llm_accel.methods import TowerMerge, TowerTokens, VisualTokens
 
 
-def visual_method(hf_config: Any) -> VisualTokens | None:
-    """The visual method of an engine, or None."""
-    settings = settings_of(hf_config)
+def visual_method(model_config: Any) -> VisualTokens | None:
+    """The visual method of an engine, from vLLM's configuration of its model, or None."""
+    settings = settings_of(model_config)
     return None if settings is None else settings.visual
+
+
+@contextmanager
+def pruning() -> Iterator[None]:
+    """The layers that are built inside belong to a model that prunes visual tokens, if a method is asked for."""
+    token = PRUNING.set(True)
+    try:
+        yield
+    finally:
+        PRUNING.reset(token)
 
 
 def check_tower(method: VisualTokens | None, vllm_config: Any, wrong: dict[str, bool]) -> None:

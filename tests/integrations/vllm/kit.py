@@ -37,11 +37,13 @@ def engine(model: Any = None, method: str | None = None, **options: Any) -> Iter
 
     given = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "block_size": BLOCK, "max_num_seqs": 8}
     overrides = {} if method is None else {"llm_accel": {"method": method}}
-    llm = LLM(str(model or needle_model_path()), hf_overrides=overrides, **given | options)
+    llm = None
     try:
+        llm = LLM(str(model or needle_model_path()), **given | {"hf_overrides": overrides} | options)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

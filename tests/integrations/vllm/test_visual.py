@@ -32,7 +32,7 @@ NEW = 16
 def scenes() -> list[tuple[str, Image.Image]]:
     source = SceneSource(4, 0)
     found = [example for index in range(4) for example in source.examples(index)]
-    return [(f"<bos><image> {one.question}", Image.fromarray(one.image)) for one in found]
+    return [(f"<image> {one.question}", Image.fromarray(one.image)) for one in found]
 
 
 def scenes_in_transformers(method: str | None) -> list[list[int]]:
@@ -42,7 +42,7 @@ def scenes_in_transformers(method: str | None) -> list[list[int]]:
         llm_accel.apply(model, method, positions="compact")
     found = []
     for text, image in scenes():
-        batch = processor(text=[text.removeprefix("<bos>")], images=[image], return_tensors="pt")
+        batch = processor(text=[text], images=[image], return_tensors="pt")
         out = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
         found.append(out[0, batch["input_ids"].shape[1] :].tolist())
     return found
