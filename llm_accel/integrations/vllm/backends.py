@@ -11,14 +11,13 @@ from typing import Any
 from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_accel.errors import ConfigError
 from llm_accel.integrations.vllm.checks import check_engine
 from llm_accel.integrations.vllm.layer import CompressedImpl
 from llm_accel.integrations.vllm.pages import Pages, SplitPages, VecPages
 from llm_accel.integrations.vllm.registration import PARENTS
-from llm_accel.integrations.vllm.scheduling import CompressedSpec
+from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, CompressedSpec, is_whole
 from llm_accel.integrations.vllm.steps import CompressedBuilder
 
 PAGES: dict[str, Pages] = {"CPU_ATTN": VecPages(), "FLASH_ATTN": SplitPages(), "TRITON_ATTN": SplitPages()}
@@ -85,9 +84,10 @@ class Compressed:
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         spec = super().customize_spec(spec)  # type: ignore[misc]
-        whole = type(spec) is FullAttentionSpec and spec.sliding_window is None and spec.attention_chunk_size is None
-        if cls.method is None or not whole:
+        if cls.method is None:
             return spec
+        if not is_whole(spec):
+            raise ConfigError(f"{cls.method} cannot run in this engine: {NOT_WHOLE}.")
         compressed = CompressedSpec.of(spec, cls.method)
         assert compressed.policy  # raises where the budget is too small for these blocks
         return compressed

@@ -62,7 +62,7 @@ class ClipPass(TowerPass):
 
     def through(self, tower: Any, pixels: Tensor) -> Tensor:
         """Features of images [B, 3, H, W] after the last layer that there is: [B, rows, C], those that left being 0."""
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        hidden: Tensor = tower.pre_layrnorm(tower.embeddings(pixels))
         for index, layer in enumerate(tower.encoder.layers):
             attention = layer.self_attn
             qkv, _ = attention.qkv_proj(layer.layer_norm1(hidden))
@@ -71,7 +71,9 @@ class ClipPass(TowerPass):
             hidden = hidden + attention.out_proj(mixed)[0]
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             hidden = self.after(index, hidden)
-        return hidden if tower.post_layernorm is None else tower.post_layernorm(hidden)
+        if tower.post_layernorm is not None:
+            hidden = tower.post_layernorm(hidden)
+        return hidden
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.see(query, key, value, scaling)

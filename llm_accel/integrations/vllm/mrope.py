@@ -33,8 +33,10 @@ class MropeInfo:
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
         """No videos beside a method: their frames would come in whole."""
-        limits = super().get_supported_mm_limits()  # type: ignore[misc]
-        return limits if visual_method(self.ctx.model_config) is None else limits | {"video": 0}  # type: ignore[attr-defined]
+        limits: dict[str, int | None] = dict(super().get_supported_mm_limits())  # type: ignore[misc]
+        if visual_method(self.ctx.model_config) is not None:  # type: ignore[attr-defined]
+            limits["video"] = 0
+        return limits
 
 
 class MropeProcessor:

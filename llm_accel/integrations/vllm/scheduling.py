@@ -16,6 +16,18 @@ logger = logging.getLogger("vllm.llm_accel")
 _LOGGED_EVERY = 1000
 
 
+NOT_WHOLE = (
+    "some of its layers have a window, chunks or a state in place of a full cache, and which blocks those need is not "
+    "known here"
+)
+
+
+def is_whole(spec: Any) -> bool:
+    """Whether a layer reads all entries of a request."""
+    full = isinstance(spec, FullAttentionSpec) and type(spec) in (FullAttentionSpec, CompressedSpec)
+    return full and spec.sliding_window is None and spec.attention_chunk_size is None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
     """Full attention over fewer blocks.
@@ -44,10 +56,7 @@ class CompressedSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Any]) -> CompressedSpec:
         if any(type(one) is not cls or one.method != specs[0].method for one in specs):
-            raise ConfigError(
-                f"{specs[0].method} cannot run in this engine: its layers differ, and some of those that share block "
-                "tables keep all entries, as layers with a sliding window do."
-            )
+            raise ConfigError(f"{cls.__name__}: layers that share block tables must have the same method.")
         return cls.of(FullAttentionSpec.merge(specs), specs[0].method)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_accel.errors import ConfigError
 from llm_accel.integrations.vllm.blocks import Compaction, Policy
 
 
@@ -128,6 +129,17 @@ class CompressedBuilder:
         policy = getattr(self.kv_cache_spec, "policy", None)
         limit = self.vllm_config.scheduler_config.max_num_seqs
         self._requests = None if policy is None else Requests(policy, self.kv_cache_spec.block_size, limit)
+        if policy is not None:
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Refuses models some of whose layers have no attention, and never asked us."""
+        from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, is_whole
+
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            spec = layer.get_kv_cache_spec(self.vllm_config) if hasattr(layer, "get_kv_cache_spec") else None
+            if spec is not None and not is_whole(spec):
+                raise ConfigError(f"{self.kv_cache_spec.method} cannot run in this engine: {NOT_WHOLE}.")
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:

@@ -170,6 +170,33 @@ def test_the_entry_point_imports_nothing_heavy():
     assert "vllm" not in done.stdout
 
 
+def test_layers_that_are_not_whole_are_refused(monkeypatch):
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+
+    from llm_accel.integrations.vllm import backends
+    from llm_accel.integrations.vllm.scheduling import CompressedSpec, is_whole
+    from llm_accel.integrations.vllm.steps import CompressedBuilder
+
+    shape = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    full = FullAttentionSpec(**shape)
+    windows = [SlidingWindowSpec(**shape, sliding_window=64), FullAttentionSpec(**shape, sliding_window=64)]
+    monkeypatch.setattr(backends.CPU_ATTN, "method", "snapkv:budget=100")
+    assert is_whole(backends.CPU_ATTN.customize_spec(full))
+    for spec in windows:
+        with pytest.raises(ConfigError, match="a window, chunks or a state"):
+            backends.CPU_ATTN.customize_spec(spec)
+    state = MambaSpec(block_size=32, shapes=((2, 2),), dtypes=(torch.float32,))
+    layers = {"a": SimpleNamespace(get_kv_cache_spec=lambda _config: state), "b": SimpleNamespace()}
+    builder = CompressedBuilder.__new__(CompressedBuilder)
+    builder.kv_cache_spec = CompressedSpec.of(full, "snapkv:budget=100")
+    builder.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(ConfigError, match="a window, chunks or a state"):
+        builder._check_layers()
+    layers["a"].get_kv_cache_spec = lambda _config: full
+    builder._check_layers()
+
+
 def test_llava_of_features_that_we_cannot_prune(monkeypatch):
     """A tower method on features of several layers."""
     overrides = {"llm_accel": {"method": "flowcut"}, "vision_feature_layer": [-2, -3]}
