@@ -74,9 +74,12 @@ def test_requests_that_were_preempted_are_compressed_anew(monkeypatch):
     tokens, preempted = kit.prompts([200 + 8 * one for one in range(8)]), []
     with kit.engine(method=RANDOM, num_gpu_blocks_override=24, max_model_len=512) as llm:
         begin, usual = kit.pool(llm).get_num_free_blocks(), kit.scheduler(llm)._preempt_request
-        monkeypatch.setattr(
-            kit.scheduler(llm), "_preempt_request", lambda *given: (preempted.append(given), usual(*given))[1]
-        )
+
+        def preempt(*given, **options):
+            preempted.append(given)
+            return usual(*given, **options)
+
+        monkeypatch.setattr(kit.scheduler(llm), "_preempt_request", preempt)
         found = kit.answers(llm, tokens, new=80)
         wanted = kit.expected(tokens, RANDOM, new=80)
         same = sum(a == b for a, b in zip(found, wanted, strict=True))
