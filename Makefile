@@ -110,7 +110,7 @@ test-vllm: $(VENV_VLLM)/.ready
 	  OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(VLLM_TESTS) $(ARGS); fi
 
 test-vllm-old:
-	@$(MAKE) --no-print-directory test-vllm VLLM=$(VLLM_OLD) VLLM_WITH="transformers<5.19" ARGS="--share $(SHARE) $(ARGS)"
+	@$(MAKE) --no-print-directory test-vllm VLLM=$(VLLM_OLD) VLLM_WITH="transformers<5.15" ARGS="--share $(SHARE) $(ARGS)"
 
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready

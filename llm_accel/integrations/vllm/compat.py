@@ -34,7 +34,9 @@ class Interface:
             found: Any = importlib.import_module(module)
             for name in names.split("."):
                 found = getattr(found, name)
-        except (ImportError, AttributeError):
+        except ImportError as error:
+            return f"{module} cannot be imported: {error}"
+        except AttributeError:
             return f"{self.path} is missing"
         taken = inspect.signature(found).parameters if self.parameters else {}
         lost = [name for name in self.parameters if name not in taken]
@@ -118,9 +120,9 @@ def tested() -> bool:
 def problem(feature: str) -> str | None:
     """Why a feature of :data:`FEATURES` is off with the installed vLLM; None where it is on. KV methods are on only in
     the tested range: two of their interfaces are marked temporary."""
-    missing = [why for one in (*_ALWAYS, *FEATURES[feature]) if (why := one.problem()) is not None]
-    if missing:
-        return f"vllm {version()} differs from what llm_accel knows: {'; '.join(missing)}"
+    problems = [why for one in (*_ALWAYS, *FEATURES[feature]) if (why := one.problem()) is not None]
+    if problems:
+        return f"vllm {version()} differs from what llm_accel knows: {'; '.join(dict.fromkeys(problems))}"
     if feature == "kv" and not tested():
         return (
             f"vllm {version()} is outside of the tested range {TESTED[0]} to {TESTED[1]}; {ANYWAY}=1 in the "
