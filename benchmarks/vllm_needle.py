@@ -1,6 +1,6 @@
 """Needles through vLLM: prompts and scores of `llm-accel needle`, answers of an engine per method, all in this process.
 
-python -m benchmarks.vllm_needle --method dense --method snapkv:ratio=0.25 --lengths 1k,2k --depths 5       # the bundled model
+python -m benchmarks.vllm_needle --method dense --method snapkv:ratio=0.25 --lengths 1k,2k --depths 5   # bundled
 python -m benchmarks.vllm_needle --model DIR --method dense --method snapkv:ratio=0.25 --task single --block-size 16
 """
 

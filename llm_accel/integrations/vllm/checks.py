@@ -40,8 +40,12 @@ def check_engine(backend: str, takes_kv: bool) -> Settings | None:
         reason = compat.problem("kv") or (None if takes_kv else _backend_reason(backend)) or _kv_reason(config)
         if reason is not None:
             raise ConfigError(f"{settings.kv.spec()} cannot run in this engine: {reason}.")
-    if settings.visual is not None and not PRUNING.get():
-        raise ConfigError(f"{settings.visual.spec()} cannot run in this engine: {_visual_reason(config)}.")
+    if settings.visual is not None:
+        reason = None if PRUNING.get() else _visual_reason(config)
+        if getattr(config, "ec_transfer_config", None) is not None:
+            reason = "a shared cache of encoder outputs may hold those of other methods"
+        if reason is not None:
+            raise ConfigError(f"{settings.visual.spec()} cannot run in this engine: {reason}.")
     _say(settings, backend)
     return settings
 
@@ -84,7 +88,7 @@ def _kv_reason(config: Any) -> str | None:
 
 def _visual_reason(config: Any) -> str:
     name = next(iter(config.model_config.architectures), "")
-    known = [name for name in compat.FEATURES if name != "kv"]
+    known = list(compat.ARCHITECTURES)
     if name in known and (problem := compat.problem(name)) is not None:
         return problem
     wrong = [f"{name}: {problem}" for name in known if (problem := compat.problem(name)) is not None]

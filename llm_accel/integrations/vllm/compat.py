@@ -67,6 +67,7 @@ _KV = (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
         ("request_id", "num_tokens"),
     ),
+    Interface("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free", ("request_id",)),
     Interface("vllm.v1.attention.backend:AttentionBackend.customize_spec", ("spec",)),
     Interface(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build", ("common_prefix_len", "common_attn_metadata")
@@ -83,23 +84,29 @@ _LLAVA = (
 )
 
 
-def _qwen(module: str, family: str) -> tuple[Interface, ...]:
-    model = f"{_MODELS}.{module}:{family}ForConditionalGeneration"
+def _qwen(module: str, name: str) -> tuple[Interface, ...]:
+    model, family = f"{_MODELS}.{module}:{name}", f"{_MODELS}.{module}:{name.removesuffix('ForConditionalGeneration')}"
     return (
         Interface("vllm:ModelRegistry.register_model"),
         Interface(f"{model}.get_mrope_input_positions", ("input_tokens", "mm_features")),
         Interface(f"{model}._process_image_input", ("image_input",)),
         Interface(f"{model}.embed_input_ids", ("multimodal_embeddings", "is_multimodal")),
-        Interface(f"{_MODELS}.{module}:{family}MultiModalProcessor._get_prompt_updates", ("mm_items",)),
-        Interface(f"{_MODELS}.{module}:{family}ProcessingInfo.get_num_image_tokens"),
+        Interface(f"{family}MultiModalProcessor._get_prompt_updates", ("mm_items",)),
+        Interface(f"{family}ProcessingInfo.get_num_image_tokens"),
+        Interface(f"{family}DummyInputsBuilder"),
     )
 
 
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "llava",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+}
+"""The models whose images we can prune, and vLLM's modules for them."""
 FEATURES: dict[str, tuple[Interface, ...]] = {
     "kv": _KV,
-    "LlavaForConditionalGeneration": _LLAVA,
-    "Qwen2_5_VLForConditionalGeneration": _qwen("qwen2_5_vl", "Qwen2_5_VL"),
-    "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl", "Qwen3VL"),
+    **{name: _LLAVA if module == "llava" else _qwen(module, name) for name, module in ARCHITECTURES.items()},
 }
 """What each feature needs: KV methods, and visual methods on one architecture each."""
 

@@ -11,18 +11,37 @@ from typing import Any
 
 from llm_accel.integrations.vllm import compat
 
-_HERE = "llm_accel.integrations.vllm"
-_OURS = {
-    "LlavaForConditionalGeneration": ("llava", f"{_HERE}.llava", "AccelLlava"),
-    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", f"{_HERE}.qwen2_5", "AccelQwen2_5"),
-    "Qwen3VLForConditionalGeneration": ("qwen3_vl", f"{_HERE}.qwen3", "AccelQwen3"),
-}
+_MODELS = "vllm.model_executor.models"
+_SUFFIX = "ForConditionalGeneration"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OURS:
+    module = compat.ARCHITECTURES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    usual, module, ours = _OURS[name]
-    if compat.problem(name) is None:
-        return getattr(importlib.import_module(module), ours)
-    return getattr(importlib.import_module(f"vllm.model_executor.models.{usual}"), name)
+    if compat.problem(name) is not None:
+        return getattr(importlib.import_module(f"{_MODELS}.{module}"), name)
+    if module == "llava":
+        return importlib.import_module("llm_accel.integrations.vllm.llava").AccelLlava
+    made = globals()[name] = _qwen(module, name.removesuffix(_SUFFIX))
+    return made
+
+
+def _qwen(module: str, family: str) -> Any:
+    """A model of Qwen's with three axes of positions, and its processor; they differ in their parents alone."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from llm_accel.integrations.vllm.mrope import MropeInfo, MropeModel, MropeProcessor
+
+    parents = importlib.import_module(f"{_MODELS}.{module}")
+
+    def made(ours: type[Any], part: str) -> Any:
+        parent = getattr(parents, family + part)
+        return type(f"Accel{family}{part}", (ours, parent), {"__module__": __name__, "__doc__": parent.__doc__})
+
+    register = MULTIMODAL_REGISTRY.register_processor(
+        made(MropeProcessor, "MultiModalProcessor"),
+        info=made(MropeInfo, "ProcessingInfo"),
+        dummy_inputs=getattr(parents, f"{family}DummyInputsBuilder"),
+    )
+    return register(made(MropeModel, _SUFFIX))

@@ -83,7 +83,7 @@ class MropeModel:
             raise ConfigError(
                 f"{method.spec()} cannot run in this engine: positions have three axes here; leave it out."
             )
-        if self.is_multimodal_pruning_enabled:  # type: ignore[attr-defined]
+        if getattr(self, "is_multimodal_pruning_enabled", False):
             raise ConfigError(f"{method.spec()} cannot run in this engine: leave video_pruning_rate out.")
         wrong = {
             "with pipeline parallelism later stages do not see what the image told": (
@@ -97,12 +97,15 @@ class MropeModel:
 
     @property
     def looked_at(self) -> Sequence[int]:
-        """Layers of the tower in which each patch sees the whole image."""
-        return range(len(self.visual.blocks))
+        """Layers of the tower in which each patch sees the whole image; others may see windows of it."""
+        return sorted(getattr(self.visual, "fullatt_block_indexes", range(len(self.visual.blocks))))
 
-    def raster(self, marks: Tensor, grids: list[list[int]]) -> Tensor:
-        """What the tower knows of each token, [n, c], in the order of its output."""
-        return marks
+    def _raster(self, marks: Tensor, grids: list[list[int]]) -> Tensor:
+        """What the tower knows of each token, [n, c], in the order of its output: with windows, it works in theirs."""
+        if not hasattr(self.visual, "fullatt_block_indexes"):
+            return marks
+        order: Tensor = self.visual.prepare_encoder_metadata(grids)["reverse_indices"]
+        return marks[order.to(marks.device, torch.int64)]
 
     def _watch(self) -> None:
         for index in self.looked_at:
@@ -134,7 +137,8 @@ class MropeModel:
             marks = known.split([len(one) for one in embeds])
         else:
             embeds = super()._process_image_input(image_input)  # type: ignore[misc]
-        rows, kept = choose(method, embeds, marks, self.config.vision_config.out_hidden_size)
+        vision = self.config.vision_config
+        rows, kept = choose(method, embeds, marks, getattr(vision, "out_hidden_size", vision.hidden_size))
         if marks is None:
             return tuple(rows)
         return tuple(self._placed(*one, method) for one in zip(rows, kept, grids, strict=True))
@@ -157,7 +161,7 @@ class MropeModel:
             self._running = None
         patches = torch.cat(running.values())
         unit = self.visual.spatial_merge_size**2
-        return embeds, self.raster(patches.view(-1, unit, patches.shape[-1]).mean(1), grids)
+        return embeds, self._raster(patches.view(-1, unit, patches.shape[-1]).mean(1), grids)
 
     def _grid(self, grid: Sequence[int]) -> Tensor:
         """Places of an image's tokens within it: int64 [3, n]."""

@@ -46,6 +46,5 @@ def _register_spec() -> None:
 def _register_models() -> None:
     from vllm import ModelRegistry
 
-    for name in compat.FEATURES:
-        if name != "kv":
-            ModelRegistry.register_model(name, f"{_HERE}.models:{name}")
+    for name in compat.ARCHITECTURES:
+        ModelRegistry.register_model(name, f"{_HERE}.models:{name}")

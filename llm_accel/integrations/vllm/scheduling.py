@@ -9,7 +9,7 @@ from typing import Any
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from llm_accel.errors import ConfigError
+from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.integrations.vllm.blocks import Policy, policy_of
 
 logger = logging.getLogger("vllm.llm_accel")
@@ -82,6 +82,11 @@ class CompressedManager(FullAttentionManager):
     ) -> None:
         begins = self._begins.get(request_id, processed_computed_tokens)
         if num_prompt_tokens is None or begins < num_prompt_tokens:
+            if request_id in self._prompts:
+                raise UnsupportedCallError(
+                    f"{self.kv_cache_spec.method}: request {request_id} goes on with more input after its prompt was "
+                    "compressed, as streamed input does; send it as a new request, or serve without a KV method."
+                )
             return
         prompt = self._prompts.setdefault(request_id, begins)
         if processed_computed_tokens <= prompt:

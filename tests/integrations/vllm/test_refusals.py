@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_accel import ConfigError
+from llm_accel import ConfigError, UnsupportedCallError
 from llm_accel.common.bundled import vision_model_path
 from tests.integrations.vllm import kit
 
@@ -85,6 +85,36 @@ def test_a_visual_method_on_a_model_that_we_do_not_know(monkeypatch):
         checks.check_engine("CPU_ATTN", takes_kv=True)
     with pruning():
         assert checks.check_engine("CPU_ATTN", takes_kv=True) is not None
+        found.ec_transfer_config = object()
+        with pytest.raises(ConfigError, match="shared cache of encoder outputs"):
+            checks.check_engine("CPU_ATTN", takes_kv=True)
+
+
+def test_a_request_that_goes_on_after_its_prompt_was_compressed():
+    from llm_accel.integrations.vllm.scheduling import CompressedManager
+
+    made = CompressedManager.__new__(CompressedManager)
+    made._begins, made._prompts, made.kv_cache_spec = {"a": 300}, {}, SimpleNamespace(method="snapkv")
+    made.remove_skipped_blocks("a", 250, 300)  # its last chunk is on the way
+    assert made._prompts == {"a": 300}
+    with pytest.raises(UnsupportedCallError, match="send it as a new request"):
+        made.remove_skipped_blocks("a", 310, 400)
+
+
+def test_worker_and_scheduler_agree_where_steps_are_in_flight():
+    """The scheduler may hear of a step when later ones are planned; what counts is where each step begins."""
+    from llm_accel.integrations.vllm.blocks import policy_of
+    from llm_accel.integrations.vllm.scheduling import CompressedManager
+
+    made = CompressedManager.__new__(CompressedManager)
+    made._begins, made._prompts, made.freed = {"a": 300}, {}, 0
+    made.kv_cache_spec = SimpleNamespace(policy=policy_of("random:budget=100", 32))
+    made.block_pool, asked = SimpleNamespace(get_num_free_blocks=lambda: 0), []
+    made._remove_blocks_in_range = lambda *given: asked.append(given)
+    made.remove_skipped_blocks("a", 0, 300)  # planned: the first decode step, at 300; done: nothing
+    made._begins["a"] = 302
+    made.remove_skipped_blocks("a", 302, 300)  # done: two steps more
+    assert made._prompts == {"a": 300} and asked == [("a", *made.kv_cache_spec.policy.gap(300, 302))]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def qwen_in_vllm(llm) -> list[list[int]]:
 
 
 QWEN = [
+    ("qwen2_vl", "flowcut", 12),
     ("qwen2_5_vl", None, 2048),
     ("qwen2_5_vl", "random_tokens", 2048),
     ("qwen2_5_vl", "flowcut", 12),

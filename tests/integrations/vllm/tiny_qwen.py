@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VL and Qwen3-VL with processors, on disk, for vLLM and transformers alike."""
+"""Tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL with processors, on disk, for vLLM and transformers alike."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def _rope(**more: Any) -> dict[str, Any]:
 
 
 def configuration(family: str) -> hf.PretrainedConfig:
-    """``qwen2_5_vl`` or ``qwen3_vl``."""
+    """``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``."""
+    if family == "qwen2_vl":
+        tower = TOWER | {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
+        return hf.Qwen2VLConfig(vision_config=tower, text_config=TEXT | _rope(), **MARKS)
     if family == "qwen2_5_vl":
         tower = TOWER | {"fullatt_block_indexes": [1, 3], "window_size": 56}
         return hf.Qwen2_5_VLConfig(vision_config=tower, text_config=TEXT | _rope(), **MARKS)
@@ -91,6 +94,8 @@ def _processor(family: str) -> Any:
     sizes = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     grid = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "size": sizes}
     images = hf.Qwen2VLImageProcessor(**grid)
+    if family == "qwen2_vl":
+        return hf.Qwen2VLProcessor(images, fast, hf.Qwen2VLVideoProcessor(**grid))
     if family == "qwen2_5_vl":
         return hf.Qwen2_5_VLProcessor(images, fast, hf.Qwen2VLVideoProcessor(**grid))
     return hf.Qwen3VLProcessor(images, fast, hf.Qwen3VLVideoProcessor(**grid))
