@@ -68,6 +68,7 @@ _KV = (
         ("request_id", "num_tokens"),
     ),
     Interface("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free", ("request_id",)),
+    Interface("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks", ("request", "num_tokens")),
     Interface("vllm.v1.attention.backend:AttentionBackend.customize_spec", ("spec",)),
     Interface(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build", ("common_prefix_len", "common_attn_metadata")

@@ -77,6 +77,11 @@ class CompressedManager(FullAttentionManager):
         self._begins[request_id] = num_tokens
         return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Not every vLLM asks the spec where all layers are of one kind, and would hand out what was written to."""
+        if self.kv_cache_spec.prefix_cacheable:
+            super().cache_blocks(*args, **kwargs)
+
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:

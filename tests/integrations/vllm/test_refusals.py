@@ -81,7 +81,7 @@ def test_a_visual_method_on_a_model_that_we_do_not_know(monkeypatch):
 
     found = config("stride_tokens", "Gemma3ForConditionalGeneration")
     monkeypatch.setattr(checks, "get_current_vllm_config_or_none", lambda: found)
-    with pytest.raises(ConfigError, match="visual methods know LlavaForConditionalGeneration, Qwen2_5_VL"):
+    with pytest.raises(ConfigError, match="visual methods know LlavaForConditionalGeneration, Qwen2VL"):
         checks.check_engine("CPU_ATTN", takes_kv=True)
     with pruning():
         assert checks.check_engine("CPU_ATTN", takes_kv=True) is not None
