@@ -1,7 +1,6 @@
 """Which methods an engine runs, from ``hf_overrides={"llm_accel": {"method": "flowcut:target=64+snapkv:budget=512"}}``.
 
-vLLM writes an unknown key onto the Hugging Face configuration, which reaches all of its processes and its hash of what
-was configured.
+vLLM carries the overrides with the configuration of the model, into all of its processes.
 """
 
 from __future__ import annotations
