@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods import StreamingLLM
-from llm_accel.methods.roles import PromptCompression
+from llm_accel.methods import PromptCompression, StreamingLLM
 from llm_accel.registry import parse
 
 

@@ -15,8 +15,7 @@ from llm_accel.integrations.vllm.blocks import Compaction, policy_of
 from llm_accel.integrations.vllm.checks import current_settings
 from llm_accel.integrations.vllm.pages import Pages
 from llm_accel.integrations.vllm.steps import Move, Prefill, Step
-from llm_accel.methods import HeadShard, PromptView
-from llm_accel.methods.prompt_view import Depth
+from llm_accel.methods import Depth, HeadShard, PromptView
 
 
 class CompressedImpl:

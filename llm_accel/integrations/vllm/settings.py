@@ -1,4 +1,4 @@
-"""Which methods an engine runs, from ``hf_overrides={"llm_accel": {"method": "flowcut:target=64+snapkv:budget=512"}}``.
+"""Which methods an engine runs, from ``hf_overrides={"llm_accel": {"method": "flowcut:budget=64+snapkv:budget=512"}}``.
 
 vLLM carries the overrides with the configuration of the model, into all of its processes.
 """
@@ -11,18 +11,18 @@ from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
-    Attend,
-    HeadMethod,
+    AttentionMethod,
+    Downsample,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
+    PromptCompression,
+    RetrievalHeads,
     ScoreAndKeep,
-    SmallerImage,
     StepEviction,
     StreamingLLM,
+    VASparse,
     VisualTokens,
 )
-from llm_accel.methods.roles import PromptCompression
 from llm_accel.registry import parse_all, spec_of
 
 KEY = "llm_accel"
@@ -91,15 +91,15 @@ def refusal(method: MethodConfig) -> str | None:
         return _visual_refusal(method)
     if isinstance(method, ScoreAndKeep):
         return _kv_refusal(method)
-    if isinstance(method, HeadMethod):
+    if isinstance(method, RetrievalHeads):
         return "some of its heads keep all entries and others a few, but one block table serves all heads of a layer"
-    if isinstance(method, Attend):
+    if isinstance(method, AttentionMethod):
         return "it replaces the attention kernel and frees no block; apply it in transformers"
     if isinstance(method, LayerCut):
         return "tokens would leave between layers, but vLLM lays out all layers of a step before the first one runs"
-    if isinstance(method, SmallerImage):
+    if isinstance(method, Downsample):
         return "the image would change size behind the processor; have vLLM make it smaller by mm_processor_kwargs"
-    if isinstance(method, ReplyDecoding):
+    if isinstance(method, VASparse):
         return "it needs a second forward pass for each token of the reply"
     return "vLLM has no place for what it does"
 
@@ -125,7 +125,7 @@ def _kv_refusal(method: ScoreAndKeep) -> str | None:
         return "its heads keep different numbers of entries, but one block table serves all heads of a layer"
     if not _own(kind, "layer_entries") or not _own(kind, "layer_entries_per_row"):
         return "its layers keep different numbers of entries, but one block table serves all layers"
-    if not _own(kind, "select") or not _own(kind, "share_out"):
+    if not _own(kind, "select") or not _own(kind, "allocate"):
         return "it chooses in a way of its own; vLLM needs a score, of which every head keeps equally many"
     if method.cuts_every is not None:
         return f"recompress_every={method.cuts_every} cuts while decoding; here the prompt alone is compressed"

@@ -62,17 +62,9 @@ def test_what_stays_is_what_the_method_chose_and_attention_over_fewer_blocks_see
     last = torch.arange(PROMPT) >= PROMPT - tail
     width = rounded.observed_queries
     view = PromptView(
-        query[PROMPT - width :].transpose(0, 1)[None],
-        keys[None, :, :PROMPT],
-        HEADS,
-        None,
-        0.3,
-        None,
-        None,
-        2,
-        4,
-        last[None],
-    )
+        query[PROMPT - width :].transpose(0, 1)[None], keys[None, :, :PROMPT], HEADS,
+        scaling=0.3, layer=2, layers=4, protected=last[None],
+    )  # fmt: skip
     kept = rounded.select(view)[0]
     first, full = policy.gap(PROMPT, PROMPT)
     table = torch.cat([BLOCKS[:first], BLOCKS[full:]])
