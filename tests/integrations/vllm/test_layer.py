@@ -86,3 +86,21 @@ def test_a_request_that_ends_early_leaves_no_window_for_the_next_one():
     later = torch.randn(5, HEADS * GROUP, DIM)
     made._observe(Prefill(29, True, 0, 5), later)  # another request in the same block
     assert torch.equal(made._windows[29], later)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pages_are_those_that_vllm_writes(dtype):
+    """The CPU's own operation fills the pages, in each dtype of its "vec" kernels."""
+    from vllm import _custom_ops as ops
+
+    block, dim = 32, 32
+    cache = torch.zeros(12, HEADS, block, 2 * dim, dtype=dtype)
+    keys, values = (torch.randn(50, HEADS, dim).to(dtype) for _ in range(2))
+    slots = torch.cat([torch.arange(block) + 7 * block, torch.arange(18) + 2 * block])
+    stored = cache.view(12, HEADS, 2 * block, -1).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys, values, *stored, slots, "vec", k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )  # fmt: skip
+    found = VecPages().read(cache, torch.tensor([7, 2]))
+    assert torch.equal(found[0][:, :50], keys.transpose(0, 1))
+    assert torch.equal(found[1][:, :50], values.transpose(0, 1))
