@@ -69,7 +69,7 @@ COMMANDS = {
         passes_on=True,
     ),
     "transformers-serve": Command(
-        "llm_accel.serve.transformers_serve",
+        "llm_accel.integrations.transformers_serve",
         "transformers' own server, every model accelerated",
         alone="a server is one process on one port",
     ),
