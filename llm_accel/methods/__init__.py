@@ -8,6 +8,8 @@ from llm_accel.methods.catalog import list_methods as list_methods
 from llm_accel.methods.catalog import method_class as method_class
 from llm_accel.methods.catalog import register_method as register_method
 from llm_accel.methods.claims import Claim as Claim
+from llm_accel.methods.context import ContextCompression as ContextCompression
+from llm_accel.methods.context import PassView as PassView
 from llm_accel.methods.dense import Dense as Dense
 from llm_accel.methods.downsample import Downsample as Downsample
 from llm_accel.methods.dyvte import DyVTE as DyVTE
@@ -23,6 +25,7 @@ from llm_accel.methods.head_roles import HeadMethod as HeadMethod
 from llm_accel.methods.head_roles import HeadSplit as HeadSplit
 from llm_accel.methods.head_roles import ModelHeads as ModelHeads
 from llm_accel.methods.hip import HiP as HiP
+from llm_accel.methods.kvzip import KVzip as KVzip
 from llm_accel.methods.prompt_view import Depth as Depth
 from llm_accel.methods.prompt_view import PromptView as PromptView
 from llm_accel.methods.pyramidkv import PyramidKV as PyramidKV
@@ -62,6 +65,7 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     SnapKV,
     PyramidKV,
     AdaKV,
+    KVzip,
     H2O,
     StreamingLLM,
     RetrievalHeads,

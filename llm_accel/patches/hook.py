@@ -16,9 +16,11 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
+from llm_accel.patches.context import Rereading, compress_context
 from llm_accel.patches.layers.hybrid import beside_state, own_state
 from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
@@ -58,6 +60,8 @@ class DecoderHook:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
         kwargs = named_cache(kwargs)
         cache = kwargs.get(CACHE)
+        if isinstance(cache, Rereading):
+            return args, kwargs | {"llm_accel": cache}
         visual = kwargs.pop("llm_accel_visual", None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
@@ -87,6 +91,8 @@ class DecoderHook:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
         session.begin(length, past, kwargs.get("attention_mask"))
+        if session.context is not None and session.phase.in_prompt:
+            session.context.add(inputs, kwargs)
         if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
@@ -136,8 +142,11 @@ class DecoderExit:
         if isinstance(session, Replay):
             session.hand_over(output)
             return
-        if session is None:
+        if session is None or isinstance(session, Rereading):
             return
+        session.verify_attention()
+        if session.context is not None and session.phase is Phase.PREFILL_END:
+            compress_context(session, decoder)
         session.verify()
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()
