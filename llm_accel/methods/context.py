@@ -66,8 +66,8 @@ class ContextCompression(ScoreAndKeep):
 
     @abstractmethod
     def pass_score(self, view: PassView) -> Tensor:
-        """What one pass says of the entries of its part, fp32 [B, kv_heads, last - first]; the largest of all passes
-        counts."""
+        """What one pass says of the entries of its part, fp32 [B, kv_heads, last - first], at least 0; the most that any
+        layer's queries say counts, where several read the same entries."""
 
     def score(self, view: PromptView) -> Tensor:
         assert view.scores is not None

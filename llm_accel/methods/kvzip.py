@@ -82,28 +82,28 @@ class KVzip(ContextCompression):
 
 
 def repeat_scores(view: PassView, sinks: int) -> Tensor:
-    """How much the pass attends to each entry of its part at most: the logarithm of the largest probability over its
-    queries and the query heads of a KV head, of a softmax that sees the first ``sinks`` entries, the part, and the keys
-    of the pass up to the query's own; fp32 [B, kv_heads, last - first]."""
+    """How much a pass attends to each entry of its part at most: the largest probability over its queries and the query
+    heads of a KV head, of a softmax that sees the first ``sinks`` entries, the part, and the keys of the pass up to the
+    query's own; fp32 [B, kv_heads, last - first]."""
     query, key = view.query, view.key
     batch, query_heads, count, width = query.shape
     context, key_heads, before = key.shape[2] - count, key.shape[1], min(sinks, view.first)
     seen = [key[:, :, :before], key[:, :, view.first : view.last], key[:, :, context:]]
     keys = torch.cat(seen, dim=2).float().transpose(2, 3)
     part = slice(before, before + view.last - view.first)
-    best = torch.full((batch, view.kv_heads, view.last - view.first), float("-inf"), device=key.device)
+    most = torch.zeros(batch, view.kv_heads, view.last - view.first, device=key.device)
     for first in range(0, count, _QUERIES):
         last = min(first + _QUERIES, count)
-        rows = query[:, :, first:last].reshape(batch, key_heads, -1, width).float()
-        logits = torch.matmul(rows, keys[..., : part.stop + last]).mul_(view.scaling)
-        logits = logits.view(batch, query_heads, last - first, -1)
+        rows = query[:, :, first:last].reshape(batch, key_heads, -1, width).float() * view.scaling
+        logits = torch.matmul(rows, keys[..., : part.stop + last]).view(batch, query_heads, last - first, -1)
         if view.softcap is not None:
-            logits = torch.tanh(logits / view.softcap) * view.softcap
+            logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
         later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
         logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
-        total = logits.logsumexp(-1, keepdim=True)
+        peak = logits.amax(-1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
         if view.learned_sinks is not None:
-            total = torch.logaddexp(total, view.learned_sinks.float()[:, None, None].expand_as(total))
-        found = (logits[..., part] - total).amax(2).view(batch, view.kv_heads, -1, part.stop - part.start).amax(2)
-        best = torch.maximum(best, found)
-    return best
+            total += (view.learned_sinks.float()[:, None, None] - peak).exp_()
+        found = logits[..., part].div_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
+        most = torch.maximum(most, found)
+    return most

@@ -166,7 +166,7 @@ class ScoreAndKeep(Budgeted):
         rows = view.key.shape[0]
         shape = (rows, view.kv_heads, view.slots)
         masks = [(1, view.slots), (rows, view.slots), shape]
-        if (forced.dtype != torch.bool or tuple(forced.shape) not in masks):
+        if forced.dtype != torch.bool or tuple(forced.shape) not in masks:
             raise ConfigError(
                 f"{self.name}: always_keep is {forced.dtype} {tuple(forced.shape)}; give bool {masks[1]}, [batch, "
                 f"entries], or {shape}, [batch, KV heads, entries]."

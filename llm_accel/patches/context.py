@@ -15,7 +15,8 @@ from llm_accel.methods import ContextCompression, PassView, PromptView
 from llm_accel.patches.base_attention import Softmax, attend, base_function, softmax_of
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers import AccelLayer
-from llm_accel.patches.layers.hybrid import beside_state, has_linear_state, restore_states, states_of
+from llm_accel.patches.layers.hybrid import beside_state, restore_states, states_of
+from llm_accel.patches.layers.stock import has_linear_state
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
@@ -167,8 +168,7 @@ def _scores(
     """Scores of all entries by layer, fp32 [B, kv_heads, S], and how each layer turns logits into probabilities."""
     tokens = context.tokens(decoder)
     scores = {
-        index: torch.full(layer.keys.shape[:3], float("-inf"), device=layer.keys.device)
-        for index, layer in acting.items()
+        index: torch.zeros(layer.keys.shape[:3], device=layer.keys.device) for index, layer in acting.items()
     }
     softmax: dict[int, Softmax] = {}
     for padding, rows in groups:
@@ -176,7 +176,8 @@ def _scores(
             reading = Rereading(session, rows, padding, scores)
             reading.first, reading.last = first, last
             told = _told(decoder, tokens[rows.to(tokens.device), padding:], keeper.lead(number), first, last)
-            decoder(**_arguments(context, told, tokens.shape[1], padding, rows), **{CACHE: reading})
+            given = _arguments(context, told, tokens.shape[1], padding, rows)
+            decoder.forward(**given, llm_accel=reading, **{CACHE: reading})  # hooks on it are meant for its user's calls
             softmax |= reading.softmax
     missing = sorted(acting.keys() - softmax.keys())
     if missing:

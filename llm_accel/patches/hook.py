@@ -16,7 +16,7 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
-from llm_accel.patches.context import Rereading, compress_context
+from llm_accel.patches.context import compress_context
 from llm_accel.patches.layers.hybrid import beside_state, own_state
 from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
@@ -60,8 +60,6 @@ class DecoderHook:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
         kwargs = named_cache(kwargs)
         cache = kwargs.get(CACHE)
-        if isinstance(cache, Rereading):
-            return args, kwargs | {"llm_accel": cache}
         visual = kwargs.pop("llm_accel_visual", None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
@@ -142,7 +140,7 @@ class DecoderExit:
         if isinstance(session, Replay):
             session.hand_over(output)
             return
-        if session is None or isinstance(session, Rereading):
+        if session is None:
             return
         session.verify_attention()
         if session.context is not None and session.phase is Phase.PREFILL_END:
