@@ -9,6 +9,7 @@ from llm_accel.methods.catalog import method_class as method_class
 from llm_accel.methods.catalog import register_method as register_method
 from llm_accel.methods.claims import Claim as Claim
 from llm_accel.methods.context import ContextCompression as ContextCompression
+from llm_accel.methods.context import Lead as Lead
 from llm_accel.methods.context import PassView as PassView
 from llm_accel.methods.dense import Dense as Dense
 from llm_accel.methods.downsample import Downsample as Downsample

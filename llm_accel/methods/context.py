@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +43,27 @@ class PassView:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """Token ids that the model is told before the tokens of a part.
+
+    Attributes:
+        first: before the first part.
+        later: before each later one, followed by the ``repeated`` tokens of the context that precede it.
+        behind: right before the part, the first one included.
+        repeated: see ``later``.
+    """
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+    repeated: int = 8
+
+
+@dataclass(frozen=True)
 class ContextCompression(ScoreAndKeep):
-    """Role: compresses the first prompt of a cache, the context. When all layers hold it, the model reads it again, part
-    by part, on top of its entries, and :meth:`pass_score` sees the attention. Then all layers evict together. What comes
-    later on the same cache is appended whole."""
+    """Role: compresses the first prompt of a cache, the context. When all layers hold it, the model reads it again,
+    part by part, on top of its entries, and :meth:`pass_score` sees the attention. Then all layers evict together. What
+    comes later on the same cache is appended whole."""
 
     @property
     def claims(self) -> Mapping[Claim, str]:
@@ -59,15 +77,19 @@ class ContextCompression(ScoreAndKeep):
     def parts(self, length: int) -> list[tuple[int, int]]:
         """The parts that a context of ``length`` tokens is read again in: first token and the one past the last."""
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether :meth:`lead` must be given the model's tokenizer."""
+        return False
+
     @abstractmethod
-    def lead(self, part: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-        """What the model is given before the tokens of a part: token ids, how many of the tokens that precede the part,
-        and more token ids."""
+    def lead(self, tokenizer: Any = None) -> Lead:
+        """What the model is told before each part."""
 
     @abstractmethod
     def pass_score(self, view: PassView) -> Tensor:
-        """What one pass says of the entries of its part, fp32 [B, kv_heads, last - first], at least 0; the most that any
-        layer's queries say counts, where several read the same entries."""
+        """What one pass says of the entries of its part, fp32 [B, kv_heads, last - first], at least 0. Where queries of
+        several layers read the same entries, the highest score counts."""
 
     def score(self, view: PromptView) -> Tensor:
         assert view.scores is not None

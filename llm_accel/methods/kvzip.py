@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llm_accel.methods.adakv import best_of_all, of_all_heads
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
-from llm_accel.methods.context import ContextCompression, PassView, slots_of_all_layers
+from llm_accel.methods.context import ContextCompression, Lead, PassView, slots_of_all_layers
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import slots_of
 
+_FIRST = "\n\nRepeat the previous context exactly."
+_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 _QUERIES = 256  # scored at a time, so that memory stays bounded
 
 
 @dataclass(frozen=True)
 class KVzip(ContextCompression):
-    """Reads the context again and keeps the entries that this needs, whatever will be asked later: for contexts that are
-    compressed once and asked often."""
+    """Reads the context again and keeps the entries that this needs, whatever will be asked later: for contexts that
+    are compressed once and asked often."""
 
     division: Literal["global", "layer", "head"] = option(
         "who shares the budget by score: global, all layers and heads; layer, the heads of each layer; head, nobody",
@@ -29,6 +31,11 @@ class KVzip(ContextCompression):
     )
     sinks: int = option("first tokens of the context, always kept", 4, most=ENTRIES, least=0)
     chunk: int = option("tokens of the context that are read again at a time", 2048, most=ENTRIES, least=1)
+    prompt: Literal["none", "text"] | tuple[int, ...] = option(
+        "what the model is told before it reads again: none; text, the paper's request, by the tokenizer that lies "
+        "with the model's weights; or token ids",
+        "none",
+    )
     page: int = option("entries per page of the store, whose pages belong to one row and head", 16, most=4096, least=1)
 
     name: ClassVar[str] = "kvzip"
@@ -54,8 +61,25 @@ class KVzip(ContextCompression):
     def parts(self, length: int) -> list[tuple[int, int]]:
         return [(first, min(first + self.chunk, length)) for first in range(0, length, self.chunk)]
 
-    def lead(self, part: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-        return (), 8 if part else 0, ()
+    def validate(self) -> None:
+        super().validate()
+        if isinstance(self.prompt, tuple) and not (self.prompt and min(self.prompt) >= 0):
+            self.fail("prompt", "'none', 'text', or token ids of at least 0")
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.prompt == "text"
+
+    def lead(self, tokenizer: Any = None) -> Lead:
+        if isinstance(self.prompt, tuple):
+            return Lead(first=self.prompt, later=self.prompt)
+        if not self.needs_tokenizer:
+            return Lead()
+        first, later, behind = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (_FIRST, _LATER, answer_opening(tokenizer))
+        )
+        return Lead(first, later, behind)
 
     def pass_score(self, view: PassView) -> Tensor:
         return repeat_scores(view, self.sinks)
@@ -67,7 +91,8 @@ class KVzip(ContextCompression):
         if self.division != "global":
             return super().select_all(views)
         ranks = [self.order(view) for view in views]
-        totals = torch.stack([self._total(rank, view).to(ranks[0].device) for rank, view in zip(ranks, views)]).sum(0)
+        totals = sum(self._total(rank, view).to(ranks[0].device) for rank, view in zip(ranks, views, strict=True))
+        assert isinstance(totals, Tensor)
         return slots_of_all_layers(ranks, totals, views)
 
     def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
@@ -79,6 +104,15 @@ class KVzip(ContextCompression):
     def _total(self, rank: Tensor, view: PromptView) -> Tensor:
         """Entries that all heads of a layer have together, int64 [B]."""
         return self.row_entries(view.lengths, view) * rank.shape[1] * view.heads.count
+
+
+def answer_opening(tokenizer: Any) -> str:
+    """What the chat template puts between the text of a user and the answer; a line break without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n"
+    user = [{"role": "user", "content": "<text>"}]
+    whole: str = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    return whole.rpartition("<text>")[2]
 
 
 def repeat_scores(view: PassView, sinks: int) -> Tensor:

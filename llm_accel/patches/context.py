@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.errors import EvictionError, UnsupportedCallError
-from llm_accel.methods import ContextCompression, PassView, PromptView
+from llm_accel.methods import ContextCompression, Lead, PassView, PromptView
 from llm_accel.patches.base_attention import Softmax, attend, base_function, softmax_of
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.layers import AccelLayer
@@ -78,12 +78,13 @@ class ContextLayer(AccelLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """The stored entries and behind them the new ones, [B, Hk, n + T, D], which are not stored."""
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        self.given = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        return self.given
 
 
 class Rereading(DynamicCache):
-    """What the decoder is given in place of cache and session while it reads a part of the context again. Nothing that it
-    does to this cache reaches the real one.
+    """What the decoder is given in place of cache and session while it reads a part of the context again. Nothing that
+    it does to this cache reaches the real one.
 
     Attributes:
         rows: rows of the real cache that take part, int64 [b]; all have ``padding`` tokens of padding.
@@ -110,14 +111,24 @@ class Rereading(DynamicCache):
         **kwargs: Any,
     ) -> Tensor:
         """Attention of one layer, [B, T, Hq, Dv], which is scored on the way."""
-        index: Any = getattr(module, "layer_idx", None)
-        index = self.plan.readers.get(index, index)
-        layer: Any = self.layers[index] if index is not None else None
-        if not isinstance(layer, ContextLayer):
+        index = self._source(module, key)
+        if index is None:
             return base_function(module, base)(module, query, key, value, mask, **kwargs)[0]
+        layer: Any = self.layers[index]
         if index in self.scores:
             self._score(index, layer.keys.shape[1], query, key, kwargs)
+        if not self.plan.reader_count(index):
+            layer.given = None  # nobody else reads what was joined for this call
         return attend(base, module, query, key, value, None, **kwargs)
+
+    def _source(self, module: nn.Module, key: Tensor) -> int | None:
+        """The layer whose entries an attention call was given: its own or an earlier one's; None where it is none of
+        those that keep every entry."""
+        own: int | None = getattr(module, "layer_idx", None)
+        given = {index: layer.given for index, layer in enumerate(self.layers) if isinstance(layer, ContextLayer)}
+        if own in self.plan.derived and given.get(own) is not None:
+            return own
+        return next((index for index, pair in given.items() if pair is not None and pair[0] is key), None)
 
     def _score(self, index: int, kv_heads: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
         keeper, softmax = self.plan.keeper, softmax_of(kwargs, key.shape[-1])
@@ -167,21 +178,23 @@ def _scores(
 ) -> tuple[dict[int, Tensor], dict[int, Softmax]]:
     """Scores of all entries by layer, fp32 [B, kv_heads, S], and how each layer turns logits into probabilities."""
     tokens = context.tokens(decoder)
-    scores = {
-        index: torch.zeros(layer.keys.shape[:3], device=layer.keys.device) for index, layer in acting.items()
-    }
+    scores = {index: torch.zeros(layer.keys.shape[:3], device=layer.keys.device) for index, layer in acting.items()}
     softmax: dict[int, Softmax] = {}
     for padding, rows in groups:
-        for number, (first, last) in enumerate(keeper.parts(tokens.shape[1] - padding)):
+        for first, last in keeper.parts(tokens.shape[1] - padding):
             reading = Rereading(session, rows, padding, scores)
             reading.first, reading.last = first, last
-            told = _told(decoder, tokens[rows.to(tokens.device), padding:], keeper.lead(number), first, last)
+            told = _told(decoder, tokens[rows.to(tokens.device), padding:], session.plan.lead, first, last)
             given = _arguments(context, told, tokens.shape[1], padding, rows)
-            decoder.forward(**given, llm_accel=reading, **{CACHE: reading})  # hooks on it are meant for its user's calls
+            decoder.forward(
+                **given, llm_accel=reading, **{CACHE: reading}
+            )  # hooks on it are meant for its user's calls
             softmax |= reading.softmax
     missing = sorted(acting.keys() - softmax.keys())
     if missing:
-        raise EvictionError(f"the attention of layers {missing} never reached llm_accel when the prompt was read again.")
+        raise EvictionError(
+            f"the attention of layers {missing} never reached llm_accel when the prompt was read again."
+        )
     return scores, softmax
 
 
@@ -207,20 +220,16 @@ def _over_budget(
     )
 
 
-def _told(
-    decoder: Any, tokens: Tensor, lead: tuple[tuple[int, ...], int, tuple[int, ...]], first: int, last: int
-) -> Tensor:
+def _told(decoder: Any, tokens: Tensor, lead: Lead, first: int, last: int) -> Tensor:
     """What a pass is given, [b, q] or [b, q, hidden]: what leads to the part, and the part."""
-    before, repeated, behind = lead
 
     def given(ids: tuple[int, ...]) -> Tensor:
         rows = torch.tensor([ids], dtype=torch.long, device=tokens.device).expand(tokens.shape[0], -1)
         return rows if tokens.ndim == 2 else decoder.get_input_embeddings()(rows).to(tokens.dtype)
 
-    pieces = [given(before)] if before else []
-    pieces.append(tokens[:, max(0, first - repeated) : first])
-    pieces += [given(behind)] if behind else []
-    return torch.cat([*pieces, tokens[:, first:last]], dim=1)
+    before, preceding = (lead.later if first else lead.first), tokens[:, max(0, first - lead.repeated) : first]
+    pieces = [given(before), preceding, given(lead.behind), tokens[:, first:last]]
+    return torch.cat([piece for piece in pieces if piece.shape[1]], dim=1)
 
 
 def _arguments(context: Context, told: Tensor, length: int, padding: int, rows: Tensor) -> dict[str, Any]:
@@ -246,7 +255,7 @@ def _evict(
 ) -> None:
     scores, softmax = found
     views = [_view(session, index, layer, scores[index], softmax[index]) for index, layer in acting.items()]
-    for layer, view, kept in zip(acting.values(), views, keeper.select_all(views), strict=True):
+    for layer, kept in zip(acting.values(), keeper.select_all(views), strict=True):
         if layer.start is None and bool((kept < 0).any()):
             layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
         layer.keep(kept, session.plan.trace)

@@ -12,7 +12,16 @@ from torch import Tensor
 import llm_accel
 from llm_accel import AdaKV, ConfigError, PyramidKV, RandomKV, SnapKV, UnsupportedCallError
 from llm_accel.methods import Depth, PromptCompression, PromptView
-from tests.contracts.matrix import BUDGET, LONG, METHODS, acting, every_method_that_cuts_again, every_shape, generate, make_batch
+from tests.contracts.matrix import (
+    BUDGET,
+    LONG,
+    METHODS,
+    acting,
+    every_method_that_cuts_again,
+    every_shape,
+    generate,
+    make_batch,
+)
 from tests.contracts.oracle import MaskedOracle
 from tests.contracts.plain_attention import running
 from tests.tiny import prompt, tiny_model

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import llm_accel
 from llm_accel import ConfigError, KVzip
-from llm_accel.methods import PassView, PromptView
+from llm_accel.common.bundled import load_needle_model
+from llm_accel.methods import Lead, PassView, PromptView
 from llm_accel.methods import kvzip as module
+from llm_accel.methods.kvzip import answer_opening
+from tests.tiny import tiny_model
 
 
 def written_out(view: PassView, sinks: int) -> Tensor:
@@ -61,7 +65,24 @@ def test_the_score_is_the_papers(
 def test_parts_cover_the_context_once() -> None:
     assert KVzip(chunk=5).parts(12) == [(0, 5), (5, 10), (10, 12)]
     assert KVzip(chunk=5).parts(5) == [(0, 5)] and KVzip().parts(2048) == [(0, 2048)]
-    assert KVzip().lead(0) == ((), 0, ()) and KVzip().lead(1) == ((), 8, ())
+
+
+def test_what_the_model_is_told() -> None:
+    assert KVzip().lead() == Lead() and not KVzip().needs_tokenizer
+    assert KVzip(prompt=(5, 6)).lead() == Lead((5, 6), (5, 6))
+    model, tokenizer = load_needle_model()
+    lead = KVzip(prompt="text").lead(tokenizer)
+    assert tokenizer.decode(lead.first).strip().startswith("Repeat the previous context") and lead.behind
+    tokenizer.chat_template = "{% for m in messages %}<U>{{ m['content'] }}</U>{% endfor %}<A>"
+    assert answer_opening(tokenizer) == "</U><A>"
+    with llm_accel.apply(model, "kvzip", prompt="text") as handle:
+        assert handle.config == KVzip(prompt="text")
+    with pytest.raises(ConfigError, match="needs the tokenizer that lies with the weights"):
+        llm_accel.apply(tiny_model("llama"), "kvzip", prompt="text")
+    with pytest.raises(ConfigError, match="prompt has token 128; llama knows 0 to 127"):
+        llm_accel.apply(tiny_model("llama"), "kvzip", prompt=(3, 128))
+    with pytest.raises(ConfigError, match=r"prompt=.* is not allowed; give 'none', 'text', or token ids"):
+        KVzip(prompt=(-1,))
 
 
 def layers_of(scores: list[Tensor], lengths: tuple[int, ...]) -> list[PromptView]:
