@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.cache import AccelLayer
 from llm_accel.common.environment import hardware, versions
 from llm_accel.common.generation import cache_bytes
 from llm_accel.eval.tasks.bench.contestants import make_inputs
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers import AccelLayer
 from llm_accel.registry import parse
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from llm_accel.common.environment import hardware, versions
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
-from llm_accel.methods.hip import make_search
+from llm_accel.methods.sparse.hip import make_search
 
 SETTINGS = {
     "small": HiP(

@@ -1,6 +1,6 @@
 """Models of lmms-eval with a method applied: the entry point ``lmms_eval.models`` finds ``llm_accel_<its own name>``.
 
-``lmms-eval --model llm_accel_llava_hf --model_args "pretrained=ID,method=flowcut:target=64" --tasks pope``
+``lmms-eval --model llm_accel_llava_hf --model_args "pretrained=ID,method=flowcut:budget=64" --tasks pope``
 
 The harness cuts ``--model_args`` at commas, so here ``;`` joins options of a method: ``snapkv:budget=64;window=16``.
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from llm_accel.methods.adakv import best_of_all, of_all_heads
 from llm_accel.methods.claims import Claim
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.roles import ScoreAndKeep
-from llm_accel.methods.selection import slots_of
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,15 @@ class Lead:
         later: before each later one, followed by the ``repeated`` tokens of the context that precede it.
         behind: right before the part, the first one included.
         repeated: see ``later``.
+        head: what a chat template puts before the text of a user. A context that begins with it is read again without
+            it, and its entries score 0.
     """
 
     first: tuple[int, ...] = ()
     later: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
     repeated: int = 8
+    head: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,18 @@ class ContextCompression(ScoreAndKeep):
         return dict.fromkeys(Claim, alone)
 
     @abstractmethod
-    def parts(self, length: int) -> list[tuple[int, int]]:
-        """The parts that a context of ``length`` tokens is read again in: first token and the one past the last."""
+    def parts(self, first: int, length: int) -> list[tuple[int, int]]:
+        """The parts that the tokens ``first`` to ``length - 1`` of a context are read again in: first token and the one
+        past the last."""
 
     @property
-    def needs_tokenizer(self) -> bool:
-        """Whether :meth:`lead` must be given the model's tokenizer."""
-        return False
+    def tokenizer_use(self) -> Literal["required", "optional", "none"]:
+        """Whether :meth:`lead` takes the model's tokenizer."""
+        return "none"
 
     @abstractmethod
     def lead(self, tokenizer: Any = None) -> Lead:
-        """What the model is told before each part."""
+        """What the model is told before each part; None where there is no tokenizer."""
 
     @abstractmethod
     def pass_score(self, view: PassView) -> Tensor:
@@ -98,25 +99,3 @@ class ContextCompression(ScoreAndKeep):
     def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
         """:meth:`select` for all layers of a prompt, which are known together."""
         return [self.select(view) for view in views]
-
-
-def slots_of_all_layers(ranks: Sequence[Tensor], totals: Tensor, views: Sequence[PromptView]) -> list[Tensor]:
-    """The ``totals[b]`` best entries of all layers and heads of row ``b``; equal ones by the lower index, then the
-    earlier layer and head.
-
-    Args:
-        ranks: of each layer the order of its entries, int64 [B, H, S], as of
-            :func:`~llm_accel.methods.selection.total_order`.
-        totals: int64 [B].
-        views: the layers; heads in other processes take part.
-
-    Returns:
-        slots of each layer, int64 [B, H, n], ascending, -1 first where a row or head keeps fewer than n.
-    """
-    device = totals.device
-    every = [of_all_heads(rank, view.heads).to(device) for rank, view in zip(ranks, views, strict=True)]
-    kept = best_of_all(torch.cat(every, dim=1), totals).split([rank.shape[1] for rank in every], dim=1)
-    return [
-        slots_of(view.heads.mine(mask)[..., -view.slots :].to(view.key.device))
-        for mask, view in zip(kept, views, strict=True)
-    ]

@@ -12,29 +12,12 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
+from llm_accel.methods.attention import AttentionView
+from llm_accel.methods.base import ENTRIES, LAYERS, option
 from llm_accel.methods.budget import Budgeted
 from llm_accel.methods.claims import Claim
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.selection import best_slots, per_head, total_order, without
-
-
-@dataclass(frozen=True)
-class WholeCache(MethodConfig):
-    """Role: every entry stays. What such a method decides is how large the buffers of a compiled decode are."""
-
-    capacity: int | None = option(
-        "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
-        "and longer calls: as many as needed, in buckets",
-        None,
-        most=ENTRIES,
-        least=1,
-    )
-
-    @property
-    def claims(self) -> Mapping[Claim, str]:
-        return dict.fromkeys(Claim, "is the model as it is; give it alone, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -119,10 +102,10 @@ class ScoreAndKeep(Budgeted):
             ConfigError: a score or mask has another shape, or more entries are always kept than the budget has.
         """
         forced = self._forced(view)
-        kept = self.share_out(self._order(view, forced), view)
+        kept = self.allocate(self._order(view, forced), view)
         # one layer tells, so that the device is waited for only once; a graph cannot wait
-        if forced is not None and view.depth.rank == 0 and not torch.compiler.is_compiling():
-            self._check_room(kept, forced, view)
+        if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
+            self._check_budget(kept, forced, view)
         return kept
 
     def order(self, view: PromptView) -> Tensor:
@@ -148,11 +131,11 @@ class ScoreAndKeep(Budgeted):
             return forced
         return view.protected if forced is None else per_head(forced) | per_head(view.protected)
 
-    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
-        """What :meth:`select` returns, for entries in the order ``rank``, int64 [B, kv_heads, S], of
+    def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
+        """What :meth:`select` returns, for entries in the order ``priority``, int64 [B, kv_heads, S], of
         :func:`~llm_accel.methods.selection.total_order`: every head of a row keeps the same number."""
         counts = self.row_entries(view.lengths, view)
-        return best_slots(rank, counts, self.widest(counts, view))
+        return best_slots(priority, counts, self.widest(counts, view))
 
     def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None) -> None:
         shape = (view.key.shape[0], view.kv_heads, view.slots)
@@ -172,13 +155,13 @@ class ScoreAndKeep(Budgeted):
                 f"entries], or {shape}, [batch, KV heads, entries]."
             )
 
-    def _check_room(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
+    def _check_budget(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
         lost = without(kept, forced, view.valid)
         if bool(lost.any()):
             row = int(lost.long().argmax())
             raise ConfigError(
-                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than there is room "
-                f"for in row {row}: its `reserved` is {self.reserved} and must count them all; raise the budget."
+                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than the "
+                f"budget of row {row}: `reserved` is {self.reserved} and must count them all; raise the budget."
             )
 
 
@@ -255,12 +238,12 @@ class StepEviction(ScoreAndKeep):
     @property
     def hides(self) -> bool:
         """Whether entries are only hidden from later tokens and all stay stored: a simulation that frees no memory.
-        Such a method is asked to ``select`` what the next token sees beside itself, after each step."""
+        Such a method is asked to ``select`` what the next token attends to besides itself, after each step."""
         return False
 
     @property
     def vacancies(self) -> int:
-        """Slots beyond the budget: 1 where the new token is seen beside a full budget and evicts afterwards."""
+        """Slots beyond the budget: 1 where the new token joins a full budget and an entry is evicted afterwards."""
         return 0
 
     @property

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from llm_accel.cache import AccelLayer
+from llm_accel.cache.attention import Softmax
+from llm_accel.cache.linear import beside_state, restore_states, states_of
+from llm_accel.cache.stock import has_linear_state
 from llm_accel.errors import EvictionError, UnsupportedCallError
 from llm_accel.methods import ContextCompression, Lead, PassView, PromptView
-from llm_accel.patches.base_attention import Softmax, attend, base_function, softmax_of
+from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers import AccelLayer
-from llm_accel.patches.layers.hybrid import beside_state, restore_states, states_of
-from llm_accel.patches.layers.stock import has_linear_state
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
@@ -101,25 +102,18 @@ class Rereading(DynamicCache):
         self.softmax: dict[int, Softmax] = {}
 
     def attend(
-        self,
-        base: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
+        self, attention: ModelAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention of one layer, [B, T, Hq, Dv], which is scored on the way."""
-        index = self._source(module, key)
+        index = self._source(attention.module, key)
         if index is None:
-            return base_function(module, base)(module, query, key, value, mask, **kwargs)[0]
+            return attention.plain(query, key, value, mask)
         layer: Any = self.layers[index]
         if index in self.scores:
-            self._score(index, layer.keys.shape[1], query, key, kwargs)
+            self._score(index, layer.kv_heads, query, key, attention.softmax(key.shape[-1]))
         if not self.plan.reader_count(index):
             layer.given = None  # nobody else reads what was joined for this call
-        return attend(base, module, query, key, value, None, **kwargs)
+        return attention.dense(query, key, value, None)
 
     def _source(self, module: nn.Module, key: Tensor) -> int | None:
         """The layer whose entries an attention call was given: its own or an earlier one's; None where it is none of
@@ -130,8 +124,8 @@ class Rereading(DynamicCache):
             return own
         return next((index for index, pair in given.items() if pair is not None and pair[0] is key), None)
 
-    def _score(self, index: int, kv_heads: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-        keeper, softmax = self.plan.keeper, softmax_of(kwargs, key.shape[-1])
+    def _score(self, index: int, kv_heads: int, query: Tensor, key: Tensor, softmax: Softmax) -> None:
+        keeper = self.plan.keeper
         assert isinstance(keeper, ContextCompression)
         view = PassView(
             query,
@@ -181,14 +175,15 @@ def _scores(
     scores = {index: torch.zeros(layer.keys.shape[:3], device=layer.keys.device) for index, layer in acting.items()}
     softmax: dict[int, Softmax] = {}
     for padding, rows in groups:
-        for first, last in keeper.parts(tokens.shape[1] - padding):
+        context_rows = tokens[rows.to(tokens.device), padding:]
+        head = _head(decoder, context_rows, session.plan.lead)
+        for first, last in keeper.parts(head, context_rows.shape[1]):
             reading = Rereading(session, rows, padding, scores)
             reading.first, reading.last = first, last
-            told = _told(decoder, tokens[rows.to(tokens.device), padding:], session.plan.lead, first, last)
+            told = _told(decoder, context_rows, session.plan.lead, first, last, head)
             given = _arguments(context, told, tokens.shape[1], padding, rows)
-            decoder.forward(
-                **given, llm_accel=reading, **{CACHE: reading}
-            )  # hooks on it are meant for its user's calls
+            given |= {CACHE: reading, "llm_accel": reading}
+            decoder.forward(**given)  # the hooks on it are meant for calls of its user
             softmax |= reading.softmax
     missing = sorted(acting.keys() - softmax.keys())
     if missing:
@@ -220,15 +215,28 @@ def _over_budget(
     )
 
 
-def _told(decoder: Any, tokens: Tensor, lead: Lead, first: int, last: int) -> Tensor:
+def _head(decoder: Any, tokens: Tensor, lead: Lead) -> int:
+    """How many tokens the head of the chat template takes, with which these rows begin; 0 where they do not."""
+    count = len(lead.head)
+    if not 0 < count < tokens.shape[1]:
+        return 0
+    return count if torch.equal(tokens[:, :count], _given(decoder, tokens, lead.head)) else 0
+
+
+def _given(decoder: Any, tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """``ids`` in each row, in the form of ``tokens``."""
+    rows = torch.tensor([ids], dtype=torch.long, device=tokens.device).expand(tokens.shape[0], -1)
+    return rows if tokens.ndim == 2 else decoder.get_input_embeddings()(rows).to(tokens.dtype)
+
+
+def _told(decoder: Any, tokens: Tensor, lead: Lead, first: int, last: int, head: int) -> Tensor:
     """What a pass is given, [b, q] or [b, q, hidden]: what leads to the part, and the part."""
-
-    def given(ids: tuple[int, ...]) -> Tensor:
-        rows = torch.tensor([ids], dtype=torch.long, device=tokens.device).expand(tokens.shape[0], -1)
-        return rows if tokens.ndim == 2 else decoder.get_input_embeddings()(rows).to(tokens.dtype)
-
-    before, preceding = (lead.later if first else lead.first), tokens[:, max(0, first - lead.repeated) : first]
-    pieces = [given(before), preceding, given(lead.behind), tokens[:, first:last]]
+    pieces = [
+        _given(decoder, tokens, lead.first if first == head else lead.later),
+        tokens[:, max(head, first - lead.repeated) : first],
+        _given(decoder, tokens, lead.behind),
+        tokens[:, first:last],
+    ]
     return torch.cat([piece for piece in pieces if piece.shape[1]], dim=1)
 
 

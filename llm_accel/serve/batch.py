@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from llm_accel.api import Handle, apply
+from llm_accel.cache.linear import state_bytes
 from llm_accel.common.generation import cache_bytes, end_tokens
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.hybrid import state_bytes
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.jobs import Chance, Job, Row
 from llm_accel.serve.metrics import Metrics

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_accel.errors import LlmAccelError
-from llm_accel.methods import MethodConfig, WholeCache
+from llm_accel.methods import Dense, MethodConfig
 from llm_accel.registry import parse_all
 from llm_accel.serve.answers import ChatAnswer, CompletionAnswer
 from llm_accel.serve.body import MOST_PARTS
@@ -127,7 +127,7 @@ class Desk:
     def _check_capacity(self, configs: Sequence[MethodConfig]) -> None:
         """Compiled decoding allocates what ``capacity`` says, whatever the request needs."""
         for config in configs:
-            if isinstance(config, WholeCache) and self.context is not None and (config.capacity or 0) > self.context:
+            if isinstance(config, Dense) and self.context is not None and (config.capacity or 0) > self.context:
                 raise ApiError(
                     "bad_request",
                     f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed.",

@@ -15,7 +15,7 @@ from llm_accel.calibrate.dyvte import calibrate_dyvte, train
 from llm_accel.calibrate.dyvte.observe import observe, safe_exits
 from llm_accel.calibrate.dyvte.train import router_votes, train_routers
 from llm_accel.methods import load_exit_profile, load_routers
-from llm_accel.methods.exit_profile import calibrated_exit
+from llm_accel.methods.visual.exit_profile import calibrated_exit
 from llm_accel.patches.families import FAMILIES
 from tests.tiny import tiny_model
 from tests.tiny_vlm import IMAGE, Scene, decode, inputs, tiny_vlm

@@ -73,7 +73,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
 
 def test_images_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     path = save_tiny(tmp_path / "model")
-    argv = ["--method", "dense", "--method", "random_tokens:target=9", "--tasks", "colour,count", "--json-only"]
+    argv = ["--method", "dense", "--method", "random_tokens:budget=9", "--tasks", "colour,count", "--json-only"]
     assert vision(path, tmp_path / "single", *argv) == 0
     wanted = json.loads(capsys.readouterr().out)
     for rank in (1, 0):

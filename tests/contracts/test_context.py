@@ -16,12 +16,13 @@ from transformers.cache_utils import DynamicCache
 
 import llm_accel
 from llm_accel import KVzip, UnsupportedCallError
+from llm_accel.cache import AccelLayer, RaggedLayer
+from llm_accel.cache.linear import states_of
 from llm_accel.common.bundled import load_needle_model
 from llm_accel.eval.prompts import grammar
 from llm_accel.eval.prompts.encoding import Encoder
+from llm_accel.methods import Lead
 from llm_accel.patches.context import Context
-from llm_accel.patches.layers import AccelLayer, RaggedLayer
-from llm_accel.patches.layers.hybrid import states_of
 from tests.contracts.laws import EXACT, check_no_memory, check_nothing_to_cut, check_undo, two_turns
 from tests.contracts.matrix import LONG, NEW, Batch, generate, make_batch, pages_held
 from tests.contracts.oracle import masked, visible_columns
@@ -53,14 +54,17 @@ class Capturing:
         return attention_output(attention_weights(query, key, attention_mask, None, kwargs), value), None
 
 
-def written_out(model: PreTrainedModel, row: Tensor, config: KVzip, layers: dict[int, int]) -> dict[int, Tensor]:
+def written_out(
+    model: PreTrainedModel, row: Tensor, config: KVzip, layers: dict[int, int], head: int = 0
+) -> dict[int, Tensor]:
     """Scores of one context [1, n] by layer, float64 [Hk, n], from plain calls of the stock model on the context and
-    what is read again behind it; ``layers``: KV heads of the layers that are scored."""
+    what is read again behind it; ``layers``: KV heads of the layers that are scored; ``head``: tokens at the beginning
+    that are not read again."""
     length, scores = row.shape[1], {}
-    for first in range(0, length, config.chunk):
+    for first in range(head, length, config.chunk):
         last = min(first + config.chunk, length)
         told = torch.tensor([config.lead().first], dtype=torch.long)
-        again = torch.cat([told, row[:, max(0, first - LEAD) : last]], dim=1)
+        again = torch.cat([told, row[:, max(head, first - LEAD) : last]], dim=1)
         capturing = Capturing()
         with torch.no_grad(), running(model, capturing):
             model(torch.cat([row, again], dim=1), use_cache=False)
@@ -111,6 +115,25 @@ def test_what_stays_is_what_the_paper_keeps(family: str, shape: str, told: Any) 
         }
         scores = written_out(model, batch.row(row), config, {index: k.shape[1] for index, k in kept.items()})
         assert found == best(scores, config, length)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_head_of_a_chat_template_is_not_read_again(embedded: bool) -> None:
+    model, batch, config = tiny_model("llama"), make_batch("single", long=True), small()
+    lead, ids = Lead(head=tuple(batch.ids[0, :7].tolist())), batch.ids
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids)} if embedded else {"input_ids": ids}
+    with torch.no_grad(), llm_accel.apply(model, config, trace=True) as handle:
+        object.__setattr__(handle._hook.plan, "lead", lead)
+        model(**inputs, past_key_values=handle.new_cache())
+        kept = {layer.layer: layer.kept for layer in handle.report().layers}
+    scores = written_out(model, ids, config, {index: k.shape[1] for index, k in kept.items()}, head=7)
+    assert {
+        (layer, head, place)
+        for layer, entries in kept.items()
+        for head, places in enumerate(entries[0].tolist())
+        for place in places
+        if place >= 0
+    } == best(scores, config, LONG)
 
 
 @every_shape

@@ -35,7 +35,7 @@ def examples():
 
 
 @pytest.mark.parametrize(
-    "method", ["dense", "flowcut:target=20", "fastv:target=9", "random_tokens:target=7+dyvte:exit=2"]
+    "method", ["dense", "flowcut:budget=20", "fastv:budget=9", "random_tokens:budget=7+dyvte:exit=2"]
 )
 def test_a_padded_batch_answers_and_counts_as_alone(engine, examples, method):
     together = engine.run(examples[-4:], parse_method(method))
@@ -49,15 +49,15 @@ def test_a_padded_batch_answers_and_counts_as_alone(engine, examples, method):
 
 def test_the_oracle_keeps_what_things_cover(engine, examples):
     covered = examples[0].patches.ravel()
-    some = engine.run(examples[:3], (OracleTokens(target=int(covered.sum()) - 2),))
+    some = engine.run(examples[:3], (OracleTokens(budget=int(covered.sum()) - 2),))
     for kept in some.kept:
         assert sum(kept) == covered.sum() - 2 and not (np.array(kept) > covered).any()
-    more = engine.run(examples[:1], (OracleTokens(target=int(covered.sum()) + 5),))
+    more = engine.run(examples[:1], (OracleTokens(budget=int(covered.sum()) + 5),))
     assert (np.array(more.kept[0]) >= covered).all() and sum(more.kept[0]) == covered.sum() + 5
     with pytest.raises(ConfigError, match="does not say where things are"):
         bound((OracleTokens(),), None, 0)
     with pytest.raises(ConfigError, match=r"100 visual tokens.* 4 patches"):
-        engine.run([replace(examples[0], patches=np.ones((2, 2), bool))], (OracleTokens(target=3),))
+        engine.run([replace(examples[0], patches=np.ones((2, 2), bool))], (OracleTokens(budget=3),))
 
 
 def test_blind_has_no_image_and_blank_a_grey_one(engine, examples):
@@ -81,11 +81,11 @@ def test_operations_equal_those_of_a_counter_but_for_the_causal_half():
 
 
 def test_a_sweep_gives_shares_to_methods_without_one():
-    specs = ("dense", "flowcut", "fastv:keep_ratio=0.5", "dyvte", "snapkv:budget=64+stride_tokens", "oracle:target=9")
+    specs = ("dense", "flowcut", "fastv:ratio=0.5", "dyvte", "snapkv:budget=64+stride_tokens", "oracle:budget=9")
     assert sweep(specs, (0.1, 0.2)) == (
-        "dense", "flowcut:keep_ratio=0.1", "flowcut:keep_ratio=0.2", "fastv:keep_ratio=0.5", "dyvte",
-        "snapkv:budget=64+stride_tokens:keep_ratio=0.1", "snapkv:budget=64+stride_tokens:keep_ratio=0.2",
-        "oracle:target=9",
+        "dense", "flowcut:ratio=0.1", "flowcut:ratio=0.2", "fastv:ratio=0.5", "dyvte",
+        "snapkv:budget=64+stride_tokens:ratio=0.1", "snapkv:budget=64+stride_tokens:ratio=0.2",
+        "oracle:budget=9",
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from llm_accel import H2O, AdaKV, Dense, HiP, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
-from llm_accel.methods import MethodConfig, hip
+from llm_accel.methods import MethodConfig
+from llm_accel.methods.sparse import hip
 
 BUDGET = 24
 ABOVE = 512

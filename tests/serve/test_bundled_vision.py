@@ -21,7 +21,7 @@ from llm_accel.serve.loading import load
 from llm_accel.serve.settings import ServeSettings
 from tests.serve.kit import Running, start
 
-METHOD = "flowcut:keep_ratio=0.33"
+METHOD = "flowcut:ratio=0.33"
 
 
 @pytest.fixture(scope="module")

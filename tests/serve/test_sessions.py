@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache
 
 import llm_accel
+from llm_accel.cache.linear import states_of
 from llm_accel.methods import MethodConfig, SnapKV
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.hybrid import states_of
 from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.metrics import Metrics

@@ -18,8 +18,8 @@ from llm_accel.common.environment import packages
 from llm_accel.errors import ConfigError
 from llm_accel.eval.records import Record
 from llm_accel.methods import CutModel, DyVTE, ExitProfile, Routers
-from llm_accel.methods.exit_profile import LayerExit, calibrated_exit
-from llm_accel.methods.routers import RouterInfo
+from llm_accel.methods.visual.exit_profile import LayerExit, calibrated_exit
+from llm_accel.methods.visual.routers import RouterInfo
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.install import make_plan, unwrapped
 from llm_accel.patches.vision.cut_plan import cut_model

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.routers import text_features
+from llm_accel.methods.visual.routers import text_features
 from llm_accel.patches.families import VisionFamily
 
 AGREE = 0.99  # share of the answer's tokens that must stay the most likely ones: all, in answers under 100 tokens

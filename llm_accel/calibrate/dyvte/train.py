@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_accel.methods.exit_profile import RouterScore
+from llm_accel.methods.visual.exit_profile import RouterScore
 
 STEPS = 300
 BATCH = 128

@@ -9,7 +9,7 @@ import torch
 
 from llm_accel.api import apply
 from llm_accel.methods import RetrievalHeads
-from llm_accel.methods.head_profile import Head
+from llm_accel.methods.kv.head_profile import Head
 from llm_accel.patches.heads import model_heads
 
 COST = 0.1  # nats per answer token from which a head belongs to the circuit

@@ -25,7 +25,7 @@ from llm_accel.eval.records import RunDir
 from llm_accel.eval.runner import run_places, tell
 from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
 from llm_accel.eval.tasks.needle.task import make_prompts
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.methods.kv.head_profile import HeadProfile
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 

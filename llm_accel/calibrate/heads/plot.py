@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_accel.eval.heatmap import PALETTES
 from llm_accel.eval.plots import INK, MUTED, new_figure, plain
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.methods.kv.head_profile import HeadProfile
 
 _DETECTED = "#F0496E"
 _MEANING = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_accel.methods.head_profile import Head, HeadProfile, Scores
+from llm_accel.methods.kv.head_profile import Head, HeadProfile, Scores
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import config_hash, weight_hash
 

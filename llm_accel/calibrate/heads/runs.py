@@ -17,7 +17,7 @@ from llm_accel.eval.tasks.needle.scoring import rouge1_recall
 from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
 from llm_accel.methods import MethodConfig
-from llm_accel.methods.head_profile import RETRIEVES, Head
+from llm_accel.methods.kv.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
 NAME = "copy_paste"

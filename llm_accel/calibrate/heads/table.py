@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.methods.kv.head_profile import HeadProfile
 
 ROWS = 16
 

@@ -124,7 +124,7 @@ def representatives(
     return packed.transpose(2, 3).flatten(3, 4)
 
 
-def match(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
+def key_scores(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
     """How well the keys at ``positions``, int64 [B, H, n, m], answer the best of the queries [B, H, n, R, D]: fp32
     [B, H, n, m]."""
     index, queries = keys.at(positions).flatten(0, 2), representative.flatten(0, 2)
@@ -145,7 +145,7 @@ def match(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
 def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int) -> Tensor:
     """The best match among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32 [B, H, n, m]."""
     positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
-    return match(representative, keys, positions).view(*starts.shape, count).amax(-1)
+    return key_scores(representative, keys, positions).view(*starts.shape, count).amax(-1)
 
 
 def levels(chunk: int) -> int:
@@ -154,7 +154,7 @@ def levels(chunk: int) -> int:
     return max(1, chunk.bit_length() - 1)
 
 
-def best(score: Tensor, present: Tensor, count: int) -> Tensor:
+def best_places(score: Tensor, present: Tensor, count: int) -> Tensor:
     """Places of the ``count`` best, int64 [..., count], ascending; the lower place where scores are equal, those that
     are not ``present`` after all others."""
     ranked = score.masked_fill(~present, float("-inf")).sort(dim=-1, descending=True, stable=True).indices

@@ -65,8 +65,8 @@ def _one_step(
 
 
 def _owners(table: Tensor, pages: int, size: int) -> tuple[Tensor, Tensor]:
-    """Row-and-head that owns each page and the place of the page's first entry in it, int64 [N]; nobody's pages start
-    where no query looks."""
+    """Row-and-head that owns each page and the place of the page's first entry in it, int64 [N]; pages that
+    belong to none start where no query attends."""
     row, head, rank = (table >= 0).nonzero(as_tuple=True)
     page = table[row, head, rank]
     owner = torch.zeros(pages, dtype=torch.long, device=table.device)

@@ -13,7 +13,7 @@ __all__ = ["OP", "lowest_slots", "slot_decode"]
 OP = Op(
     "slot_decode",
     Backend("triton", slot_decode_triton, why_not_triton, "Triton kernels for attention, scores and victims of a step"),
-    torch_backend(slot_decode_reference, "in a model its own attention and column votes beside it"),
+    torch_backend(slot_decode_reference, "in a model: its own attention, and column votes"),
 )
 
 

@@ -28,7 +28,7 @@ def plan_cut(
     if cut is None:
         return None
     blind = [layer for layer in cut.layers if layer in recurrent]
-    if cut.rank is not None and blind:
+    if cut.score is not None and blind:
         others = [layer for layer in range(about.layers) if layer not in recurrent]
         raise ConfigError(
             f"{method.spec()} goes by the attention of layer {blind[0]}, but that layer of {about.name} has none: its "

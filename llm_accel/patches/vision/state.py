@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class VisualReport(NamedTuple):
     """Visual tokens of a prompt, all rows and turns together, those that reached the last layer, and the layer after
-    which some left; None where nobody knows."""
+    which some left; None where that is unknown."""
 
     before: int | None = None
     after: int | None = None
@@ -50,7 +50,7 @@ class VisualState:
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
 
-    def rest(self) -> None:
+    def clear(self) -> None:
         """No row is under way, or only decoded tokens."""
         self.rows, self.cut, self.scores = None, None, None
 
@@ -68,7 +68,7 @@ class VisualState:
             self._before.append(rows.visual.sum())
             self._after.append(self._before[-1])
 
-    def settle(self, session: Session, first_layer: int) -> None:
+    def update_layers(self, session: Session, first_layer: int) -> None:
         """Tells the layers from ``first_layer`` on which rows of the running call come to them.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
 from llm_accel.eval.tasks.vision.settings import parse_method
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import spec_of
 
 _FLAT = {"dense": ("-", INK), "blind": (":", MUTED), "blank": ("-.", MUTED)}
@@ -18,7 +18,7 @@ _FLAT = {"dense": ("-", INK), "blind": (":", MUTED), "blank": ("-.", MUTED)}
 def family(spec: str) -> str:
     """A method without its number of tokens: what is one line in the plot."""
     open_ = [
-        replace(config, target=None, keep_ratio=None) if isinstance(config, VisualBudget) else config
+        replace(config, budget=None, ratio=None) if isinstance(config, VisualBudget) else config
         for config in parse_method(spec)
     ]
     return spec_of(open_)

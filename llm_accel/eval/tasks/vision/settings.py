@@ -15,7 +15,7 @@ from llm_accel.eval.tasks.vision.controls import CONTROLS
 from llm_accel.eval.tasks.vision.questions import TASKS
 from llm_accel.eval.tasks.vision.scenes import SPLITS
 from llm_accel.methods import MethodConfig
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import parse_all, spec_of
 
 SCENES = "scenes"
@@ -154,7 +154,7 @@ def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
 def at_share(config: MethodConfig, share: float) -> MethodConfig:
     """A method that keeps this share of the visual tokens."""
     assert isinstance(config, VisualBudget)
-    return replace(config, keep_ratio=share)
+    return replace(config, ratio=share)
 
 
 def parse_method(spec: str) -> tuple[MethodConfig, ...]:
@@ -163,4 +163,4 @@ def parse_method(spec: str) -> tuple[MethodConfig, ...]:
 
 
 def _open(config: MethodConfig) -> bool:
-    return isinstance(config, VisualBudget) and config.target is None and config.keep_ratio is None
+    return isinstance(config, VisualBudget) and config.budget is None and config.ratio is None
