@@ -36,7 +36,7 @@ FAMILY_TESTS  = $(wildcard tests/families)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
 .PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
-        families-share kernels kernel-table kernel-table-check docs lock clean FORCE
+        families-share kernels kernel-table kernel-table-check clients docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -94,6 +94,13 @@ tests-canary: $(VENV_NEWEST)/.ready
 	$(VENV_NEWEST)/bin/python $(PIP) -c $(VENV_NEWEST)/constraints.txt --upgrade "transformers<6"
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(MODEL_TESTS) --share $(SHARE) $(ARGS)
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS)
+
+# Clients of OpenAI's API against the server, in an environment of their own over that of the tests. Not in `make test`: the clients move.
+clients: $(VENV)/.ready
+	$(BIN)/python -m venv build/clients
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
+	build/clients/bin/python $(PIP) litellm langchain-openai llama-index-llms-openai-like "lm-eval[api]"
+	PYTHONPATH=$(CURDIR) build/clients/bin/python scripts/clients.py
 
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 import llm_accel
-from benchmarks.common import conditions, publish
+from benchmarks.common import conditions, cpu_seconds, publish
 
 VISUAL, TEXT, BUDGET = 576, 80, 64
 IMAGE = 5
@@ -86,13 +84,6 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
     return sdpa_flop_count(query, key, value)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """CPU time of this thread."""
-    begin = time.thread_time()
-    call()
-    return time.thread_time() - begin
-
-
 def shares(decoder_layers: int) -> dict[str, Any]:
     """Operations of LLaVA-1.5-7B's decoder at the budget, over those of the dense prompt."""
     decoder = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
@@ -116,17 +107,17 @@ def times(repeats: int, tower_layers: int, decoder_layers: int) -> dict[str, Any
     pixels = prompt["pixel_values"]
     flops = {name: counted(model, prompt, budget) for name, budget in (("dense", None), ("flowcut", BUDGET))}
 
-    def look() -> None:
+    def encode_image() -> None:
         model.base_model.get_image_features(pixel_values=pixels)
 
     measured: dict[str, list[float]] = {"dense": [], "flowcut": [], "tower": [], "tower_scored": []}
     for _ in range(repeats):
         for name, budget in (("dense", None), ("flowcut", BUDGET)):
             with applied(model, budget):
-                measured[name].append(seconds(lambda: first_token(model, prompt)))
-        measured["tower"].append(seconds(look))
+                measured[name].append(cpu_seconds(lambda: first_token(model, prompt))[0])
+        measured["tower"].append(cpu_seconds(encode_image)[0])
         with applied(model, VISUAL):
-            measured["tower_scored"].append(seconds(look))
+            measured["tower_scored"].append(cpu_seconds(encode_image)[0])
     median = {name: statistics.median(values) for name, values in measured.items()}
     bound = flops["dense"]["all"] / flops["flowcut"]["all"]
     return {

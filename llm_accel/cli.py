@@ -63,7 +63,7 @@ COMMANDS = {
         alone="a server is one process on one port; for replicas see examples/ray_serve.py",
     ),
     "transformers-serve": Command(
-        "llm_accel.serve.transformers_serve",
+        "llm_accel.integrations.transformers_serve",
         "transformers' own server, every model accelerated",
         alone="a server is one process on one port",
     ),

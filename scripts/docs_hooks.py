@@ -76,7 +76,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Called by mkdocs once: a page beside each notebook."""
+    """Called by mkdocs once: a page for each notebook."""
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         page = as_page(json.loads(notebook.content_string))
         link = f"[This page as a notebook]({notebook.name}.ipynb), with the outputs of its last run.\n"

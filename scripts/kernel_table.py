@@ -53,7 +53,7 @@ def work() -> list[Job]:
 
 
 def measure(job: Job) -> tuple[Job, aot.Usage]:
-    """Compiles one kernel; the plan is made anew because kernels cannot be sent to another process."""
+    """Compiles one kernel; the plan is made again because kernels cannot be sent to another process."""
     name, position, arch = job
     return job, aot.compile_for(aot.compiled()[name][position], arch)
 

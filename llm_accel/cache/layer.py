@@ -231,7 +231,7 @@ class AccelLayer(EntryStore):
             form.tensors["lengths"].sub_(start)
 
     def _let_go(self) -> None:
-        self._keys = self._values = None  # type: ignore[assignment]
+        self.keys = self.values = None  # type: ignore[assignment]
 
     def _take_back(self, form: FixedForm) -> None:
         """Rows move back to the right."""

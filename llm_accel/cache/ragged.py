@@ -14,6 +14,7 @@ from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import writable
 from llm_accel.cache.fixed import FixedForm, FixedSpec
 from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.store import held
 from llm_accel.kernels.ragged_decode import ragged_attention
 
 
@@ -51,6 +52,7 @@ class RaggedLayer(AccelLayer):
     """
 
     shared_tensors = ("table",)
+    table: Tensor | None = held("table")
     plain_values = (*AccelLayer.plain_values, "longest", "excess", "used", "headroom")
 
     def __init__(self, page: int, heads: Heads) -> None:
@@ -59,7 +61,7 @@ class RaggedLayer(AccelLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.table: Tensor | None = None
+        self.table = None
         self.longest = self.excess = self.used = self.headroom = 0
 
     @property
@@ -72,18 +74,15 @@ class RaggedLayer(AccelLayer):
 
     def lengths(self) -> Tensor:
         """Entries of each row and head, int64 [B, Hk]."""
-        self.unfix()
         assert self.start is not None
         return self.longest - self.start
 
     def physical_length(self) -> int:
         """Entries of the longest head."""
-        self.unfix()
         return super().physical_length() if self.table is None else self.longest
 
     def mean_length(self) -> int:
         """Entries per head of the row that holds most, rounded up."""
-        self.unfix()
         return super().mean_length() if self.table is None else self.longest - self.excess
 
     def row_lengths(self) -> Tensor:

@@ -13,6 +13,7 @@ from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import writable
 from llm_accel.cache.fixed import FixedForm, FixedSpec
 from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.store import held
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
 
@@ -32,6 +33,10 @@ class SlotLayer(AccelLayer):
     row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
     plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
     slotted: ClassVar = AccelLayer.slotted | {"scores": (-1, 0)}
+    start: Tensor | None = held("start")
+    positions: Tensor | None = held("positions")
+    scores: Tensor | None = held("scores")
+    spare: Tensor | None = held("spare")
 
     def __init__(self, vacancies: int = 0) -> None:
         self.vacancies = vacancies
@@ -40,8 +45,7 @@ class SlotLayer(AccelLayer):
     def _clear(self) -> None:
         super()._clear()
         self.capacity: int | None = None
-        self.scores: Tensor | None = None
-        self.spare: Tensor | None = None
+        self.scores = self.spare = None
         self.vacant = 0
 
     def add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,6 @@ class SlotLayer(AccelLayer):
 
     def seen_positions(self) -> Tensor:
         """Original position of each slot, int64 [B, Hk, P]; -1 where it is empty."""
-        self.unfix()
         assert self.positions is not None
         if self.start is None:
             return self.positions
@@ -127,7 +130,6 @@ class SlotLayer(AccelLayer):
 
     def kept_positions(self) -> Tensor | None:
         """Original positions of the entries that the next token still finds, int64 [B, Hk, n], ascending."""
-        self.unfix()
         if self.positions is None:
             return None
         positions = self.seen_positions()

@@ -11,6 +11,7 @@ from torch import Tensor
 from llm_accel.cache.attention import Attention
 from llm_accel.cache.fixed import FixedForm, FixedSpec, IndexStep
 from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.store import held
 
 _PREFIX = "memory."
 
@@ -39,13 +40,15 @@ class SparseLayer(AccelLayer):
         sparse_calls: attention calls that it computed; the others were dense.
     """
 
+    memory = held("memory")
+
     def __init__(self, sparse: Sparse) -> None:
         self.sparse = sparse
         super().__init__()
 
     def _clear(self) -> None:
         super()._clear()
-        self.memory: Any = None
+        self.memory = None
         self.sparse_calls = 0
 
     def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -15,6 +15,20 @@ from llm_accel.cache.joining import joined, leading
 from llm_accel.errors import UnsupportedCallError
 
 
+def held(name: str) -> Any:
+    """An attribute whose content lies in the buffers of the fixed form, if a store is in it: reading ends that."""
+    own = f"_{name}"
+
+    def read(store: EntryStore) -> Any:
+        store.unfix()
+        return getattr(store, own)
+
+    def write(store: EntryStore, content: Any) -> None:
+        setattr(store, own, content)
+
+    return property(read, write)
+
+
 class EntryStore(DynamicLayer):
     """Keys and values of one layer, [B, Hk, P, D], right-aligned: row ``b`` holds real entries in slots
     ``start[b]..P-1``, oldest first, so that padded rows and shorter rows need no mask and appending is uniform.
@@ -45,6 +59,8 @@ class EntryStore(DynamicLayer):
     # what lies beside the slots: the dimension of the slots and what stands where a row has none
     slotted: ClassVar[dict[str, tuple[int, int]]] = {"window": (-2, 0), "positions": (-1, -1), "kept": (-1, -1)}
     fixed: FixedForm | None = None
+    keys: Tensor = held("keys")  # None only before the first update
+    values: Tensor = held("values")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,26 +78,6 @@ class EntryStore(DynamicLayer):
         self.positions: Tensor | None = None
         self.kept: Tensor | None = None
         self.fixed = None
-
-    @property
-    def keys(self) -> Tensor:
-        """Stored keys; None only before the first update."""
-        self.unfix()
-        return self._keys
-
-    @keys.setter
-    def keys(self, keys: Tensor) -> None:
-        self._keys = keys
-
-    @property
-    def values(self) -> Tensor:
-        """Stored values."""
-        self.unfix()
-        return self._values
-
-    @values.setter
-    def values(self, values: Tensor) -> None:
-        self._values = values
 
     def __getstate__(self) -> dict[str, Any]:
         self.unfix()

@@ -173,12 +173,12 @@ class PromptCompression(ScoreAndKeep):
         "eager: inside each layer at the end of the prompt; deferred: before the first decode step", "eager"
     )
     multi_turn: Literal["append", "recompress"] = option(
-        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget, or to "
-        "ratio of all tokens seen so far",
+        "append: later turns are kept completely; recompress: after each later turn the cache is compressed to the "
+        "budget, or to ratio of all tokens seen so far",
         "append",
     )
     recompress_every: int | None = option(
-        "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
+        "compress to the budget after each turn, and in decoding whenever this many entries were added; None: never",
         None,
         most=ENTRIES,
         least=1,

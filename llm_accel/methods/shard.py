@@ -16,7 +16,7 @@ class HeadShard:
     """Process ``rank`` of ``count`` holds the ``rank``-th of ``count`` equal runs of heads, of queries and keys alike.
 
     Whatever a method decides about the heads of a layer together must go through here: each process sees its own heads
-    only, and processes that decide differently drift apart or wait for each other for ever. All processes must make
+    only, and processes that decide differently diverge or deadlock. All processes must make
     the same calls in the same order. With one process everything is returned as it is given.
 
     Attributes:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llm_accel.cli import main
 from llm_accel.eval.tasks.vision import engine
-from tests.eval.vision_kit import records, save_tiny, vision
+from tests.eval.vision_helpers import records, save_tiny, vision
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_run_leaves_all_files_and_the_summary_on_the_last_line(model, tmp_path
 def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys, monkeypatch):
     argv = ["--method", "dense", "--method", "random_tokens", "--no-blind", "--tasks", "colour,count", "--json-only",
             "--no-plot"]  # fmt: skip
-    real, calls = engine.Engine.run, []
+    real, calls = engine.VisionEngine.run, []
 
     def stop_later(self, *args):
         calls.append(args)
@@ -67,7 +67,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(engine.Engine, "run", stop_later)
+    monkeypatch.setattr(engine.VisionEngine, "run", stop_later)
     assert vision(model, tmp_path, *argv) == 130
     half = records(tmp_path)
     assert len(half) == 4 and json.loads((tmp_path / "summary.json").read_text())["missing"] == 4
@@ -75,7 +75,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys
     assert vision(model, tmp_path, *argv) == 0
     assert len(calls) == 5 and records(tmp_path)[:4] == half and len(records(tmp_path)) == 8
     printed = capsys.readouterr()
-    assert printed.out.count("\n") == 1 and "4 records are there" in printed.err
+    assert printed.out.count("\n") == 1 and "4 records found" in printed.err
     assert vision(model, tmp_path, *argv, "--seed", "1") == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
     assert vision(model, tmp_path, *argv, "--seed", "1", "--overwrite") == 0
@@ -159,14 +159,14 @@ def test_the_bundled_model_sees_and_the_blind_one_guesses(tmp_path, capsys):
     (["--tasks", "colour,shapes"], "Did you mean 'shape'"),
     (["--tasks", ","], "--tasks is empty"),
     (["--keep", "0.1,2"], "at most 1"),
-    (["--method", "dense", "--keep", "0.1"], "takes no share"),
+    (["--method", "dense", "--keep", "0.1"], "takes a ratio of visual tokens"),
     (["--method", "flowcut:budget=8+snapvk:budget=8"], "Did you mean 'snapkv'"),
     (["--method", "oracle+flowcut"], "both decide which visual tokens"),
     (["--method", "blind+flowcut"], "cannot be joined"),
     (["--method", "dyvte:exit=9"], "layers 0 to 3"),
     (["--data", "vqa:x"], "pope:SOURCE"),
     (["--data", "pope:nowhere.jsonl"], "no such file"),
-    (["--data", "pope:x.jsonl", "--split", "dense"], "--split belongs to drawn scenes"),
+    (["--data", "pope:x.jsonl", "--split", "dense"], "--split belongs to generated scenes"),
     (["--prompt", "{question}"], "<image>"),
     (["--shard", "3/2"], "--shard"),
 ])  # fmt: skip
@@ -189,4 +189,4 @@ def test_rows_that_are_no_pope(model, tmp_path, capsys, row, message):
 def test_objects_that_are_no_coco_categories(model, tmp_path, capsys):
     file = _write_rows(tmp_path / "data", "rows.jsonl", [{"image": "a.png", "objects": ["dog", "puppy"]}])
     assert vision(model, tmp_path / "run", "--data", f"chair:{file}") == 2
-    assert "'puppy' is no COCO category" in capsys.readouterr().err
+    assert "'puppy' is not a COCO category" in capsys.readouterr().err

@@ -17,7 +17,7 @@ CACHED = 2**17  # elements of the keys, and of their logits, that are at work at
 
 @dataclass(frozen=True)
 class Scope:
-    """The keys that a selection chooses from: behind the sink and before the window of the query block.
+    """The keys that a selection chooses from: after the sink and before the window of the query block.
 
     Args:
         sink: positions at the start that all queries see; a multiple of ``block_k``.
@@ -73,7 +73,7 @@ class Keys:
 
     @classmethod
     def first(cls, key: Tensor, lengths: Tensor) -> Keys:
-        """Keys of rows that hold their first ``lengths``, int64 [B], slots; those behind are free."""
+        """Keys of rows that hold their first ``lengths``, int64 [B], slots; the rest are free."""
         batch, heads, slots, dim = key.shape
         begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
         return cls(key.reshape(-1, dim), begin, begin + lengths[:, None, None, None] - 1)

@@ -139,12 +139,12 @@ class StageSearch(Search):
 
 
 def chunk_starts(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:
-    """All chunks behind the sink, int64 [.., m]; absent from ``end`` on."""
+    """All chunks after the sink, int64 [.., m]; absent from ``end`` on."""
     starts = torch.arange(sink, sink + most, chunk, device=end.device)
     return torch.where(starts < end, starts, ABSENT)
 
 
 def split_chunks(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
-    """Chunks cut into parts, those at or behind ``end`` absent, int64 [..., m * chunk / part]."""
+    """Chunks cut into parts, those at or after ``end`` absent, int64 [..., m * chunk / part]."""
     parts = (starts[..., None] + torch.arange(0, chunk, part, device=starts.device)).flatten(-2)
     return parts.masked_fill(parts >= end, ABSENT)

@@ -48,7 +48,7 @@ def slot_decode(
         sinks: learned sink logits [Hq] that take part in the softmax and add nothing.
         decay: factor on ``scores`` before the attention of this step is added.
         keep_first: positions below this one are never the lowest.
-        keep_recent: so many of the newest positions are never the lowest.
+        keep_recent: number of newest positions that are never the lowest.
         per_query: compare scores per query that could see the slot, as many as positions from its own to the newest.
 
     Returns:

@@ -23,7 +23,7 @@ class Division(SnapKVOptions):
     Budgets, turns and the options of SnapKV are given here and handed on; other options of a base follow its name."""
 
     base: str = option(
-        "method whose scores choose; options that it alone has follow its name, as in random:seed=3", "snapkv"
+        "method that scores the entries; options that only it has follow its name, as in random:seed=3", "snapkv"
     )
 
     divides: ClassVar[Literal["layers", "heads"]]
@@ -104,7 +104,7 @@ class Division(SnapKVOptions):
         for key in self.changed():
             if key in self.for_base - handed:
                 owner = next(name for name, other in imported_methods().items() if key in option_names(other))
-                self.fail(key, f"it together with base={owner!r}, or behind the name of the base if it has one")
+                self.fail(key, f"it together with base={owner!r}, or after the name of the base if it has one")
         return {key: getattr(self, key) for key in handed}
 
 

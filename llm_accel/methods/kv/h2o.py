@@ -25,19 +25,22 @@ class H2O(StepEviction):
     budget and the new token, adds the attention to the scores, and frees the slot of the lowest old entry."""
 
     heavy: int | None = option(
-        "heavy hitters kept; what the recent entries leave of the budget when not given", None, most=ENTRIES, least=0
+        "number of heavy hitters; by default the rest of the budget after the recent entries",
+        None,
+        most=ENTRIES,
+        least=0,
     )
     recent: int | None = option(
-        "newest entries, always kept; when not given half of the budget, or what sinks leave",
+        "newest entries, always kept; by default half of the budget, or what the sinks leave",
         None,
         most=ENTRIES,
         least=0,
     )
     sinks: int = option("first real tokens, always kept; 0 in the paper", 4, most=ENTRIES, least=0)
     norm: Literal["sum", "mean"] = option(
-        "rank by attention received: its sum, or its mean per query that could see it", "sum"
+        "score by attention received: the sum, or the mean per query that could see the entry", "sum"
     )
-    decay: float = option("factor on the scores at each decode step, in (0, 1]; 1 in the paper", 1.0, share="(0, 1]")
+    decay: float = option("decay of the scores per decode step, in (0, 1]; 1 in the paper", 1.0, share="(0, 1]")
     semantics: Literal["real_drop", "sim"] = option(
         "real_drop: entries are evicted; sim: the masking simulation of the authors, which frees no memory", "real_drop"
     )

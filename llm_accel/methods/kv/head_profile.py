@@ -95,7 +95,7 @@ class HeadProfile:
 
     def full_heads(self, share: float, layers: Iterable[int]) -> list[Head]:
         """The (layer, KV head) of these layers that keep everything: the best ``share``, by score over the whole
-        model, so that layers get unequal numbers. Of the data-free scores a fifteenth goes by echo."""
+        model, so that layers get unequal numbers. With data-free scores, a fifteenth is chosen by echo."""
         chosen = list(layers)
         ranked = _ranked(self.kv_head_scores, chosen)
         count = math.ceil(share * len(ranked) - 1e-9)

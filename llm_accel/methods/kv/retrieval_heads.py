@@ -28,11 +28,11 @@ class RetrievalHeads(MethodConfig):
     heads: str | None = option(
         "heads.json of `llm-accel heads` or a DuoAttention pattern; None: the bundled model's own profile", None
     )
-    skip_layers: tuple[int, ...] = option("layers that are left alone, for example 0+1", (), most=LAYERS)
+    skip_layers: tuple[int, ...] = option("layers that stay dense, for example 0+1", (), most=LAYERS)
     mode: Literal["stream", "mask"] = option(
         "stream: non-retrieval heads keep sinks and window; mask: ablation", "stream"
     )
-    head_list: tuple[str, ...] = option("heads given by hand as layer.head, for example 3.0+3.2, instead of scores", ())
+    head_list: tuple[str, ...] = option("heads to use instead of scores, as layer.head, for example 3.0+3.2", ())
     sinks: int = option("first real tokens that a streaming head keeps", 64, most=ENTRIES, least=0)
     recent: int = option(
         "newest entries that a streaming head keeps, the current token included", 256, most=ENTRIES, least=1
@@ -40,17 +40,23 @@ class RetrievalHeads(MethodConfig):
     full: float | None = option("stream: share of all KV heads that keep everything, by score", None, share="[0, 1]")
     full_budget: int | None = option("stream: SnapKV budget of the heads that keep everything", None, most=ENTRIES)
     prefill: Literal["dense", "chunk", "lambda"] = option(
-        "stream: all see the whole prompt; cut after each chunk; or sinks and window at every position", "dense"
+        "stream: dense: all heads see the prompt; chunk: evict after each chunk; lambda: sinks and window everywhere",
+        "dense",
     )
     k: int | None = option(
-        "mask: query heads masked, the best by score; None: all that were detected", None, most=LAYERS * LAYERS, least=0
+        "mask: number of query heads to mask, highest scores first; None: all detected ones",
+        None,
+        most=LAYERS * LAYERS,
+        least=0,
     )
     mask_mode: Literal["zero", "uniform", "window"] = option(
-        "mask: no output; equal weight on all entries; or sinks and window only", "zero"
+        "mask: zero: no output; uniform: equal weights; window: sinks and window only", "zero"
     )
-    phase: Literal["decode", "all"] = option("mask: from the last prompt token on, or at every position", "decode")
+    phase: Literal["decode", "all"] = option(
+        "mask: decode: from the last prompt token on; all: at every position", "decode"
+    )
     control: Literal["random", "random_excluding_circuit"] | None = option(
-        "mask: as many other heads instead: any, or none that answering rests on", None
+        "mask: mask as many other heads instead: any, or any outside the circuit", None
     )
     seed: int = option("seed of the control", 0)
 

@@ -55,9 +55,9 @@ class HiP(AttentionMethod):
         most=ENTRIES,
     )
     last_stage_exact: bool = option("the last stage reads every key of its chunks instead of bisecting them", True)
-    block_q: int = option("queries that share a choice", 64, most=ENTRIES)
-    share_heads: Literal["group", "all"] = option("heads that share a choice: those of a KV head, or all", "group")
-    refresh: tuple[int, ...] = option("decode steps between two choices of each stage", (16, 8, 4), most=ENTRIES)
+    block_q: int = option("queries that share a selection", 64, most=ENTRIES)
+    share_heads: Literal["group", "all"] = option("heads that share a selection: those of a KV head, or all", "group")
+    refresh: tuple[int, ...] = option("decode steps between two selections of each stage", (16, 8, 4), most=ENTRIES)
     min_prefill_len: int | Literal["auto"] = option(
         "prompts shorter than this are dense; auto: where the default settings break even",
         "auto",

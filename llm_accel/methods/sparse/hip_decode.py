@@ -46,7 +46,7 @@ class DecodeMemory:
 
 
 def due_stage(refresh: Sequence[int], step: int, dense: bool, chosen: bool) -> tuple[bool, int | None]:
-    """Whether a decode step attends to chosen blocks, and the first stage that chooses anew for it, None if none does.
+    """Whether a decode step attends to chosen blocks, and the first stage that selects again for it, None if none does.
 
     Stage ``i`` chooses every ``refresh[i]`` steps and every later stage with it. The first choice after dense steps
     runs all stages; until it is due, everything is seen.

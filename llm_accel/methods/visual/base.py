@@ -52,7 +52,7 @@ class VisualInput(VisualBudget):
     """What reaches the language model of an image is decided before it runs."""
 
     positions: Literal["original", "compact"] = option(
-        "original: what stays keeps its positions in the prompt; compact: positions are counted anew without gaps, for "
+        "original: remaining tokens keep their positions in the prompt; compact: they are renumbered without gaps, for "
         "models whose positions have one axis",
         "original",
     )
@@ -84,7 +84,7 @@ class VisualTokens(VisualInput):
     """Role: decides which visual tokens of an image reach the language model."""
 
     newline: Literal["drop", "keep"] = option(
-        "tokens that mark line ends in tiled images: drop them once others are dropped, or keep them, not counted",
+        "newline tokens of tiled images: drop them once another token is dropped, or keep them without counting them",
         "drop",
     )
 
@@ -106,7 +106,7 @@ class VisualTokens(VisualInput):
 
 @dataclass(frozen=True)
 class CutView:
-    """The rows of a prompt behind one decoder layer.
+    """The rows of a prompt after one decoder layer.
 
     Attributes:
         visual: bool [B, n], which rows are visual tokens.
@@ -202,7 +202,7 @@ class LayerCut(MethodConfig):
 
     @abstractmethod
     def after(self, layers: int) -> int:
-        """The layer after which tokens leave, of a model with so many layers; the last one: none does.
+        """The layer after which tokens leave, of a model with ``layers`` layers; the last one: none does.
 
         Raises:
             ConfigError: the model has no such layer.

@@ -25,7 +25,7 @@ class DyVTE(LayerCut):
     """Lets all visual tokens leave after one layer; text keeps its positions."""
 
     exit: float | Literal["calibrated"] | None = option(
-        "the layer after which visual tokens leave, counted from 0; the fraction of the layers that see them, in "
+        "layer after which visual tokens are dropped, counted from 0; the fraction of the layers that see them, in "
         "(0, 1); or calibrated. None: by routers or calibrated where such a file is given or comes with the model, "
         f"else {FIXED}, which was validated on no model",
         None,

@@ -110,7 +110,7 @@ def calibrated_exit(safe_rates: Sequence[float], first: int, epsilon: float) -> 
     Safety does not always grow with the layer, so a layer is not trusted while a later one is not safe.
 
     Args:
-        safe_rates: of layer ``first`` to the last but one. The last layer is safe by itself: nothing comes behind it.
+        safe_rates: of layer ``first`` to the last but one. The last layer is safe by itself: no layer follows it.
     """
     layer = first + len(safe_rates)
     for rate in reversed(safe_rates):
@@ -140,7 +140,7 @@ def load_exit_profile(path: str | Path) -> ExitProfile:
             f"calibration={str(path)!r} cannot be read as an exit calibration ({error}); make one with: {MAKE}"
         ) from error
     if not 0 <= profile.exit < profile.layers:
-        raise ConfigError(f"calibration={str(path)!r} names layer {profile.exit} of {profile.layers}; make it anew.")
+        raise ConfigError(f"calibration={str(path)!r} names layer {profile.exit} of {profile.layers}; create it again.")
     return profile
 
 

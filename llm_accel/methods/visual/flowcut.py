@@ -44,20 +44,23 @@ class FlowCut(TowerCut):
     ema: float = option("weight of the newest layer in the accumulated score, in (0, 1]", 0.5, share="(0, 1]")
     cut_every: int = option("layers between two cuts", 2, most=LAYERS, least=1)
     schedule: Literal["adaptive", "static"] = option(
-        f"adaptive: how much is cut follows the entropy of attention, per image; static: as for entropy "
-        f"{STATIC_ENTROPY}, without waiting for the device",
+        f"adaptive: the entropy of attention decides how many patches are dropped, per image; static: as for entropy "
+        f"{STATIC_ENTROPY}, without device synchronization",
         "adaptive",
     )
     llm_stage: Literal["auto", "on", "off"] = option(
         f"second stage inside the language model; auto: for images of more than {MANY} tokens, unless another method "
-        "lets visual tokens leave between layers",
+        "drops visual tokens between layers",
         "auto",
     )
     llm_layer: int = option(
-        "the layer after which the second stage cuts, or the first one that the model allows", 1, most=LAYERS, least=0
+        "layer after which the second stage drops tokens, or the first one that the model allows",
+        1,
+        most=LAYERS,
+        least=0,
     )
     vision_factor: float = option(
-        "times the budget that enters the language model before a second stage", 2.0, most=1000.0
+        "multiple of the budget that is passed to the language model before a second stage", 2.0, most=1000.0
     )
 
     name: ClassVar[str] = "flowcut"
@@ -87,7 +90,7 @@ class FlowCut(TowerCut):
             return None
         if layer >= model.layers - 1:
             raise ConfigError(
-                f"{self.spec()} cuts after layer {layer}, but nothing is saved behind layer {model.layers - 1}, the "
+                f"{self.spec()} cuts after layer {layer}, but nothing is saved after layer {model.layers - 1}, the "
                 f"last of {model.name}; give a smaller llm_layer, or llm_stage='off'."
             )
         return Cut((layer,), _without_surplus, score=second_stage_score, surplus_only=True)

@@ -54,7 +54,7 @@ class Routers:
         return self
 
     def logits(self, layer: int, features: Tensor) -> Tensor:
-        """fp32 [B, 2], keep and exit, of features [B, 2 C] behind one layer."""
+        """fp32 [B, 2], keep and exit, of features [B, 2 C] after one layer."""
         place = (layer, features.device)
         if place not in self._on:
             first, last = self.weights[layer]
@@ -68,8 +68,8 @@ class Routers:
         return leave > keep
 
     def keep(self, view: CutView) -> Tensor:
-        """Which rows go on behind a layer: all, or none that is visual if every row of the batch that has an image says
-        exit, each after at least two text tokens behind its last image."""
+        """Which rows go on after a layer: all, or none that is visual if every row of the batch that has an image says
+        exit, each after at least two text tokens after its last image."""
         assert view.hidden is not None
         features, ready = text_features(view.hidden, view.visual, view.real)
         votes = (self.exits(view.layer, features) & ready).to(view.visual.device)
@@ -147,7 +147,7 @@ def text_features(hidden: Tensor, visual: Tensor, real: Tensor) -> tuple[Tensor,
         visual, real: bool [B, n], which rows are visual tokens, and which are no padding.
 
     Returns:
-        fp32 [B, 2 C], and bool [B]: whether a row has both parts, which takes two text tokens behind its last image.
+        fp32 [B, 2 C], and bool [B]: whether a row has both parts, which takes two text tokens after its last image.
     """
     visual, real = visual.to(hidden.device), real.to(hidden.device)
     places = torch.arange(hidden.shape[1], device=hidden.device)

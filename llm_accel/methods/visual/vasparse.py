@@ -36,7 +36,7 @@ class VASparse(MethodConfig):
 
     alpha: float = option("weight of the contrast with the second path; 0: no contrast", 0.1, most=100.0, least=0)
     beta: float = option(
-        "weight of the penalty on entries that draw attention; 0: no penalty", 0.1, most=100.0, least=0
+        "weight of the penalty on entries that attract attention; 0: no penalty", 0.1, most=100.0, least=0
     )
     lam: float = option(
         "weight of the attention paid to the image against that of the newest query; 0: none", 0.1, most=1e6, least=0
@@ -49,7 +49,7 @@ class VASparse(MethodConfig):
         "share of the visual tokens that the second path does not see, in [0, 1]", 0.5, share="[0, 1]"
     )
     plausibility: float = option(
-        "least probability of a token against the likeliest one, in [0, 1]; 0: any", 0.1, share="[0, 1]"
+        "minimum probability of a token relative to the likeliest one, in [0, 1]; 0: any", 0.1, share="[0, 1]"
     )
     prune_every: int = option("generated tokens between two selections", 16, most=ENTRIES, least=1)
     protect_last: int = option("newest tokens that always stay", 4, most=ENTRIES, least=0)

@@ -30,13 +30,13 @@ class VisionZip(TowerMerge):
     """Keeps the visual tokens that the class token looks at, and merges the others into a few."""
 
     dominant: int = option(
-        "tokens kept for the attention they get; a share, where budget or ratio is given",
+        "tokens kept by attention received; a proportion where budget or ratio is given",
         54,
         most=ENTRIES,
         least=1,
     )
     contextual: int = option(
-        "tokens that the others are merged into; a share, where budget or ratio is given",
+        "tokens that the others are merged into; a proportion where budget or ratio is given",
         10,
         most=ENTRIES,
         least=0,
@@ -44,7 +44,7 @@ class VisionZip(TowerMerge):
 
     name: ClassVar[str] = "visionzip"
     info: ClassVar[MethodInfo] = MethodInfo(
-        "VisionZip, arXiv 2412.04467", "visual tokens, behind the vision tower", kinds=("vision",)
+        "VisionZip, arXiv 2412.04467", "visual tokens, after the vision tower", kinds=("vision",)
     )
 
     @property

@@ -57,7 +57,7 @@ class CutHook:
 
 
 class BehindCutHook:
-    """Forward pre-hook of the layers behind it: what was made for all rows is cut to those that are left."""
+    """Forward pre-hook of the layers after it: what was made for all rows is cut to the remaining ones."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -96,7 +96,7 @@ def record_scores(
     start: Tensor | None,
     attention: Attention,
 ) -> None:
-    """Remembers the scores that the call's last query gives to all entries, where a cut behind this layer looks at
+    """Records the scores that the call's last query gives to all entries, where a cut after this layer uses
     them. ``tensors`` are query, key and value. Called between the attention of a layer and its eviction."""
     cut, rows = session.plan.cut, session.visual.rows
     if cut is None or cut.score is None or index not in cut.layers or not _cuts_here(session, cut):

@@ -76,7 +76,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     for config in visual:
         if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
             raise ConfigError(
-                f"{config.spec()} counts positions anew, but those of {family.model_type} say where in the image a "
+                f"{config.spec()} renumbers positions, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."
             )
     marking = [config for config in visual if isinstance(config, VisualInput)]

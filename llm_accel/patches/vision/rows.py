@@ -133,7 +133,7 @@ def _positions(kwargs: dict[str, Any], past: int, tokens: Tensor) -> Tensor:
 
 
 def _caught_up(session: Session, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-    """The arguments with positions that follow those of the cache, where these were counted anew."""
+    """The arguments with positions that follow those of the cache, where these were renumbered."""
     skipped, tokens = session.visual.skipped, kwargs.get("inputs_embeds")
     if past == 0 or skipped is None:
         return kwargs

@@ -29,12 +29,12 @@ class VisualState:
     Attributes:
         rows: the rows of the running call that are under way; None while decoding.
         past: tokens seen before that call.
-        cut: int64 [B, m], which of the rows that entered the decoder are under way behind a cut, ascending, -1 first;
+        cut: int64 [B, m], which of the rows that entered the decoder remain after a cut, ascending, -1 first;
             None before it.
         scores: what the method of a cut made of each entry in the layer before it, fp32 [B, S], or None.
         exit_layer: the layer after which visual tokens left last, or None.
         newest: embedding of the newest token of each row, [B, C], where a second path starts from it, else None.
-        skipped: how far positions run behind those of the prompt where they are counted anew, int64 [B], or None.
+        skipped: how far positions run behind those of the prompt where they are renumbered, int64 [B], or None.
     """
 
     def __init__(self) -> None:

@@ -230,5 +230,5 @@ def test_features_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         together = model.base_model.get_image_features(two, return_dict=True).pooler_output
         assert torch.equal(together[:, -1].isnan(), torch.cat(list(separate))[:, -1].isnan())
         rows["kept"] = 7
-        with pytest.raises(UnsupportedCallError, match="in one piece"):
+        with pytest.raises(UnsupportedCallError, match="without saying where each ends"):
             model.base_model.get_image_features(two, return_dict=True)

@@ -69,7 +69,7 @@ def test_layers_that_a_model_allows() -> None:
     assert method.second_stage(CutModel("a", 32, 8, first=3)).layers == (3,)
     assert FlowCut().second_stage(CutModel("a", 2, 8)) is None
     assert FlowCut(llm_stage="off").second_stage(CutModel("a", 32, 8)) is None
-    with pytest.raises(ConfigError, match="nothing is saved behind layer 1"):
+    with pytest.raises(ConfigError, match="nothing is saved after layer 1"):
         method.second_stage(CutModel("a", 2, 8))
 
 

@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_accel.eval.engine import Engine, Outcome
+from llm_accel.eval.engine import TextEngine, TextOutcome
 from llm_accel.eval.prompts import grammar
 from llm_accel.eval.prompts.encoding import Encoder, make_frame
 from llm_accel.eval.prompts.haystack import Haystack, load_haystack
-from llm_accel.eval.prompts.maker import Prompt
-from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.prompts.maker import TextPrompt
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
 from llm_accel.eval.tasks.needle.task import NeedleMaker
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
@@ -57,7 +57,7 @@ def tokenizer(kind: str = "bundled") -> Any:
 
 def make_maker(kind: str = "bundled", **options: Any) -> NeedleMaker:
     """A prompt maker on the built-in haystack."""
-    settings = Settings(**options)
+    settings = NeedleSettings(**options)
     encoder = Encoder(tokenizer(kind))
     frame = make_frame(encoder, settings.chat_template)
     return NeedleMaker(encoder, frame, haystack(kind, settings.haystack), settings)
@@ -81,15 +81,17 @@ def tiny_model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-class ToldEngine(Engine):
+class ToldEngine(TextEngine):
     """Answers right where ``right(method, prompt)`` says so; counts its calls and can fail at one."""
 
-    def __init__(self, right: Callable[[str, Prompt], bool] = lambda method, prompt: True, fail_at: int = -1) -> None:
+    def __init__(
+        self, right: Callable[[str, TextPrompt], bool] = lambda method, prompt: True, fail_at: int = -1
+    ) -> None:
         self.right, self.fail_at, self.calls = right, fail_at, 0
         self.query_agnostic = False
         self.seen: list[tuple[str, tuple[int, ...]]] = []
 
-    def run(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Outcome:
+    def run(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> TextOutcome:
         if self.calls == self.fail_at:
             raise RuntimeError("the machine went away")
         self.calls += 1
@@ -97,4 +99,4 @@ class ToldEngine(Engine):
         self.seen += [(method, prompt.ids) for prompt in prompts]
         texts = [" and ".join(p.expected) + "." if self.right(method, p) else "none." for p in prompts]
         answers = [tokenizer().encode(text, add_special_tokens=False) for text in texts]
-        return Outcome(answers, kv_bytes=100, dense_kv_bytes=200, prefill_ms=1.0, decode_ms=2.0)
+        return TextOutcome(answers, kv_bytes=100, dense_kv_bytes=200, prefill_ms=1.0, decode_ms=2.0)

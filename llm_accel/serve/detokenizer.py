@@ -8,28 +8,29 @@ from typing import Any
 _INCOMPLETE = "\ufffd"  # what a decoder writes for the first bytes of a character whose other bytes are still to come
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into pieces of text whose concatenation is the decoded answer.
 
     Attributes:
         stopped: whether a stop string was found; it is no part of the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
         self.stopped = False
+        self._skip = skip_special_tokens
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids: list[int] = []
         self._context = self._read = 0  # decoding begins at _context, text is out up to _read
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """The text that is certain after one more token."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """The text that is certain after one more token; stop strings are looked for from ``may_stop`` on."""
         self._ids.append(token)
         known, text = self._decode(self._read), self._decode(None)
         if text == known or text.endswith(_INCOMPLETE):  # decoders drop the space of a first word: keep a word before
             return ""
         self._context, self._read = self._read, len(self._ids)
-        return self._release(text[len(known) :], ended=False)
+        return self._release(text[len(known) :], ended=False) if may_stop else text[len(known) :]
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""
@@ -41,7 +42,7 @@ class TextStream:
 
     def _decode(self, end: int | None) -> str:
         ids = self._ids[self._context : end]
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         return text
 
     def _release(self, text: str, ended: bool) -> str:

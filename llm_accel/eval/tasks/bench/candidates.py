@@ -1,4 +1,4 @@
-"""One model per contestant, all sharing one set of weights, so that each keeps what it has compiled."""
+"""One model per candidate, all sharing one set of weights, so that each keeps what it has compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_accel.api import Handle, apply
 from llm_accel.common.generation import Clock, held_bytes
 from llm_accel.errors import ConfigError
 from llm_accel.eval.tasks.bench.memory import PeakMemory
-from llm_accel.eval.tasks.bench.settings import Contestant
+from llm_accel.eval.tasks.bench.settings import Candidate
 from llm_accel.methods import Dense
 from llm_accel.registry import parse_all
 
@@ -23,46 +23,38 @@ WARM = 2  # decode steps after the prompt that no figure counts
 
 
 @dataclass
-class Run:
-    """One ``generate`` call.
+class TimedCall:
+    """One ``generate`` call."""
 
-    Attributes:
-        first_ms: time to first token.
-        steps_ms: every decode step after the first :data:`WARM`.
-        kv_bytes: bytes that the cache holds at the end.
-        dense_kv_bytes: bytes that a dense cache of the same length would hold.
-        notes: what the plug-in says of its decoding, for example why it was not compiled.
-    """
-
-    first_ms: float
-    steps_ms: list[float]
-    kv_bytes: int
-    dense_kv_bytes: int
-    notes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    first_ms: float  # time to first token
+    steps_ms: list[float]  # every decode step after the first :data:`WARM`
+    kv_bytes: int  # bytes that the cache holds at the end
+    dense_kv_bytes: int  # bytes that a dense cache of the same length would hold
+    notes: dict[str, tuple[str, str]] = field(default_factory=dict)  # how the plug-in decoded, and why
 
 
-def twin(model: Any) -> Any:
+def share_weights(model: Any) -> Any:
     """A copy of a model that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=shared)
 
 
-class Runner:
-    """A contestant on a model of its own."""
+class CandidateRunner:
+    """A candidate on a model of its own."""
 
-    def __init__(self, model: Any, contestant: Contestant) -> None:
-        self.contestant, self.model = contestant, twin(model)
-        configs = parse_all(contestant.method)
-        if not configs and contestant.decode == "compiled":
+    def __init__(self, model: Any, candidate: Candidate) -> None:
+        self.candidate, self.model = candidate, share_weights(model)
+        configs = parse_all(candidate.method)
+        if not configs and candidate.decode == "compiled":
             configs = (Dense(),)
         self.handle: Handle | None = None
-        if configs and contestant.decode != "static":
-            self.handle = apply(self.model, configs, decode=contestant.decode)
+        if configs and candidate.decode != "static":
+            self.handle = apply(self.model, configs, decode=candidate.decode)
         self._options = self._generate_options()
 
     def _generate_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
-        if self.contestant.decode == "static":
+        if self.candidate.decode == "static":
             options["cache_implementation"] = "static"
             on_gpu = self.model.device.type == "cuda"
             options["compile_config"] = CompileConfig(fullgraph=True, mode="reduce-overhead" if on_gpu else "default")
@@ -75,7 +67,7 @@ class Runner:
         new_tokens: int,
         stop_after: int | None = None,
         memory: PeakMemory | None = None,
-    ) -> Run:
+    ) -> TimedCall:
         """Generates ``new_tokens`` after a prompt, or fewer with ``stop_after``, on storage for all of them."""
         clock = Clock(self.model.device, stop_after, None if memory is None else memory.lap)
         begin = clock.now()
@@ -89,17 +81,17 @@ class Runner:
         steps = [1e3 * (end - start) for start, end in zip(clock.ticks[:-1], clock.ticks[1:], strict=True)]
         first = 1e3 * (clock.ticks[0] - begin)
         notes = {} if self.handle is None else dict(self.handle.report().backends)
-        return Run(first, steps[WARM:], *held_bytes(output, self.handle), notes)
+        return TimedCall(first, steps[WARM:], *held_bytes(output, self.handle), notes)
 
     def warm_up(self, inputs: dict[str, Tensor], new_tokens: int, weight_bytes: int) -> PeakMemory | None:
-        """A short call that no figure of time counts, and its peaks; compiled code is compiled in a call before."""
-        if self.contestant.decode != "eager":
+        """A short call outside of all timings, and its peaks; compiled code is compiled in a call before."""
+        if self.candidate.decode != "eager":
             self.run(inputs, new_tokens, stop_after=4)
         return self.measure_memory(inputs, new_tokens, weight_bytes)
 
     def measure_memory(self, inputs: dict[str, Tensor], new_tokens: int, weight_bytes: int) -> PeakMemory | None:
-        """Peaks of a short call, or None where they cannot be seen: compiled code on a CPU."""
-        if self.model.device.type != "cuda" and self.contestant.decode in ("compiled", "static"):
+        """Peaks of a short call, or None where they cannot be measured: compiled code on a CPU."""
+        if self.model.device.type != "cuda" and self.candidate.decode in ("compiled", "static"):
             return None
         gc.collect()  # what earlier calls left in cycles is no part of this one
         with PeakMemory(self.model.device, weight_bytes) as memory:
@@ -109,10 +101,7 @@ class Runner:
 
 def make_inputs(model: Any, length: int, batch: int, seed: int) -> dict[str, Tensor]:
     """Random token ids [batch, length] with a full mask; for a vision-language model one image per row among them.
-
-    Raises:
-        ConfigError: the prompt is too short for the image.
-    """
+    Raises :class:`ConfigError`: the prompt is too short for the image."""
     text, device = model.config.get_text_config(), model.device
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(3, min(text.vocab_size, 30000), (batch, length), generator=generator).to(device)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import openai
 import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
 from llm_accel import cli
-from llm_accel.common.bundled import needle_model_path
+from llm_accel.common.bundled import load_needle_model, needle_model_path
+from llm_accel.integrations.transformers_serve import server
 from llm_accel.registry import parse_all
-from llm_accel.serve.transformers_serve import server
 from tests.serve.kit import PATIENCE, wait_for
 from tests.serve.test_answers import generated, needle_prompts
 
@@ -23,7 +22,8 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_answers_are_those_of_the_method(needle: tuple[Any, Any]) -> None:
+def test_answers_are_those_of_the_method() -> None:
+    needle = load_needle_model()
     path, port, load = str(needle_model_path()), free_port(), ModelManager._load_model
     serve = server(parse_all("streaming_llm:budget=64"))
     running = serve(path, device="cpu", host="127.0.0.1", port=port, non_blocking=True)

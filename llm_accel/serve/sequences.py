@@ -12,53 +12,44 @@ from torch import Tensor
 
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
+from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError
+from llm_accel.serve.logprobs import TokenLogprob
 from llm_accel.serve.sampling import Sampling
-from llm_accel.serve.text import TextStream
 
 
 @dataclass(frozen=True)
-class Chance:
-    """Log-probabilities at one step, of the model itself: before temperature and cuts.
-
-    Attributes:
-        token: the chosen token.
-        logprob: its log-probability.
-        top: the likeliest tokens with theirs, as many as were asked for.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Piece:
+class Delta:
     """A part of one answer.
 
     Attributes:
         index: number of the answer within the request.
         text: new text, maybe none.
-        chances: log-probabilities of the tokens since the last piece, where they were asked for.
-        finish: "stop" or "length" with the last piece, else None.
+        logprobs: log-probabilities of the tokens since the last delta, where they were asked for.
+        finish: "stop" or "length" with the last delta, else None.
     """
 
     index: int
     text: str
-    chances: tuple[Chance, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finish: str | None
 
 
-class Row:
-    """One answer in the making; lives in the inference thread."""
+class TokenSequence:
+    """One answer in the making; lives in the inference thread.
 
-    def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: TextStream) -> None:
+    Attributes:
+        prompt_logprobs: of the tokens of the prompt, None for the first one, once they are known and where wanted.
+    """
+
+    def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
         self.job, self.index, self.prompt = job, index, prompt
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.first_at = self.last_at = 0.0
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self._text, self._random = text, job.sampling.source(index)
-        self._chances: list[Chance] = []
+        self._logprobs: list[TokenLogprob] = []
 
     def draw(self) -> float:
         """The next random number of this row."""
@@ -69,26 +60,36 @@ class Row:
         """Whether it needs no further token."""
         return self.finish is not None or self.job.cancelled
 
-    def accept(self, token: int, ends: set[int], chance: Chance | None) -> None:
+    def accept(self, token: int, model_ends: set[int], logprob: TokenLogprob | None) -> None:
         """Takes the next token and tells the client what is new."""
         if self.over:
             return
         self.last_at = time.monotonic()
         self.first_at = self.first_at or self.last_at
         self.tokens.append(token)
-        if chance is not None:
-            self._chances.append(chance)
-        text = "" if token in ends else self._text.push(token)
-        if token in ends or self._text.stopped:
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        sampling = self.job.sampling
+        ended = token in sampling.ends(model_ends)
+        text = "" if ended else self._text.push(token, len(self.tokens) > sampling.min_tokens)
+        if ended or self._text.stopped:
             self.finish = "stop"
         elif len(self.tokens) >= self.job.max_new_tokens:
             self.finish = "length"
         if self.finish:
             text += self._text.flush()
             self.finish = "stop" if self._text.stopped else self.finish
+        self._tell(text)
+
+    def end_unsaid(self) -> None:
+        """Ends an answer of no tokens: only the prompt was of interest."""
+        self.finish = "length"
+        self._tell("")
+
+    def _tell(self, text: str) -> None:
         if text or self.finish:
-            self.job.send(Piece(self.index, text, tuple(self._chances), self.finish))
-            self._chances.clear()
+            self.job.send(Delta(self.index, text, tuple(self._logprobs), self.finish))
+            self._logprobs.clear()
 
 
 @dataclass(eq=False)
@@ -99,11 +100,12 @@ class Job:
         prompts: token ids, one prompt for each answer.
         methods: the methods to run together, none for dense.
         sampling: how tokens are chosen.
-        max_new_tokens: at most, for each answer.
+        max_new_tokens: at most, for each answer; 0 where only the prompt's log-probabilities are wanted.
         features: what a vision-language model needs beside the ids, as its processor made it.
         session: API key and name of the conversation whose cache to keep, or None.
         deadline_s: seconds from acceptance to the end.
-        make_text: a new decoder of text for each answer.
+        make_detokenizer: a new decoder of text for each answer.
+        prompt_logprobs: how many alternatives to report for each token of the prompt; None for no log-probabilities.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
         cancelled: nobody waits for the answer any more.
     """
@@ -113,18 +115,22 @@ class Job:
     sampling: Sampling
     max_new_tokens: int
     deadline_s: float
-    make_text: Callable[[], TextStream]
+    make_detokenizer: Callable[[], Detokenizer]
     session: tuple[str, str] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_logprobs: int | None = None
     reused_tokens: int = 0
     cancelled: bool = False
     accepted_at: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(init=False)
+    sequences: list[TokenSequence] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [Row(self, index, prompt, self.make_text()) for index, prompt in enumerate(self.prompts)]
+        self.sequences = [
+            TokenSequence(self, index, prompt, self.make_detokenizer()) for index, prompt in enumerate(self.prompts)
+        ]
+        self._started = 0
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+        self._events: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
     @property
     def method_name(self) -> str:
@@ -137,6 +143,16 @@ class Job:
         return self.session is not None or bool(self.features)
 
     @property
+    def waiting(self) -> list[TokenSequence]:
+        """The sequences that have not run yet."""
+        return [] if self.cancelled else self.sequences[self._started :]
+
+    def next_sequences(self, most: int) -> list[TokenSequence]:
+        """The next of them, which run now."""
+        begin, self._started = self._started, self._started + most
+        return [] if self.cancelled else self.sequences[begin : self._started]
+
+    @property
     def width(self) -> int:
         """Tokens of the longest row at its end."""
         return max(map(len, self.prompts)) + self.max_new_tokens
@@ -144,9 +160,9 @@ class Job:
     @property
     def generated_tokens(self) -> int:
         """Tokens generated so far, end tokens included."""
-        return sum(len(row.tokens) for row in self.rows)
+        return sum(len(row.tokens) for row in self.sequences)
 
-    def send(self, event: Piece | ApiError) -> None:
+    def send(self, event: Delta | ApiError) -> None:
         """Hands an event to the waiting client; from any thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -156,12 +172,12 @@ class Job:
         self.cancelled = True
         self.send(error)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def deltas(self) -> AsyncIterator[Delta]:
         """What the client gets, in order, until every answer is finished; raises the error that ended the request."""
-        open_rows = len(self.rows)
-        while open_rows:
+        unfinished = len(self.sequences)
+        while unfinished:
             event: Any = await self._events.get()
             if isinstance(event, ApiError):
                 raise event
-            open_rows -= event.finish is not None
+            unfinished -= event.finish is not None
             yield event

@@ -10,30 +10,31 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from llm_accel.serve.answers import Answer
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, late
-from llm_accel.serve.gate import Message, Receive, Send
+from llm_accel.serve.errors import ApiError, deadline_passed
+from llm_accel.serve.middleware import Message, Receive, Send
+from llm_accel.serve.responses import ApiResponse
 
 
-class Reply(Response):
+class GenerationResponse(Response):
     """Submits the job when it is called. Errors before the first byte leave as :class:`ApiError`, later ones end the
     stream with an event that says so. ``until``: the deadline, as the loop counts time."""
 
-    def __init__(self, engine: Engine, answer: Answer, stream: bool, usage: bool, until: float) -> None:
+    def __init__(self, engine: Engine, response: ApiResponse, until: float) -> None:
         super().__init__()
-        self._engine, self._answer, self._stream, self._usage, self._until = engine, answer, stream, usage, until
+        self._engine, self._response, self._until = engine, response, until
         self._started = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Runs the request to its end, whichever it is."""
-        job = self._answer.job
+        job = self._response.job
         try:
             self._engine.submit(job)
             async with asyncio.timeout_at(self._until):
-                await _unless_gone(receive, self._streamed(send) if self._stream else self._whole(scope, receive, send))
+                streamed = self._response.stream
+                await _unless_gone(receive, self._streamed(send) if streamed else self._whole(scope, receive, send))
         except TimeoutError:
-            await self._refuse(late(job.deadline_s), scope, send)
+            await self._refuse(deadline_passed(job.deadline_s), scope, send)
         except ApiError as error:
             await self._refuse(error, scope, send)
         finally:
@@ -50,21 +51,21 @@ class Reply(Response):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _whole(self, scope: Message, receive: Receive, send: Send) -> None:
-        pieces = [piece async for piece in self._answer.job.pieces()]
+        deltas = [delta async for delta in self._response.job.deltas()]
         self._started = True
-        await JSONResponse(self._answer.whole(pieces))(scope, receive, send)
+        await JSONResponse(self._response.whole(deltas))(scope, receive, send)
 
     async def _streamed(self, send: Send) -> None:
-        async for piece in self._answer.job.pieces():
+        async for delta in self._response.job.deltas():
             if not self._started:
                 self._started = True
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                for chunk in self._answer.opening():
+                for chunk in self._response.opening():
                     await _event(send, chunk)
-            await _event(send, self._answer.chunk(piece))
-        if self._usage:
-            await _event(send, self._answer.last())
+            await _event(send, self._response.chunk(delta))
+        if self._response.include_usage:
+            await _event(send, self._response.last())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 

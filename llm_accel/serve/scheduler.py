@@ -6,16 +6,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from llm_accel.serve.errors import ApiError, shutting_down
-from llm_accel.serve.jobs import Job
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
 
-class JobQueue:
-    """First come, first served; others with the same method ride along, nearest in length: every row of a batch
+class Scheduler:
+    """First come, first served; others with the same method join the batch, nearest in length: every row of a batch
     is padded to the longest one. Safe in several threads.
 
     Attributes:
@@ -39,7 +39,7 @@ class JobQueue:
         return self._closed
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """A place in the queue for a request whose prompt is still to be read: reading costs time too.
 
         Raises:
@@ -75,6 +75,11 @@ class JobQueue:
             {"Retry-After": str(seconds)},
         )
 
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Takes back those of whose prompts some have not run yet, behind all that wait."""
+        with self._changed:
+            self._jobs.extend(job for job in jobs if job.waiting)
+
     def discard(self, job: Job) -> None:
         """Takes out a request that nobody waits for; nothing happens when it has left the queue."""
         with self._changed:
@@ -106,7 +111,7 @@ class JobQueue:
                         return []
                     self._changed.wait()
                     continue
-                batch = self._riders(self._jobs[0])
+                batch = self._batch_of(self._jobs[0])
                 left = self._jobs[0].accepted_at + self._settings.window_ms / 1e3 - time.monotonic()
                 if self._closed or left <= 0 or not self._open(batch):
                     for job in batch:
@@ -116,15 +121,15 @@ class JobQueue:
 
     def _open(self, batch: list[Job]) -> bool:
         """Whether waiting may bring more rows."""
-        return not batch[0].alone and sum(len(job.rows) for job in batch) < self._settings.max_batch
+        return not batch[0].alone and sum(len(job.waiting) for job in batch) < self._settings.max_batch
 
-    def _riders(self, head: Job) -> list[Job]:
+    def _batch_of(self, head: Job) -> list[Job]:
         """The first request and those behind it that share its batch, nearest in length first."""
-        batch, rows, width = [head], len(head.rows), head.width
+        batch, rows, width = [head], len(head.waiting), head.width
         if head.alone:
             return batch
         for job in sorted(list(self._jobs)[1:], key=lambda job: abs(job.width - head.width)):
-            more, wider = rows + len(job.rows), max(width, job.width)
+            more, wider = rows + len(job.waiting), max(width, job.width)
             fits = more <= self._settings.max_batch and more * wider <= self._settings.max_batch_tokens
             if not job.alone and job.methods == head.methods and fits:
                 batch.append(job)

@@ -10,12 +10,13 @@ import logging
 import re
 import time
 import traceback
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from llm_accel.serve.body import Census
+from llm_accel.serve.body import ValueCounter
 from llm_accel.serve.errors import STATUS, ApiError
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.settings import is_loopback
@@ -28,14 +29,15 @@ Send = Callable[[Message], Awaitable[None]]
 
 _OPEN = ("/health",)  # needs no key
 _UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
 _BODY_SECONDS = 30.0
 _DIGITS = 18  # of a length
 _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
 _PORT = re.compile(r":\d+$")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
-class Gate:
+class Middleware:
     """ASGI application around another one.
 
     Args:
@@ -57,7 +59,8 @@ class Gate:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Passes the request on with its body read, its key under ``scope["state"]["key"]``."""
+        """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
+        gets: ``x-request-id``, and what the application adds."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -66,7 +69,9 @@ class Gate:
         path = scope["path"]
         endpoint = next((known for known in _ENDPOINTS if path == known or path.startswith(known + "/")), "other")
         state = scope.setdefault("state", {})
-        state["outcome"] = "error"
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        state |= {"outcome": "error", "headers": [(b"x-request-id", number)]}
         begin = time.monotonic()
         if path not in _UNCOUNTED:
             self._metrics.received.labels(endpoint).inc()
@@ -75,12 +80,14 @@ class Gate:
         finally:
             if path not in _UNCOUNTED:
                 self._metrics.requests.labels(endpoint, state["outcome"]).inc()
-                log.info("%s %s %.3f s", endpoint, state["outcome"], time.monotonic() - begin)
+                seconds = time.monotonic() - begin
+                log.info("%s %s %.3f s %s", endpoint, state["outcome"], seconds, number.decode())
 
     async def _pass(self, scope: Message, receive: Receive, send: Send, state: dict[str, Any]) -> None:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["outcome"] = _outcome(message["status"])
+                message["headers"] = [*message.get("headers", ()), *state["headers"]]
             await send(message)
 
         self._inside += 1
@@ -90,8 +97,8 @@ class Gate:
                 state["key"] = self._key(headers)
             if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
                 raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
-            body = await self._body(headers, receive)
-            await self._app(scope, _replay(body, receive), watched)
+            state["body"] = await self._body(headers, receive)
+            await self._app(scope, receive, watched)
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, watched)
         except Exception as error:  # answered inside; its text may quote the request, so only its place is logged
@@ -116,6 +123,7 @@ class Gate:
                 "unauthorized",
                 "send a valid key as 'Authorization: Bearer KEY'.",
                 {"WWW-Authenticate": "Bearer"},
+                "invalid_api_key",
             )
         return str(found.index(True))
 
@@ -125,7 +133,7 @@ class Gate:
         if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
             await self._discard(receive)
             raise too_large
-        body, census = bytearray(), Census(self._max_values)
+        body, counter = bytearray(), ValueCounter(self._max_values)
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 more = True
@@ -133,12 +141,12 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError("client_left", "the connection was closed before the request was complete.")
-                    piece = message.get("body", b"")
-                    body += piece
+                    chunk = message.get("body", b"")
+                    body += chunk
                     more = message.get("more_body", False)
                     if len(body) > self._max_body:
                         raise too_large
-                    census.add(piece)
+                    counter.add(chunk)
         except ApiError:
             body.clear()
             if more:
@@ -169,17 +177,3 @@ def _digest(key: bytes) -> bytes:
 
 def _outcome(status: int) -> str:
     return next((name for name, known in STATUS.items() if known == status), "ok" if status < 400 else "bad_request")
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once, and then what happens to the connection."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again

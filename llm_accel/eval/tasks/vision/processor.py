@@ -14,13 +14,13 @@ _PLAIN = f"{PLACEHOLDER} {QUESTION}"
 _GREY = 128
 
 
-class Reader:
+class VisionProcessor:
     """A processor and the form of a prompt.
 
     Args:
         processor: of the model; its tokenizer pads on the left from here on.
         form: text with ``<image>`` and ``{question}``, or None for the chat template (see
-            :class:`llm_accel.eval.tasks.vision.settings.Settings`).
+            :class:`llm_accel.eval.tasks.vision.settings.VisionSettings`).
     """
 
     def __init__(self, processor: Any, form: str | None = None) -> None:

@@ -17,9 +17,10 @@ from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.serve.conversations import Conversation, Conversations
-from llm_accel.serve.jobs import Chance, Job, Row
+from llm_accel.serve.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.sampling import choose
+from llm_accel.serve.sequences import Job, TokenSequence
 
 # What the model's own generation settings may hold beside sampling. Padding counts as text for some of it, so that a
 # row would depend on the others.
@@ -39,47 +40,52 @@ _PLAIN = {
 }
 # tokens, padding included, of prompts that are read in one call: enough to be worth the call, and no more
 AT_ONCE = {"cpu": 256, "cuda": 8192}
-_IMPOSSIBLE = -9999.0  # JSON knows no infinity; OpenAI writes this number
 
 
-class Choice(LogitsProcessor):
+class SamplingProcessor(LogitsProcessor):
     """Leaves one token of each row possible, the chosen one: greedy search then takes it."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-        self.chances: list[Chance | None] = [None] * len(rows)
+    def __init__(self, rows: Sequence[TokenSequence], ends: set[int]) -> None:
+        self.rows, self.ends = rows, ends
+        self.logprobs: list[TokenLogprob | None] = [None] * len(rows)
 
     def __call__(self, input_ids: Any, scores: Any) -> Tensor:
         """Args and result as for every processor; ``scores`` float [B, V]."""
         draws = [row.draw() if row.job.sampling.temperature > 0 and not row.over else 0.0 for row in self.rows]
-        tokens = choose(scores, [row.job.sampling for row in self.rows], draws)
-        self._note_chances(scores, tokens)
+        tokens = choose(self._adjusted(scores), [row.job.sampling for row in self.rows], draws)
+        self._note_logprobs(scores, tokens)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
-    def _note_chances(self, scores: Tensor, tokens: Tensor) -> None:
-        wanted = [row for row, it in enumerate(self.rows) if it.job.sampling.logprobs is not None and not it.over]
-        for row in wanted:
-            logprobs = scores[row].float().log_softmax(-1)
-            best = logprobs.topk(min(self.rows[row].job.sampling.logprobs or 0, logprobs.shape[-1]))
-            top = zip(best.indices.tolist(), best.values.clamp_min(_IMPOSSIBLE).tolist(), strict=True)
-            token = int(tokens[row])
-            self.chances[row] = Chance(token, float(logprobs[token]), tuple(top))
+    def _adjusted(self, scores: Tensor) -> Tensor:
+        if not any(row.job.sampling.adjusts for row in self.rows):
+            return scores
+        rows = [
+            row.job.sampling.adjusted(logits, row.prompt, row.tokens, self.ends) if row.job.sampling.adjusts else logits
+            for row, logits in zip(self.rows, scores, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def _note_logprobs(self, scores: Tensor, tokens: Tensor) -> None:
+        for number, row in enumerate(self.rows):
+            top = row.job.sampling.logprobs
+            if top is not None and not row.over:
+                [self.logprobs[number]] = token_logprobs(scores[number, None], tokens[number, None], top)
 
 
-class Progress(StoppingCriteria):
+class RowProgress(StoppingCriteria):
     """Hands every new token to its row, and stops the rows that are over."""
 
-    def __init__(self, rows: Sequence[Row], choice: Choice, ends: set[int]) -> None:
-        self.rows, self.choice, self.ends = rows, choice, ends
+    def __init__(self, rows: Sequence[TokenSequence], choice: SamplingProcessor) -> None:
+        self.rows, self.choice = rows, choice
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Which rows are done, bool [B]."""
-        for row, token, chance in zip(self.rows, input_ids[:, -1].tolist(), self.choice.chances, strict=True):
-            row.accept(token, self.ends, chance)
+        for row, token, logprob in zip(self.rows, input_ids[:, -1].tolist(), self.choice.logprobs, strict=True):
+            row.accept(token, self.choice.ends, logprob)
         return torch.tensor([row.over for row in self.rows], device=input_ids.device)
 
 
-class Runner:
+class ModelRunner:
     """The model with the method that ran last; used by the inference thread alone."""
 
     def __init__(self, model: Any, tokenizer: Any, conversations: Conversations, metrics: Metrics, decode: Any) -> None:
@@ -103,16 +109,21 @@ class Runner:
             self._methods = methods
         return self._handle
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Generates all answers of these jobs, which share a method; raises what the model raises."""
-        rows = [row for job in jobs for row in job.rows if not job.cancelled]
+    def run(self, jobs: Sequence[Job], most: int) -> None:
+        """Generates the next answers of these jobs, which share a method, up to ``most`` of each; raises what the model
+        raises."""
+        rows = [row for job in jobs for row in job.next_sequences(most)]
         if not rows:
             return
         begin = time.monotonic()
-        for job in jobs:
-            self._metrics.waiting.observe(begin - job.accepted_at)
+        for row in rows:
+            if row.index == 0:
+                self._metrics.waiting.observe(begin - row.job.accepted_at)
         self._metrics.rows.observe(len(rows))
         self._metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
+        rows = self._read_alone(rows)
+        if not rows:
+            return
         shared = len(rows) > 1
         handle = self.use(jobs[0].methods or (self._plain if shared else ()))
         if shared and handle is not None and handle.can_prefill:
@@ -126,13 +137,23 @@ class Runner:
         if jobs[0].session is not None and rows[0].finish is not None:
             self._keep_cache(jobs[0], handle, filled)
 
-    def _read(self, rows: Sequence[Row], handle: Handle) -> dict[str, Any]:
+    def _read_alone(self, rows: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Notes the log-probabilities of prompts, by the dense model; what is left are the rows that generate."""
+        for row in rows:
+            if row.job.prompt_logprobs is not None and not row.over:
+                self.use(())
+                row.prompt_logprobs = prompt_logprobs(self._model, row.prompt, row.job.prompt_logprobs)
+            if row.job.max_new_tokens == 0:
+                row.end_unsaid()
+        return [row for row in rows if not row.over]
+
+    def _read(self, rows: Sequence[TokenSequence], handle: Handle) -> dict[str, Any]:
         """What generate continues from, once the prompts have been read, few at a time."""
         lengths = [len(row.prompt) for row in rows]
-        cache = handle.prefill([torch.tensor(row.prompt) for row in rows], rows=pieces(lengths, self._at_once))
+        cache = handle.prefill([torch.tensor(row.prompt) for row in rows], rows=prefill_groups(lengths, self._at_once))
         return cache.inputs
 
-    def _given(self, rows: Sequence[Row], cache: Any) -> dict[str, Any]:
+    def _given(self, rows: Sequence[TokenSequence], cache: Any) -> dict[str, Any]:
         """What generate begins with: all prompts, padded on the left."""
         width = max(len(row.prompt) for row in rows)
         padding = [width - len(row.prompt) for row in rows]
@@ -149,14 +170,14 @@ class Runner:
             given[name] = tensor.to(self._model.device, kind)
         return given
 
-    def _generate(self, rows: Sequence[Row], given: dict[str, Any]) -> Any:
-        choice = Choice(rows)
+    def _generate(self, rows: Sequence[TokenSequence], given: dict[str, Any]) -> Any:
+        choice = SamplingProcessor(rows, self._ends)
         return self._model.generate(
             max_new_tokens=max(row.job.max_new_tokens for row in rows),
             logits_processor=LogitsProcessorList([choice]),
-            stopping_criteria=StoppingCriteriaList([Progress(rows, choice, self._ends)]),
+            stopping_criteria=StoppingCriteriaList([RowProgress(rows, choice)]),
             pad_token_id=self._pad,
-            eos_token_id=sorted(self._ends) or None,
+            eos_token_id=None,  # which tokens end a row is the row's own affair
             **given,
             **_PLAIN,
         )
@@ -174,13 +195,13 @@ class Runner:
 
     def _keep_cache(self, job: Job, handle: Handle | None, cache: Any) -> None:
         assert job.session is not None
-        row = job.rows[0]
+        row = job.sequences[0]
         ids = (*row.prompt, *row.tokens)[: cache.get_seq_length()]  # the last token was never fed
         nbytes = cache_bytes(cache) if handle is None else handle.report().kv_bytes
         nbytes += sum(map(state_bytes, cache.layers))
         self._conversations.keep(job.session, Conversation(ids, cache, job.methods, nbytes))
 
-    def _count(self, rows: Sequence[Row], handle: Handle | None, cache: Any) -> None:
+    def _count(self, rows: Sequence[TokenSequence], handle: Handle | None, cache: Any) -> None:
         metrics, name = self._metrics, "+".join(config.name for config in self._methods) or "dense"
         metrics.generated_tokens.inc(sum(len(row.tokens) for row in rows))
         for row in rows:
@@ -212,7 +233,7 @@ def _plain(model: Any) -> tuple[MethodConfig, ...]:
     return (Dense(),)
 
 
-def pieces(lengths: Sequence[int], at_once: int) -> list[int]:
+def prefill_groups(lengths: Sequence[int], at_once: int) -> list[int]:
     """How many prompts of ascending ``lengths`` to read in each call: as many as have ``at_once`` tokens together, all
     padded to the longest of them, but at least one."""
     sizes = [1]
