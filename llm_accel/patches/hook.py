@@ -18,7 +18,9 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
+from llm_accel.patches.context import compress_context
 from llm_accel.patches.mlp_chunks import arm_mlps
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
@@ -87,6 +89,8 @@ class DecoderHook:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
         session.begin(length, past, kwargs.get("attention_mask"))
+        if session.context is not None and session.phase.in_prompt:
+            session.context.add(inputs, kwargs)
         if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
@@ -138,6 +142,9 @@ class DecoderExit:
             return
         if session is None:
             return
+        session.verify_attention()
+        if session.context is not None and session.phase is Phase.PREFILL_END:
+            compress_context(session, decoder)
         session.verify()
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()

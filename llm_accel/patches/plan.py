@@ -28,6 +28,7 @@ from llm_accel.methods import (
     HeadShard,
     HeadSplit,
     LayerCut,
+    Lead,
     MethodConfig,
     ScoreAndKeep,
     StepEviction,
@@ -62,6 +63,7 @@ class Plan:
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
         derived: layers whose attention is given what is computed from the cached entries (latents), not these.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
+        lead: what the model is told before it reads a context again.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attention_method: the method that computes attention, if any; worked out from ``configs``.
         cut: after which layers visual tokens may leave the decoder, and which of them, or None.
@@ -86,6 +88,7 @@ class Plan:
     decode: Decode = field(default="eager", compare=False)
     compiles: bool = field(default=False, compare=False)
     mlp_chunk: int | None = field(default=None, compare=False)
+    lead: Lead = field(default_factory=Lead)
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)

@@ -11,8 +11,9 @@ from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
-from llm_accel.methods import StepEviction
+from llm_accel.methods import ContextCompression, StepEviction
 from llm_accel.methods.selection import real_slots
+from llm_accel.patches.context import Context
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
@@ -45,6 +46,8 @@ class Session:
         unfinished: whether a call has begun and has not come to its end.
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
+        context: tokens of the first prompt, for methods that have the model read them again, else None.
+        torn: whether an eviction of all layers together has begun and has not come to its end.
     """
 
     def __init__(self, plan: Plan, cache: Cache) -> None:
@@ -65,6 +68,8 @@ class Session:
         self.unfinished = False
         self.reading = False
         self.outcome: Tensor | None = None
+        self.context: Context | None = None
+        self.torn = False
         self._awaiting_decode = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class Session:
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
         torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
-        torn = torn or (self.unfinished and any(map(_may_be_ahead, self.layers)))
+        torn = torn or (self.torn and past > 0) or (self.unfinished and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         for layer in self.ours.values():
@@ -186,7 +191,8 @@ class Session:
 
     def _forget(self) -> None:
         """An emptied cache starts over: nothing of its earlier prompt counts, only what was announced for this one."""
-        self._awaiting_decode = False
+        self._awaiting_decode = self.torn = False
+        self.context = Context() if isinstance(self.plan.keeper, ContextCompression) else None
         if self.prompt_end is None:
             self.protect = None
 
@@ -257,9 +263,8 @@ class Session:
             )
         return mask
 
-    def verify(self) -> None:
-        """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
-        a layer over budget evicted nothing."""
+    def verify_attention(self) -> None:
+        """Raises :class:`EvictionError` if a layer computed its attention without us."""
         for index, layer in self.ours.items():
             if layer.stage is CallStage.ARRIVED:
                 raise EvictionError(
@@ -268,6 +273,9 @@ class Session:
                 )
             if layer.reading is not None:
                 raise EvictionError(f"{layer.reading.left} layers that read the entries of layer {index} never did.")
+
+    def verify(self) -> None:
+        """Raises :class:`EvictionError` if the prompt is complete and a layer over budget evicted nothing."""
         self.unfinished = False
         if self.phase not in (Phase.PREFILL_END, Phase.DEFERRED_EVICTION):
             return
@@ -277,7 +285,7 @@ class Session:
                 if held > limit:
                     raise EvictionError(f"layer {index} streams {limit} entries per head, but holds {held}.")
         keeper = self.plan.keeper
-        if keeper is None:
+        if keeper is None or isinstance(keeper, ContextCompression):  # the latter evicts in all layers or raises
             return
         for index, layer in self.ours.items():
             if index in self.plan.skipped or layer.compressed:
