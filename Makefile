@@ -49,8 +49,7 @@ help:
 needle: $(VENV)/.ready
 	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
 
-test: lint types layers readme-check lengths docs tests families-share tests-old kernels kernel-table-check \
-      test-vllm test-vllm-old
+test: lint types layers readme-check lengths docs tests families-share tests-old kernels kernel-table-check
 
 check: lint types layers readme-check lengths
 
