@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.compiled.call import refusal_of
-from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.install import hook_of, install, make_plan, uninstall, unwrapped
 from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.patches.plan import Decode
@@ -89,7 +89,7 @@ class Handle:
         """An empty cache for several turns: pass it as ``past_key_values`` to each of them (``cache`` in newer
         releases of transformers, which take both names)."""
         cache = DynamicCache()
-        adopt(cache, self._hook.plan, self._model.get_decoder().config)
+        attach_session(cache, self._hook.plan, self._model.get_decoder().config)
         return cache
 
     def compress(

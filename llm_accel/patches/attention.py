@@ -116,12 +116,12 @@ class AccelAttention:
         reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
             return ReplyStep(session, reply, layer, attention).attend(query, key, value)
-        keeper = session.plan.keeper if index not in session.plan.skipped else None
-        if keeper is None or isinstance(keeper, ContextCompression):  # such a method evicts after the call
+        kv_method = session.plan.kv_method if index not in session.plan.skipped else None
+        if kv_method is None or isinstance(kv_method, ContextCompression):  # such a method evicts after the call
             output = layer.attend(attention, query, key, value)
             layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
             return output
-        eviction = Eviction(session, keeper, layer, index, attention)
+        eviction = Eviction(session, kv_method, layer, index, attention)
         if session.phase is Phase.DEFERRED_EVICTION:
             key, value = eviction.before_attention(query, key, value)
         fused = eviction.attended(query, key, value)

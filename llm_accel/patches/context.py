@@ -125,8 +125,8 @@ class Rereading(DynamicCache):
         return next((index for index, pair in given.items() if pair is not None and pair[0] is key), None)
 
     def _score(self, index: int, kv_heads: int, query: Tensor, key: Tensor, softmax: Softmax) -> None:
-        keeper = self.plan.keeper
-        assert isinstance(keeper, ContextCompression)
+        kv_method = self.plan.kv_method
+        assert isinstance(kv_method, ContextCompression)
         view = PassView(
             query,
             key,
@@ -139,15 +139,15 @@ class Rereading(DynamicCache):
         )
         scores, rows = self.scores[index], self.rows.to(key.device)
         part = slice(self.padding + self.first, self.padding + self.last)
-        scores[rows, :, part] = torch.maximum(scores[rows, :, part], keeper.pass_score(view))
+        scores[rows, :, part] = torch.maximum(scores[rows, :, part], kv_method.pass_score(view))
         self.softmax[index] = softmax
 
 
 def compress_context(session: Session, decoder: Any) -> None:
     """Scores the entries of a complete prompt by letting the model read it again, then evicts in all layers; does
     nothing where the prompt fits into the budget."""
-    keeper, context = session.plan.keeper, session.context
-    assert isinstance(keeper, ContextCompression)
+    kv_method, context = session.plan.kv_method, session.context
+    assert isinstance(kv_method, ContextCompression)
     if context is None or not context.parts:
         return
     acting = {index: layer for index, layer in session.ours.items() if index not in session.plan.skipped}
@@ -156,9 +156,9 @@ def compress_context(session: Session, decoder: Any) -> None:
         return
     session.torn = True  # until all layers have evicted
     groups = _rows_alike(next(iter(acting.values())))
-    if _over_budget(session, keeper, groups, acting):
+    if _over_budget(session, kv_method, groups, acting):
         with torch.no_grad():
-            _evict(session, keeper, acting, _scores(session, decoder, context, keeper, groups, acting))
+            _evict(session, kv_method, acting, _scores(session, decoder, context, kv_method, groups, acting))
     session.torn = False
 
 
@@ -166,7 +166,7 @@ def _scores(
     session: Session,
     decoder: Any,
     context: Context,
-    keeper: ContextCompression,
+    kv_method: ContextCompression,
     groups: Sequence[tuple[int, Tensor]],
     acting: dict[int, AccelLayer],
 ) -> tuple[dict[int, Tensor], dict[int, Softmax]]:
@@ -177,7 +177,7 @@ def _scores(
     for padding, rows in groups:
         context_rows = tokens[rows.to(tokens.device), padding:]
         head = _head(decoder, context_rows, session.plan.lead)
-        for first, last in keeper.parts(head, context_rows.shape[1]):
+        for first, last in kv_method.parts(head, context_rows.shape[1]):
             reading = Rereading(session, rows, padding, scores)
             reading.first, reading.last = first, last
             told = _told(decoder, context_rows, session.plan.lead, first, last, head)
@@ -203,12 +203,12 @@ def _rows_alike(layer: AccelLayer) -> list[tuple[int, Tensor]]:
 
 def _over_budget(
     session: Session,
-    keeper: ContextCompression,
+    kv_method: ContextCompression,
     groups: Sequence[tuple[int, Tensor]],
     acting: dict[int, AccelLayer],
 ) -> bool:
     return any(
-        keeper.layer_entries(layer.physical_length() - padding, session.plan.depth(index, later=False))
+        kv_method.layer_entries(layer.physical_length() - padding, session.plan.depth(index, later=False))
         < layer.physical_length() - padding
         for index, layer in acting.items()
         for padding, _ in groups
@@ -257,13 +257,13 @@ def _arguments(context: Context, told: Tensor, length: int, padding: int, rows: 
 
 def _evict(
     session: Session,
-    keeper: ContextCompression,
+    kv_method: ContextCompression,
     acting: dict[int, AccelLayer],
     found: tuple[dict[int, Tensor], dict[int, Softmax]],
 ) -> None:
     scores, softmax = found
     views = [_view(session, index, layer, scores[index], softmax[index]) for index, layer in acting.items()]
-    for layer, kept in zip(acting.values(), keeper.select_all(views), strict=True):
+    for layer, kept in zip(acting.values(), kv_method.select_all(views), strict=True):
         if layer.start is None and bool((kept < 0).any()):
             layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
         layer.keep(kept, session.plan.trace)

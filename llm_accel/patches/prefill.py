@@ -18,7 +18,7 @@ from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.eviction import step_view
-from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import ReadCache
 
@@ -39,13 +39,13 @@ def prefill(
     for part in _parts(rows, ids.shape[0]):
         real = slice(int(mask[part].long().argmax(-1).min()), None)  # columns that are padding in these rows stay out
         cache = DynamicCache()
-        session = adopt(cache, hook.plan, model.get_decoder().config)
+        session = attach_session(cache, hook.plan, model.get_decoder().config)
         session.reading = True
         _read(model, ids[part, real], mask[part, real], cache, None if protect is None else protect[part, real])
         outcomes.append(session.outcome)
         parts.append(list(cache.layers))
     whole = ReadCache(ids, mask)
-    session = adopt(whole, hook.plan, model.get_decoder().config)
+    session = attach_session(whole, hook.plan, model.get_decoder().config)
     for index, layer in enumerate(whole.layers):
         _join(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
         for layers in parts:
@@ -62,7 +62,7 @@ def compress(
     _refuse(model, hook, "compress", why_kept(hook.plan))
     ids, mask = padded(context, mask, model.get_input_embeddings().weight.device, "compress")
     cache = DynamicCache()
-    adopt(cache, hook.plan, model.get_decoder().config)
+    attach_session(cache, hook.plan, model.get_decoder().config)
     _read(model, ids, mask, cache, protect)
     return cache
 
@@ -122,11 +122,11 @@ def padded(
 
 def why_kept(plan: Plan) -> str | None:
     """Why reading a prompt leaves all of its entries in the cache, or None."""
-    if plan.keeper is None and plan.split is None:
+    if plan.kv_method is None and plan.split is None:
         return "it evicts nothing"
     if plan.hides:
         return "it hides entries and evicts none"
-    if plan.keeper is not None and plan.keeper.deferred:
+    if plan.kv_method is not None and plan.kv_method.deferred:
         return "compress='deferred' evicts at the first decode step, and prompts must be compressed at once"
     return None
 
@@ -173,13 +173,13 @@ def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
     if isinstance(layer, GroupedLayer):
         assert plan.split is not None
         _open(plan.split.streaming, layer.stream.store)
-    elif isinstance(plan.keeper, StepEviction):
-        _open(plan.keeper, layer)
+    elif isinstance(plan.kv_method, StepEviction):
+        _open(plan.kv_method, layer)
 
 
-def _open(keeper: StepEviction, layer: AccelLayer) -> None:
+def _open(kv_method: StepEviction, layer: AccelLayer) -> None:
     """Makes slots ready to be overwritten."""
     if isinstance(layer, SlotLayer) and layer.physical_length():
-        layer.bound(keeper.capacity(layer.cumulative_length))
+        layer.bound(kv_method.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(step_view(layer)))
+            layer.choose_spare(kv_method.victims(step_view(layer)))
