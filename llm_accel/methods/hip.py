@@ -55,6 +55,11 @@ class HiP(Attend):
     last_stage_exact: bool = option("the last stage reads every key of its chunks instead of bisecting them", True)
     block_q: int = option("queries that share a choice", 64, most=ENTRIES)
     share_heads: Literal["group", "all"] = option("heads that share a choice: those of a KV head, or all", "group")
+    share_scores: Literal["fair", "raw"] = option(
+        "what queries that share a choice are compared by. fair: how much of its own attention a key gets; raw: the "
+        "products, as in the paper",
+        "fair",
+    )
     refresh: tuple[int, ...] = option("decode steps between two choices of each stage", (16, 8, 4), most=ENTRIES)
     min_prefill_len: int | Literal["auto"] = option(
         "prompts shorter than this are dense; auto: where the default settings break even",
@@ -147,7 +152,7 @@ class HiP(Attend):
     def attend(self, view: AttentionView, memory: Memory | None) -> tuple[Tensor | None, Memory | None]:
         budget = self.budget_of(view.layer, view.layers)
         few = view.queries <= FEW
-        search = make_search(self, budget, few, view.heads)
+        search = make_search(self, budget, few, view.scaling, view.heads)
         dense = view.slots <= reach(search)
         least = self.break_even(view.key.device.type)
         blocks: BlockList | None
@@ -195,16 +200,23 @@ class HiP(Attend):
 
 
 @lru_cache(maxsize=64)
-def make_search(config: HiP, budget: int, few: bool, heads: HeadShard = WHOLE) -> Search:
-    """The search of a configuration; for a ``few`` queries each of them stands for itself."""
+def make_search(config: HiP, budget: int, few: bool, scaling: float | None = None, heads: HeadShard = WHOLE) -> Search:
+    """The search of a configuration; for a ``few`` queries each of them stands for itself. ``scaling``: softmax scale,
+    None for that of the head size."""
     sink = -(-config.sink // config.block_k) * config.block_k
     scope = Scope(sink, config.window, FEW_BLOCK if few else config.block_q, config.block_k)
+    how = {
+        "share_heads": config.share_heads,
+        "across": heads.max,
+        "fair": config.share_scores == "fair",
+        "scaling": scaling,
+    }
     if config.selector == "exact":
-        return ExactSearch(scope, budget, share_heads=config.share_heads, across=heads.max)
+        return ExactSearch(scope, budget, **how)
     if config.selector == "tree":
-        return TreeSearch(scope, budget, 1 if few else 2, share_heads=config.share_heads, across=heads.max)
+        return TreeSearch(scope, budget, 1 if few else 2, **how)
     stages = tuple(Stage(chunk, tokens, 1 if few else stride) for chunk, tokens, stride in config.stages)
-    return StageSearch(scope, budget, stages, config.last_stage_exact, share_heads=config.share_heads, across=heads.max)
+    return StageSearch(scope, budget, stages, config.last_stage_exact, **how)
 
 
 def reach(search: Search) -> int:
