@@ -1,4 +1,4 @@
-"""What comparing queries fairly does for HiP, and what it costs: ``python -m benchmarks.hip_sharing --model smollm2-135m``.
+"""HiP with queries compared fairly, and what it costs: ``python -m benchmarks.hip_sharing --model smollm2-135m``.
 
 Needles of the built-in haystack (``single``, a word and a 7-digit number) with a quarter of the keys visible in every
 layer: 64 sinks, a window of 128, the rest chosen. And the time of the selection alone on random queries and keys, in
