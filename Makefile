@@ -17,7 +17,7 @@ WORKERS     ?= 2
 OUT         ?=
 ARGS        ?=
 
-PINS    := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/',-e '')
+PINS    := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d',-e '')
 BIN     := $(VENV)/bin
 BIN_OLD := $(VENV_OLD)/bin
 PIP     := -m pip install -qq --no-compile --disable-pip-version-check
@@ -37,7 +37,7 @@ FAMILY_TESTS  = $(wildcard tests/families)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
 .PHONY: help needle real test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
-        families-share kernels kernel-table kernel-table-check docs clean FORCE
+        families-share kernels kernel-table kernel-table-check clients docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -100,6 +100,13 @@ tests-canary: $(VENV_NEWEST)/.ready
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(MODEL_TESTS) --share $(SHARE) $(ARGS)
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS)
 
+# Clients of OpenAI's API against the server, in an environment of their own over that of the tests. Not in `make test`: the clients move.
+clients: $(VENV)/.ready
+	$(BIN)/python -m venv build/clients
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
+	build/clients/bin/python $(PIP) litellm langchain-openai llama-index-llms-openai-like "lm-eval[api]"
+	PYTHONPATH=$(CURDIR) build/clients/bin/python scripts/clients.py
+
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(call PYTEST,$(BIN)) tests/kernels/triton_kernels $(ARGS)
@@ -115,25 +122,33 @@ kernel-table-check: $(VENV)/.ready
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+# Pins everything that is installed in .venv now; the first lines of the file, torch to huggingface_hub, are kept as they are.
+lock: $(VENV)/.ready
+	sed -n '1,/^# Everything else/p' $(CONSTRAINTS) > $(CONSTRAINTS).new
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E '/^(torch|transformers|triton|huggingface_hub)==/d' >> $(CONSTRAINTS).new
+	mv $(CONSTRAINTS).new $(CONSTRAINTS)
+
 clean:
 	rm -rf $(VENV) $(VENV_OLD) $(VENV_NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-# torch goes in first and under the pins, so that no other package can pull in a second build of it.
+# Dependency groups need pip 25.1. torch goes in first and under the pins, so that no other package can pull in a second build of it.
 $(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
 	@echo "installing torch, the package and its tools into $(VENV): a few minutes, once"
+	$(BIN)/python $(PIP) "pip>=25.1"
 	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt torch
-	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e ".[eval,serve,vision]" --group dev
 	@touch $@
 
 $(VENV_OLD)/.ready $(VENV_NEWEST)/.ready: %/.ready: pyproject.toml %/constraints.txt
 	@echo "installing torch and the package into $*: a few minutes, once"
+	$*/bin/python $(PIP) "pip>=25.1"
 	$*/bin/python $(PIP) -c $*/constraints.txt torch
-	$*/bin/python $(PIP) -c $*/constraints.txt -e ".[test]"
+	$*/bin/python $(PIP) -c $*/constraints.txt -e ".[serve,vision]" --group test
 	@touch $@
 
 # The pins as this call wants them; written only when they change, so that another TORCH or CONSTRAINTS reinstalls.
-$(VENV_OLD)/constraints.txt: PINS += -e 's/^transformers==.*/transformers==$(OLD)/'
-$(VENV_NEWEST)/constraints.txt: PINS += -e '/^transformers==/d'
+$(VENV_OLD)/constraints.txt: PINS += -e 's/^transformers==.*/transformers==$(OLD)/' -e '/^huggingface_hub==/d'
+$(VENV_NEWEST)/constraints.txt: PINS += -e '/^transformers==/d' -e '/^huggingface_hub==/d'
 $(VENV)/constraints.txt $(VENV_OLD)/constraints.txt $(VENV_NEWEST)/constraints.txt: FORCE
 	@test -x $(@D)/bin/python || { \
 	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

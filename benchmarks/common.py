@@ -1,6 +1,6 @@
-"""What the benchmarks share beside what ``llm-accel bench`` measures with: the mid-size model, and one prefill.
+"""What the benchmarks share, besides what ``llm-accel bench`` measures with: the mid-size model, clocks, memory.
 
-Run as a script it does one prefill in a process of its own, so that its peak resident memory is its own.
+``python -m benchmarks.common`` runs one prefill in a process of its own, so that its peak resident memory is its own.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
+from llm_accel.cache import AccelLayer
 from llm_accel.common.environment import hardware, versions
 from llm_accel.common.generation import cache_bytes
-from llm_accel.eval.tasks.bench.contestants import make_inputs
+from llm_accel.eval.tasks.bench.candidates import make_inputs
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers import AccelLayer
 from llm_accel.registry import parse
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -51,15 +53,41 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | Non
     model(ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=1)
 
 
+@torch.inference_mode()
+def timed_step(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, float]:
+    """One greedy decode step on a CPU: the next token [1, 1], and milliseconds."""
+    begin = time.perf_counter()
+    following = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+    return following, (time.perf_counter() - begin) * 1e3
+
+
+def cpu_seconds(call: Callable[[], T]) -> tuple[float, T]:
+    """CPU time that a call takes of this thread, and its result."""
+    begin = time.thread_time()
+    result = call()
+    return time.thread_time() - begin, result
+
+
+def resident_mib(pid: int | str = "self") -> float:
+    """Resident memory of a process in MiB; Linux."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1024
+
+
 def storage_bytes(cache: DynamicCache) -> int:
     """Bytes of the storage behind keys and values of all layers, views included."""
     ours = [layer for layer in cache.layers if isinstance(layer, AccelLayer)]
     return sum(layer.nbytes() for layer in ours) if ours else cache_bytes(cache)
 
 
+def machine() -> dict[str, Any]:
+    """Hardware and versions, which belong to every figure."""
+    return {"versions": versions(), "hardware": hardware(CPU)}
+
+
 def conditions(**more: Any) -> dict[str, Any]:
-    """Hardware and versions: what belongs beside every figure."""
-    return {"hardware": hardware(CPU), "versions": versions(), "dtype": "float32", "model": "shape small", **more}
+    """The machine, and the model in fp32; ``more``: further entries, or another model."""
+    return {**machine(), "dtype": "float32", "model": "shape small", **more}
 
 
 def p10_p90(values: Sequence[float]) -> list[float]:
@@ -79,8 +107,9 @@ def publish(result: dict[str, Any], out: Path | None) -> None:
 
 def prefill_peak(mode: str, length: int, layers: int) -> dict[str, float]:
     """:func:`measure_prefill` in a process of its own."""
-    command = [sys.executable, __file__, mode, str(length), str(layers)]
-    measured: dict[str, float] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    command = [sys.executable, "-m", "benchmarks.common", mode, str(length), str(layers)]
+    output = subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1])
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
     return measured
 
 

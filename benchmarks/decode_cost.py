@@ -1,32 +1,39 @@
 """Decode time of every method with a fixed budget after a short and a long prompt: it must not depend on the prompt.
 
-    python benchmarks/decode_cost.py --out benchmarks/results/decode_cost_cpu.json
+    python -m benchmarks.decode_cost --out benchmarks/results/decode_cost_cpu.json
 
 All caches live in one process. Steps after the short and after the long prompt take turns, methods take turns from
 round to round, and medians are reported; ``cost_of_length`` is the long prompt's median over the short one's, and
 ``of_dense`` the median over the rounds of a method's time over the dense model's. With budgets that nothing exceeds
 that is the overhead of the plug-in:
 
-    python benchmarks/decode_cost.py --idle --lengths 512 2048 --rounds 24 --out benchmarks/results/idle_cost_cpu.json
+    python -m benchmarks.decode_cost --idle --lengths 512 2048 --rounds 24 --out benchmarks/results/idle_cost_cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import build_model, conditions, make_prompt, p10_p90, prefill, publish, storage_bytes
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
-from llm_accel.patches.cache_name import CACHE
+from benchmarks.common import (
+    build_model,
+    conditions,
+    make_prompt,
+    p10_p90,
+    prefill,
+    publish,
+    storage_bytes,
+    timed_step,
+)
 from llm_accel.registry import parse
 
 METHODS = (
@@ -60,7 +67,6 @@ def fill(model: PreTrainedModel, method: str, lengths: Sequence[int]) -> dict[in
     return caches
 
 
-@torch.inference_mode()
 def take_turns(
     model: PreTrainedModel, method: str, caches: dict[int, DynamicCache], steps: int
 ) -> dict[int, list[float]]:
@@ -70,10 +76,9 @@ def take_turns(
     with applied(model, method):
         for step in range(steps + 1):
             for length, cache in caches.items():
-                begin = time.perf_counter()
-                tokens[length] = model(tokens[length], **{CACHE: cache}).logits[:, -1:].argmax(-1)
+                tokens[length], milliseconds = timed_step(model, tokens[length], cache)
                 if step:
-                    times[length].append((time.perf_counter() - begin) * 1e3)
+                    times[length].append(milliseconds)
     return times
 
 

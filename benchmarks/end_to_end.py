@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.ops.registry import FLOP_PER_SECOND
-from llm_accel.eval.tasks.bench.bounds import Work
-from llm_accel.eval.tasks.bench.settings import BenchRunOptions, Settings
+from llm_accel import cli
+from llm_accel.eval.cost import ModelCost
+from llm_accel.eval.tasks.bench.settings import BenchSettings
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 
 SHAPE = ("--shape", "llama-3.1-8b", "--new-tokens", "64", "--no-plot")
@@ -67,29 +67,26 @@ def steps() -> list[Step]:
     return sorted(found, key=lambda step: step.seconds)
 
 
-def bench_settings(arguments: Sequence[str]) -> Settings:
+def bench_settings(arguments: Sequence[str]) -> BenchSettings:
     """What ``llm-accel bench`` makes of a command line."""
-    parser = argparse.ArgumentParser()
-    Settings.add_arguments(parser)
-    BenchRunOptions.add_arguments(parser)
-    return Settings.from_arguments(parser.parse_args(list(arguments)))
+    return BenchSettings.from_arguments(cli.parse(["bench", *arguments])[1])
 
 
-def estimate(settings: Settings) -> float:
+def estimate(settings: BenchSettings) -> float:
     """Seconds that a benchmark takes on a large GPU, roughly: prompts at three quarters of its best rate."""
     assert settings.shape is not None
     work = _work(settings.shape, settings.changes)
-    compiled = sum(contestant.decode == "compiled" for contestant in settings.contestants)
-    calls = len(settings.contestants) * (1 + settings.rounds) + compiled
+    compiled = sum(candidate.decode == "compiled" for candidate in settings.candidates)
+    calls = len(settings.candidates) * (1 + settings.rounds) + compiled
     flop = sum(work.prompt_flop(length, batch) for length in settings.lengths for batch in settings.batches)
     cells = len(settings.lengths) * len(settings.batches)
-    decoding = cells * len(settings.contestants) * settings.rounds * settings.new_tokens * EAGER_STEP
+    decoding = cells * len(settings.candidates) * settings.rounds * settings.new_tokens * EAGER_STEP
     return STARTUP + compiled * COMPILING + calls * flop / (0.75 * FLOP_PER_SECOND) + decoding
 
 
 @cache
-def _work(shape: str, changes: tuple[str, ...]) -> Work:
-    return Work.of(build(shape_config(shape, changes), torch.bfloat16, torch.device("meta"), None, 0))
+def _work(shape: str, changes: tuple[str, ...]) -> ModelCost:
+    return ModelCost.of(build(shape_config(shape, changes), torch.bfloat16, torch.device("meta"), None, 0))
 
 
 def run_process(command: Sequence[str], seconds: float) -> str | None:

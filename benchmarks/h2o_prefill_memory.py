@@ -1,6 +1,6 @@
 """Peak memory of H2O's prefill above the dense one: the column sums must cost O(n), never an n x n matrix.
 
-    python benchmarks/h2o_prefill_memory.py --out benchmarks/results/h2o_prefill_memory_cpu.json
+    python -m benchmarks.h2o_prefill_memory --out benchmarks/results/h2o_prefill_memory_cpu.json
 
 ``extra_mib`` is what scoring costs where nothing is evicted (ratio=1.0); ``evicting_mib`` is the same with a budget,
 which gives back each layer's keys and values. ``one_matrix_mib`` is n x n in fp32 for a single head of a single layer.
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import MIB, conditions, prefill_peak, publish
+from benchmarks.common import MIB, conditions, prefill_peak, publish
 
 
 def main() -> None:

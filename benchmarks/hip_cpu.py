@@ -1,6 +1,6 @@
 """One attention layer on one CPU thread: HiP, selection included, against the dense attention of PyTorch.
 
-    python benchmarks/hip_cpu.py --out benchmarks/results/hip_cpu.json
+    python -m benchmarks.hip_cpu --out benchmarks/results/hip_cpu.json
 
 Causal prefill in fp32, 4 query heads and 1 KV head. Two settings: ``small``, where a query sees 512 chosen tokens, a
 window of 256 and 64 sinks, and ``default``, HiP's own. Runs are interleaved, medians of CPU time are reported. The
@@ -11,11 +11,8 @@ break-even length is where HiP becomes faster, by interpolation.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import cpu_seconds, machine, publish
 from llm_accel import HiP
-from llm_accel.common.environment import hardware, versions
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
-from llm_accel.methods.hip import make_search
+from llm_accel.methods.sparse.hip import make_search
 
 SETTINGS = {
     "small": HiP(
@@ -43,13 +40,6 @@ SETTINGS = {
     ),
     "default": HiP(edge_layers=(), min_prefill_len=0),
 }
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of CPU time, and the result."""
-    begin = time.thread_time()
-    result = call()
-    return time.thread_time() - begin, result
 
 
 def compare(length: int, dim: int, repeats: int) -> dict[str, Any]:
@@ -66,11 +56,11 @@ def compare(length: int, dim: int, repeats: int) -> dict[str, Any]:
 
     times: dict[str, list[float]] = {"dense": []}
     for _ in range(repeats):
-        times["dense"].append(timed(dense)[0])
+        times["dense"].append(cpu_seconds(dense)[0])
         for name, config in SETTINGS.items():
             search = make_search(config, config.budget, few=False)
-            selecting, blocks = timed(partial(hip_select, query, key, search))
-            attending, _ = timed(partial(attend, blocks))
+            selecting, blocks = cpu_seconds(partial(hip_select, query, key, search))
+            attending, _ = cpu_seconds(partial(attend, blocks))
             for part, seconds in (("select", selecting), ("attend", attending), ("hip", selecting + attending)):
                 times.setdefault(f"{name} {part}", []).append(seconds)
     seconds = {name: [statistics.median(values), min(values), max(values)] for name, values in times.items()}
@@ -95,7 +85,7 @@ def break_even(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def main() -> None:
-    """Prints a line per length and writes all of them as JSON."""
+    """Prints a line per length, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4096,8192,16384,32768", help="prompt lengths, separated by commas")
     parser.add_argument("--head-dims", default="64,128", help="head dimensions, separated by commas")
@@ -115,20 +105,16 @@ def main() -> None:
                 name: {"growth_exponent": growth(rows, name), "break_even": break_even(rows, name)} for name in SETTINGS
             }
         cells += rows
-    print(totals)
     result = {
-        "command": "benchmarks/hip_cpu.py",
+        "command": "benchmarks.hip_cpu",
         "settings": {name: config.spec() for name, config in SETTINGS.items()},
         "threads": 1,
         "dtype": "float32",
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        **machine(),
         "totals": totals,
         "cells": cells,
     }
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

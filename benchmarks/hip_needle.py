@@ -1,10 +1,10 @@
 """Needle accuracy of HiP's selectors on the bundled model, against the share of the context that a query sees.
 
-    python benchmarks/hip_needle.py --out benchmarks/results/hip_needle
+    python -m benchmarks.hip_needle --out benchmarks/results/hip_needle
 
 No layer is left dense and no prompt is too short, unless a row says so. A share counts everything that a query sees:
 16 sinks, a window of 64, and the budget. Each length is one run of ``llm-accel needle`` in a directory of its own,
-which goes on where it stopped. The two coarse stages hand on a half and a quarter of the context, in the rows
+which is resumed if interrupted. The two coarse stages hand on a half and a quarter of the context, in the rows
 ``all keys enter`` everything.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_accel import HiP
+from llm_accel import HiP, cli
 from llm_accel.eval.lengths import length_label, parse_lengths
 from llm_accel.eval.tasks.needle import command
 
@@ -59,12 +59,11 @@ def measure(
         for row, options in ROWS.items()
         if row in rows
     }
-    words = ["--lengths", str(length), "--depths", depths, "--samples", str(samples), "--no-plot"]
+    words = ["needle", "--lengths", str(length), "--depths", depths, "--samples", str(samples), "--no-plot"]
     for spec in ("dense", *(spec for row in specs.values() for spec in row)):
         words += ["--method", spec]
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    summary = command.run(parser.parse_args([*words, "--out", str(out / f"needle_{length_label(length)}")]))
+    _, options = cli.parse([*words, "--out", str(out / f"needle_{length_label(length)}")])
+    summary = command.run(options)
     exact = {spec: entry["exact"] for spec, entry in summary["methods"].items()}
     return exact["dense"], {row: [exact[spec] for spec in row_specs] for row, row_specs in specs.items()}
 

@@ -22,12 +22,12 @@ from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.environment import hardware, versions
 from llm_accel.common.loading import load_text_model
 from llm_accel.common.statistics import wilson
-from llm_accel.eval.engine import Engine
+from llm_accel.eval.engine import TextEngine
 from llm_accel.eval.grid import Place
 from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
 from llm_accel.eval.tasks.needle.task import make_prompts
 from llm_accel.methods import HiP
-from llm_accel.methods.hip import make_search
+from llm_accel.methods.sparse.hip import make_search
 
 HEADS, DIM = 4, 64
 WAYS = ("raw", "fair")
@@ -57,7 +57,7 @@ def cost(length: int, config: HiP) -> dict[str, Any]:
     return {"length": length, "seconds": taken, "ratio": round(taken["fair"] / taken["raw"], 3)}
 
 
-def found(engine: Engine, tokenizer: Any, length: int, samples: int) -> dict[str, Any]:
+def found(engine: TextEngine, tokenizer: Any, length: int, samples: int) -> dict[str, Any]:
     """Needles found, dense and both ways."""
     settings = Settings(task="single", lengths=(length,), depths=parse_depths("5"), samples=samples, seed=42)
     maker, settings = make_prompts(settings, tokenizer)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cost": [cost(4096, quarter(4096)), cost(16384, HiP())],
     }
     model, tokenizer, _ = load_text_model(ModelOptions(model=options.model, dtype=options.dtype, device="cpu"))
-    engine = Engine(model, tokenizer, query_agnostic=False)
+    engine = TextEngine(model, tokenizer, query_agnostic=False)
     result["needles"] = [found(engine, tokenizer, length, options.samples) for length in options.lengths]
     text = json.dumps(result, indent=2)
     print(text)

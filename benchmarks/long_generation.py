@@ -1,9 +1,9 @@
 """2,000 tokens under every method that keeps its size while decoding: entries, storage and process memory at each step.
 
-    python benchmarks/long_generation.py --out benchmarks/results/long_generation_cpu.json
+    python -m benchmarks.long_generation --out benchmarks/results/long_generation_cpu.json
 
 Entries and bytes of storage are read from the layers after every step. Process memory is sampled every ``--sample``
-steps after a warm-up of a fifth of the run: resident memory from ``/proc/self/statm``, and what Python itself
+steps after a warm-up of a fifth of the run: resident memory from ``/proc/self/status``, and what Python itself
 allocated from ``tracemalloc``, tensors not included. Drift is the last sample less the first.
 """
 
@@ -11,16 +11,24 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import TOKEN_BYTES, build_model, conditions, make_prompt, publish, storage_bytes
 from transformers import PreTrainedModel
 
 import llm_accel
+from benchmarks.common import (
+    TOKEN_BYTES,
+    build_model,
+    conditions,
+    make_prompt,
+    publish,
+    resident_mib,
+    storage_bytes,
+    timed_step,
+)
 from llm_accel import RetrievalHeads
 from llm_accel.methods import Depth, ScoreAndKeep, StepEviction
 from llm_accel.patches.cache_name import CACHE
@@ -47,14 +55,9 @@ def caps(method: str, layers: int) -> list[int]:
     return [config.layer_entries(10**9, Depth(layer, layers, later=True)) + more for layer in range(layers)]
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @torch.inference_mode()
 def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sample: int) -> dict[str, Any]:
-    """Greedy decoding of ``steps`` tokens, watched."""
+    """Greedy decoding of ``steps`` tokens: what the cache and the process hold meanwhile."""
     limits = caps(method, model.config.num_hidden_layers)
     over, stored, held, resident, traced = 0, [0] * len(limits), [], [], []
     with llm_accel.apply(model, parse(method)) as handle:
@@ -62,7 +65,7 @@ def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sampl
         token = model(make_prompt(model, prompt), **{CACHE: cache}, logits_to_keep=1).logits.argmax(-1)
         tracemalloc.start()
         for step in range(1, steps + 1):
-            token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+            token, _ = timed_step(model, token, cache)
             layers = handle.report().layers
             lengths = [layer.logical_length - layer.evicted for layer in layers]
             over += any(length > limit for length, limit in zip(lengths, limits, strict=True))
@@ -70,7 +73,7 @@ def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sampl
             held.append(storage_bytes(cache))
             if step >= steps // 5 and step % sample == 0:
                 gc.collect()
-                resident.append(resident_bytes())
+                resident.append(1024 * resident_mib())
                 traced.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
     settled = held[steps // 5 :]
@@ -79,7 +82,7 @@ def generate(model: PreTrainedModel, method: str, prompt: int, steps: int, sampl
         "most_entries": stored,
         "steps_over_cap": over,
         "storage_bytes": {"least": min(settled), "most": max(settled), "last_half_most": max(held[steps // 2 :])},
-        "resident_drift_kib": (resident[-1] - resident[0]) / 1024,
+        "resident_drift_kib": resident[-1] - resident[0],
         "traced_drift_kib": (traced[-1] - traced[0]) / 1024,
         "dense_growth_kib": (len(resident) - 1) * sample * TOKEN_BYTES * len(limits) / 1024,
     }

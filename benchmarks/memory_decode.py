@@ -1,6 +1,6 @@
 """Memory and decode time of a long prompt on a mid-size random-weight model, dense against a method.
 
-    python benchmarks/memory_decode.py --method snapkv:budget=512 --out benchmarks/results/memory_decode_cpu.json
+    python -m benchmarks.memory_decode --method snapkv:budget=512 --out benchmarks/results/memory_decode_cpu.json
 
 Each prefill runs in a process of its own, so that its peak resident memory is its own. ``activations`` is the same
 prompt without a cache: what the prompt costs whatever is cached. Decode times are interleaved and reported as medians.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+import llm_accel
+from benchmarks.common import (
     MIB,
     TOKEN_BYTES,
     build_model,
@@ -26,23 +29,18 @@ from common import (
     prefill_peak,
     publish,
     storage_bytes,
+    timed_step,
 )
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
-
-import llm_accel
-from llm_accel.patches.cache_name import CACHE
+from llm_accel.eval.cost import ModelCost
 from llm_accel.registry import parse
 
 
-@torch.inference_mode()
 def decode_times(model: PreTrainedModel, cache: DynamicCache, steps: int) -> list[float]:
     """Milliseconds of each of ``steps`` greedy decode steps."""
     token, times = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(steps):
-        begin = time.perf_counter()
-        token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
-        times.append((time.perf_counter() - begin) * 1e3)
+        token, milliseconds = timed_step(model, token, cache)
+        times.append(milliseconds)
     return times
 
 
@@ -63,7 +61,7 @@ def compare_decode(method: str, length: int, layers: int, steps: int, rounds: in
         with handle.disabled():
             times["dense"] += decode_times(model, dense_cache, steps)[1:]
         times["method"] += decode_times(model, cache, steps)[1:]
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    weights = ModelCost.of(model).step_bytes
     bound = (weights + dense_bytes) / (weights + held)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_accel.eval.cost import ModelCost, head_dim
 from llm_accel.eval.lengths import length_label, parse_lengths
-from llm_accel.eval.tasks.bench.bounds import Work
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from scripts.result_tables import markdown
 
@@ -56,19 +56,18 @@ class Load:
 class Model:
     """A geometry in bfloat16 on ``gpus`` cards that share weights and KV heads."""
 
-    work: Work
+    work: ModelCost
     token_bytes: int
     gpus: int
 
     @classmethod
     def of(cls, shape: str, gpus: int) -> Model:
         config = shape_config(shape)
-        work = Work.of(build(config, torch.bfloat16, torch.device("meta"), None, 0))
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(work, 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2, gpus)
+        work = ModelCost.of(build(config, torch.bfloat16, torch.device("meta"), None, 0))
+        return cls(work, 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 2, gpus)
 
     def rows(self, gpu: Gpu, load: Load) -> int:
-        """Requests whose caches fit beside the weights."""
+        """Requests whose caches fit next to the weights."""
         return int((self.gpus * gpu.usable * gpu.memory - self.work.weight_bytes) // (self.token_bytes * load.entries))
 
     def step_s(self, gpu: Gpu, load: Load, rows: int) -> float:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
-from benchmarks.server import resident_mib, started
-from llm_accel.common.environment import hardware, versions
+from benchmarks.common import machine, resident_mib
+from benchmarks.server import started
 
 _WORDS = "the old dog watched a green river near the house while the doctor praised the hunter"
 
@@ -169,8 +168,7 @@ def main() -> None:
     summary = {"in_flight": summarize(many), "one_at_a_time": summarize(single)} | compare(many, single)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     if args.out is not None:
-        where = {"versions": versions(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-        data = {**where, "summary": summary, "metrics": metrics}
+        data = {**machine(), "settings": settings, "summary": summary, "metrics": metrics}
         args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))
 

@@ -1,4 +1,4 @@
-"""A server of its own for a benchmark, and what it holds."""
+"""A server of its own for a benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 
@@ -23,9 +22,3 @@ def started(options: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield json.loads(server.stdout.readline())["url"], server.pid
         finally:
             server.terminate()
-
-
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process in MiB; Linux."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1024

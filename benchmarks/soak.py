@@ -23,9 +23,9 @@ import httpx
 import torch
 
 import llm_accel
-from benchmarks.server import resident_mib, started
+from benchmarks.common import machine, resident_mib
+from benchmarks.server import started
 from llm_accel.common.bundled import load_needle_model
-from llm_accel.common.environment import hardware, versions
 from llm_accel.methods import list_methods
 from llm_accel.registry import parse
 
@@ -116,8 +116,7 @@ def main() -> int:
     found = {"flat": {name: flat(result) for name, result in results.items()}, **results}
     print(json.dumps(found))
     if args.out is not None:
-        where = {"versions": versions(), "hardware": hardware(torch.device("cpu"))}
-        args.out.write_text(json.dumps({**where, **found}, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps({**machine(), **found}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(found["flat"].values()) else 1
 
 

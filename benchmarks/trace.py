@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import llm_accel
-from llm_accel.eval.tasks.bench.contestants import make_inputs
+from llm_accel.eval.tasks.bench.candidates import make_inputs
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.registry import parse_all
 

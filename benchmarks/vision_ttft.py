@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 import llm_accel
-from benchmarks.common import conditions, publish
+from benchmarks.common import conditions, cpu_seconds, publish
 
-VISUAL, TEXT, TARGET = 576, 80, 64
+VISUAL, TEXT, BUDGET = 576, 80, 64
 IMAGE = 5
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter does not know it
 
@@ -60,9 +58,9 @@ def make_prompt() -> dict[str, torch.Tensor]:
     }
 
 
-def applied(model: PreTrainedModel, target: int | None) -> AbstractContextManager[Any]:
-    """The model with FlowCut, which leaves ``target`` visual tokens; None: as it is."""
-    return nullcontext() if target is None else llm_accel.apply(model, "flowcut", target=target)
+def applied(model: PreTrainedModel, budget: int | None) -> AbstractContextManager[Any]:
+    """The model with FlowCut, which leaves ``budget`` visual tokens; None: as it is."""
+    return nullcontext() if budget is None else llm_accel.apply(model, "flowcut", budget=budget)
 
 
 def first_token(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
@@ -70,10 +68,10 @@ def first_token(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None
     model.generate(**prompt, max_new_tokens=1, do_sample=False)
 
 
-def counted(model: PreTrainedModel, prompt: dict[str, torch.Tensor], target: int | None) -> dict[str, int]:
+def counted(model: PreTrainedModel, prompt: dict[str, torch.Tensor], budget: int | None) -> dict[str, int]:
     """Floating-point operations until the first token: of the decoder, of the tower, of everything."""
     counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention})
-    with applied(model, target), counter:
+    with applied(model, budget), counter:
         first_token(model, prompt)
     modules = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     layers = {"decoder": r"language_model\.layers\.\d+", "tower": r"encoder\.layers\.\d+"}
@@ -86,19 +84,12 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
     return sdpa_flop_count(query, key, value)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """CPU time of this thread."""
-    begin = time.thread_time()
-    call()
-    return time.thread_time() - begin
-
-
 def shares(decoder_layers: int) -> dict[str, Any]:
-    """Operations of LLaVA-1.5-7B's decoder at the target, over those of the dense prompt."""
+    """Operations of LLaVA-1.5-7B's decoder at the budget, over those of the dense prompt."""
     decoder = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4}
     model, prompt = build_model(tower, decoder | {"num_hidden_layers": decoder_layers}), make_prompt()
-    dense, ours = (counted(model, prompt, target)["decoder"] for target in (None, TARGET))
+    dense, ours = (counted(model, prompt, budget)["decoder"] for budget in (None, BUDGET))
     return {
         "dense_gflop_per_layer": dense / decoder_layers / 1e9,
         "flowcut_gflop_per_layer": ours / decoder_layers / 1e9,
@@ -114,19 +105,19 @@ def times(repeats: int, tower_layers: int, decoder_layers: int) -> dict[str, Any
     model = build_model(tower, wide | {"intermediate_size": 2816, "num_hidden_layers": decoder_layers})
     prompt = make_prompt()
     pixels = prompt["pixel_values"]
-    flops = {name: counted(model, prompt, target) for name, target in (("dense", None), ("flowcut", TARGET))}
+    flops = {name: counted(model, prompt, budget) for name, budget in (("dense", None), ("flowcut", BUDGET))}
 
-    def look() -> None:
+    def encode_image() -> None:
         model.base_model.get_image_features(pixel_values=pixels)
 
     measured: dict[str, list[float]] = {"dense": [], "flowcut": [], "tower": [], "tower_scored": []}
     for _ in range(repeats):
-        for name, target in (("dense", None), ("flowcut", TARGET)):
-            with applied(model, target):
-                measured[name].append(seconds(lambda: first_token(model, prompt)))
-        measured["tower"].append(seconds(look))
+        for name, budget in (("dense", None), ("flowcut", BUDGET)):
+            with applied(model, budget):
+                measured[name].append(cpu_seconds(lambda: first_token(model, prompt))[0])
+        measured["tower"].append(cpu_seconds(encode_image)[0])
         with applied(model, VISUAL):
-            measured["tower_scored"].append(seconds(look))
+            measured["tower_scored"].append(cpu_seconds(encode_image)[0])
     median = {name: statistics.median(values) for name, values in measured.items()}
     bound = flops["dense"]["all"] / flops["flowcut"]["all"]
     return {
@@ -153,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = conditions(model="random-weight LLaVA", visual=VISUAL, text=TEXT, target=TARGET)
+    result = conditions(model="random-weight LLaVA", visual=VISUAL, text=TEXT, budget=BUDGET)
     result["llava_1_5_7b_decoder"] = shares(decoder_layers=1)
     if not args.skip_times:
         result["cpu"] = times(args.repeats, args.tower_layers, args.decoder_layers)

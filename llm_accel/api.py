@@ -19,7 +19,7 @@ from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.patches.plan import Decode
 from llm_accel.patches.prefill import prefill, why_whole
 from llm_accel.patches.replay import ReadCache
-from llm_accel.registry import configure
+from llm_accel.registry import configure_all
 from llm_accel.report import Report
 
 Method = str | MethodConfig
@@ -47,7 +47,7 @@ class Handle:
             warnings.append("entries are hidden from attention, none is evicted: this frees no memory")
         elif layers and plan.evicts and not any(layer.evicted for layer in layers):
             warnings.append("nothing was evicted: the prompt fits into the budget")
-        if layers and plan.attender is not None and not any(layer.sparse_calls for layer in layers):
+        if layers and plan.attention_method is not None and not any(layer.sparse_calls for layer in layers):
             warnings.append(
                 "every attention call was dense: the context is too short for this method to leave anything out"
             )
@@ -153,7 +153,8 @@ def apply(
 
     Args:
         model: a decoder-only transformers model, text or vision-language, or what ``torch.compile`` made of it.
-        method: a name (see :func:`llm_accel.list_methods`), a configuration object, or a list of either to compose.
+        method: a name (see :func:`llm_accel.list_methods`), also with options as on the command line
+            (``"snapkv:budget=64"``), a configuration object, or a list of these to compose.
         trace: record the original positions of kept entries in ``Handle.report()``.
         strict: raise where a layer would be left as it is or a backend would be replaced by a slower one.
         decode: how tokens after the prompt are computed. "eager": layer by layer. "compiled": each step as one compiled
@@ -170,9 +171,7 @@ def apply(
         AlreadyAppliedError: the model carries a plug-in already.
     """
     given = [method] if isinstance(method, str | MethodConfig) or not isinstance(method, Sequence) else list(method)
-    configs = [configure(one, options if len(given) == 1 else {}) for one in given]
-    if len(given) > 1 and options:
-        configure(configs[0], options)
+    configs = configure_all(given, options)
     model = unwrapped(model)
     plan = make_plan(model, configs, trace, strict, decode, mlp_chunk)
     return Handle(model, install(model, plan))

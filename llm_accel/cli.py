@@ -33,22 +33,20 @@ class Command:
     passes_on: bool = False
 
 
-_WHOLE = "each of them would do all of it, into one directory"
+_WHOLE = "each of them would repeat the whole run in the same directory"
 
 COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
-    "doctor": Command("llm_accel.doctor", "versions, GPU, and which kernels and backends are live and why not"),
+    "doctor": Command("llm_accel.doctor", "versions, GPU, available kernels and backends, and why others are not"),
     "needle": Command("llm_accel.eval.tasks.needle.command", "needle-in-a-haystack grid, several methods side by side"),
     "ruler": Command(
         "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
     ),
-    "vision": Command(
-        "llm_accel.eval.tasks.vision.command", "what is still seen with fewer visual tokens, and what is made up"
-    ),
+    "vision": Command("llm_accel.eval.tasks.vision.command", "accuracy and hallucination with fewer visual tokens"),
     "bench": Command(
         "llm_accel.eval.tasks.bench.command",
-        "speed and memory of methods, against dense and what bytes allow",
-        alone="cells that run beside each other share cores and memory, so that their times would not be their own",
+        "speed and memory of methods, against dense and the bandwidth bound",
+        alone="cells that run at the same time share cores and memory, which would distort their timings",
     ),
     "heads": Command(
         "llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map", alone=_WHOLE
@@ -65,7 +63,7 @@ COMMANDS = {
         alone="a server is one process on one port; for replicas see examples/ray_serve.py",
     ),
     "transformers-serve": Command(
-        "llm_accel.serve.transformers_serve",
+        "llm_accel.integrations.transformers_serve",
         "transformers' own server, every model accelerated",
         alone="a server is one process on one port",
     ),
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llm-accel: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        hint = "The same command with the same --out goes on where it stopped."
+        hint = "Run the same command with the same --out to resume."
         print(f"\nllm-accel: interrupted. {hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `llm-accel methods | head`

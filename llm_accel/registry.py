@@ -8,23 +8,36 @@ from typing import Any
 
 from llm_accel.errors import ConfigError, UnknownMethodError, unknown_name
 from llm_accel.methods import Dense, MethodConfig, list_methods, method_class
+from llm_accel.methods.base import option_names, to_text
 
 
 def configure(method: str | MethodConfig, options: dict[str, Any]) -> MethodConfig:
-    """One method as a configuration: a name with options, or a configuration object without any."""
-    if isinstance(method, MethodConfig):
-        if options:
-            raise ConfigError(
-                f"options {sorted(options)} were given beside the configuration {method.spec()!r}; "
-                "put them into the configuration object."
-            )
-        return method
-    if not isinstance(method, str):
+    """One method as a configuration: a name with options, or a configuration object or specification with its own."""
+    if not isinstance(method, MethodConfig | str):
         raise ConfigError(
             f"method={method!r} is a {type(method).__name__}; give a method name ({', '.join(list_methods())}), "
             "a configuration object, or a list of either."
         )
-    return method_class(method).build(**options)
+    if isinstance(method, str) and ":" not in method:
+        return method_class(method)(**options)
+    config = method if isinstance(method, MethodConfig) else _parse_one(method, list_methods(), {})
+    if options:
+        kind, given = type(config).__name__, ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ConfigError(f"{given}: {config.spec()!r} has options of its own; give them there, as in {kind}({given}).")
+    return config
+
+
+def configure_all(methods: Sequence[str | MethodConfig], options: dict[str, Any]) -> list[MethodConfig]:
+    """Methods to apply together; ``options`` belong to a single one."""
+    if len(methods) == 1 or not options:
+        return [configure(method, options) for method in methods]
+    kinds = [type(configure(method, {})) for method in methods] or [method_class("snapkv")]
+    key, value = next(iter(options.items()))
+    kind = next((kind for kind in kinds if key in option_names(kind)), kinds[0])
+    raise ConfigError(
+        f"options ({', '.join(options)}) apply to a single method; with several, give "
+        f'`{kind.__name__}({key}={value!r})` or "{kind.name}:{key}={to_text(value)}".'
+    )
 
 
 def parse(spec: str) -> MethodConfig | None:
@@ -37,7 +50,7 @@ def parse(spec: str) -> MethodConfig | None:
 
 
 def parse_all(spec: str, more: Mapping[str, type[MethodConfig]] | None = None) -> tuple[MethodConfig, ...]:
-    """``flowcut:target=64+dyvte:exit=20`` as configurations to apply together; none for ``dense`` without options, the
+    """``flowcut:budget=64+dyvte:exit=20`` as configurations to apply together; none for ``dense`` without options, the
     model without a plug-in.
 
     Args:
@@ -64,7 +77,7 @@ def _parse_one(spec: str, names: Collection[str], more: Mapping[str, type[Method
         raise UnknownMethodError(unknown_name("method", name, names))
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, equals, value = (text.strip() for text in part.partition("="))
         if not equals:
             raise ConfigError(f"method {spec!r}: {part!r} is not of the form option=value.")
         if key in options:

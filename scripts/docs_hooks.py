@@ -1,21 +1,24 @@
 """What the documentation site takes from the code: option tables, the method table, links out of ``docs/``.
 
 ``<!-- options: NAME -->`` in a page becomes the facts and the options of that method, ``<!-- methods -->`` the table of
-all methods. Each notebook becomes a page. A link to a file outside ``docs/``, as it works in a checkout, becomes the
-name of the file.
+all methods; the menu lists the pages of methods in its order. Each notebook becomes a page. A link to a file outside
+``docs/``, as it works in a checkout, becomes the name of the file.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
 from llm_accel.method_table import describe, markdown
+from llm_accel.methods import BUILT_IN
 from llm_accel.methods.base import to_text
 
+_KINDS = {"kv": "KV cache", "sparse": "Sparse attention", "visual": "Visual tokens"}
 _OPTIONS = re.compile(r"<!-- options: (\w+) -->")
 _OUTSIDE = re.compile(
     r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|llm_accel|tests|training|scripts|examples|README|CONTRIBUTING|SECURITY)[\w./-]*)\)"
@@ -54,8 +57,26 @@ def as_page(book: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def method_pages(folder: Path) -> dict[str, list[str]]:
+    """Kind of method -> the pages in ``folder`` that show its options, in the order of the table."""
+    texts = {f"methods/{page.name}": page.read_text(encoding="utf-8") for page in sorted(folder.glob("*.md"))}
+    found: dict[str, dict[str, None]] = {title: {} for title in _KINDS.values()}
+    for cls in BUILT_IN:
+        kind = _KINDS.get(cls.__module__.split(".")[2], _KINDS["kv"])
+        found[kind].update({name: None for name, text in texts.items() if f"<!-- options: {cls.name} -->" in text})
+    return {title: list(pages) for title, pages in found.items()}
+
+
+def on_config(config: Any) -> Any:
+    """Called by mkdocs once: the menu of the methods."""
+    methods = next(entry for entry in config.nav if "Methods" in entry)
+    pages = method_pages(Path(config.docs_dir) / "methods")
+    methods["Methods"] = [{title: listed} for title, listed in pages.items()]
+    return config
+
+
 def on_files(files: Any, *, config: Any) -> Any:
-    """Called by mkdocs once: a page beside each notebook."""
+    """Called by mkdocs once: a page for each notebook."""
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         page = as_page(json.loads(notebook.content_string))
         link = f"[This page as a notebook]({notebook.name}.ipynb), with the outputs of its last run.\n"

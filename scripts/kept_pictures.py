@@ -18,9 +18,9 @@ from torch import Tensor
 
 import llm_accel
 from llm_accel.common.loading import load_text_model
-from llm_accel.eval.grid import Place
-from llm_accel.eval.tasks.needle.settings import Settings
-from llm_accel.eval.tasks.needle.task import make_prompts
+from llm_accel.eval.grid import GridPoint
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
+from llm_accel.eval.tasks.needle.task import NeedleMaker
 from llm_accel.registry import parse
 
 ASSETS = Path(__file__).resolve().parent.parent / "docs" / "assets"
@@ -69,9 +69,9 @@ def draw(table: Tensor, heads: int, needle: int, title: str, path: Path) -> None
 
 def main() -> None:
     """One picture per method."""
-    model, tokenizer, settings = load_text_model(Settings(lengths=(LENGTH,)))
-    maker, _ = make_prompts(settings, tokenizer)
-    prompt = maker.make(Place(LENGTH, 40.0, 0))
+    model, tokenizer, settings = load_text_model(NeedleSettings(lengths=(LENGTH,)))
+    maker = NeedleMaker.load(settings, tokenizer)
+    prompt = maker.make(GridPoint(LENGTH, 40.0, 0))
     ids = torch.tensor([prompt.ids])
     for name, spec in METHODS.items():
         with llm_accel.apply(model, parse(spec), trace=True) as handle:

@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel for every architecture and writes docs/kernels.md; no GPU is needed.
+"""Compiles every kernel for every architecture and writes docs/kernels.md; no GPU is needed.
 
 Fails when a kernel needs more shared memory than a block may have, or spills registers. With ``--check`` it writes
 nothing and fails when the table is old; figures of another version of Triton are not compared.
@@ -14,9 +14,12 @@ from pathlib import Path
 
 import triton
 
-from llm_accel.kernels import aot
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the tests, which are not part of the package
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+from tests.kernels import aot  # noqa: E402
+
+DOCUMENT = ROOT / "docs" / "kernels.md"
 VERSION = f"Compiled with Triton {triton.__version__}"
 INTRODUCTION = f"""# Kernels
 
@@ -28,9 +31,9 @@ kernels on the CPU, slowly; `make kernels` tests them that way, and `python -m b
 
 ## Compiled configurations
 
-Every configuration that is shipped, compiled ahead of time for each architecture. `make kernel-table` writes this page,
-`make test` compiles everything again and fails when a kernel spills registers or needs more shared memory than a block
-may have. Constants are the kernel's compile-time parameters. {VERSION}.
+Every configuration in `tests/kernels/compiled.py`, compiled ahead of time for each architecture. `make kernel-table`
+writes this page, `make test` compiles everything again and fails when a kernel spills registers or needs more shared
+memory than a block may have. Constants are the kernel's compile-time parameters. {VERSION}.
 """
 COLUMNS = ("kernel", "configuration", "constants", "warps", "stages", "arch", "registers", "shared KiB")
 
@@ -40,7 +43,7 @@ Job = tuple[tuple[str, str], int, int]  # (operation, configuration), position i
 def work() -> list[Job]:
     """One job for each kernel that compiles to different code, in the order of the table."""
     jobs, seen = [], set()
-    for name, launches in aot.shipped().items():
+    for name, launches in aot.compiled().items():
         for position, launch in enumerate(launches):
             key = aot.fingerprint(launch)
             if key not in seen:
@@ -50,15 +53,15 @@ def work() -> list[Job]:
 
 
 def measure(job: Job) -> tuple[Job, aot.Usage]:
-    """Compiles one kernel; the plan is made anew because kernels cannot be sent to another process."""
+    """Compiles one kernel; the plan is made again because kernels cannot be sent to another process."""
     name, position, arch = job
-    return job, aot.compile_for(aot.shipped()[name][position], arch)
+    return job, aot.compile_for(aot.compiled()[name][position], arch)
 
 
 def row(job: Job, usage: aot.Usage) -> tuple[str, ...]:
     """One line of the table."""
     (_, label), position, arch = job
-    launch = aot.shipped()[job[0]][position]
+    launch = aot.compiled()[job[0]][position]
     constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
     figures = (launch.warps, launch.stages, f"sm_{arch}", usage.registers, f"{usage.shared / 1024:.1f}")
     return f"`{launch.kernel.__name__}`", label, constants, *map(str, figures)

@@ -87,7 +87,7 @@ def vision(directory: Path) -> str:
 
 
 def bench(file: Path) -> str:
-    """Decode time, ratios to dense, what bytes allow, and memory, of one result of ``llm-accel bench``; what it was
+    """Decode time, ratios to dense, the bandwidth bound, and memory, of one result of ``llm-accel bench``; what it was
     measured on and with underneath."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     cells, settings, machine = result["cells"], result["settings"], result["hardware"]
@@ -108,7 +108,7 @@ def bench(file: Path) -> str:
             ]
         )
     lengths, batches = ", ".join(map(length_label, settings["lengths"])), ", ".join(map(str, settings["batches"]))
-    header = [f"prompt {lengths}, batch {batches}", "decode ms/token (quartiles)", "x dense", "bytes allow"]
+    header = [f"prompt {lengths}, batch {batches}", "decode ms/token (quartiles)", "x dense", "bandwidth bound"]
     table = markdown([*header, "first token s", "KV cache", "peak of the prompt, weights included"], rows)
     model = settings["model"] or " ".join(["random weights, shape", settings["shape"], *settings["changes"]])
     cpu = f"{machine['torch_threads']} threads of {machine['cpu_count']} {machine['machine']} cores"

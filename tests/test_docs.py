@@ -22,8 +22,8 @@ from llm_accel import cli, list_methods
 from llm_accel.methods import catalog
 from llm_accel.patches.compiled import call
 from llm_accel.registry import parse_all
-from tests.eval.needle_kit import tiny_model as tiny_reader
-from tests.eval.needle_kit import tokenizer
+from tests.eval.needle_helpers import tiny_model as tiny_reader
+from tests.eval.needle_helpers import tokenizer
 from tests.pages import DOCS, ROOT, blocks
 from tests.serve.kit import Running, start
 from tests.tiny import tiny_model

@@ -28,6 +28,7 @@ from llm_accel import (
 )
 from llm_accel.methods import PromptCompression, method_class
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import configure, parse, parse_all, spec_of
 from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL, WHOLE
 
@@ -121,15 +122,15 @@ def test_spaces_none_and_dense():
 
 
 def test_methods_joined_by_plus():
-    spec = "flowcut:keep_ratio=0.33 + dyvte+snapkv:skip_layers=0+1,budget=64"
+    spec = "flowcut:ratio=0.33 + dyvte+snapkv:skip_layers=0+1,budget=64"
     configs = parse_all(spec)
-    assert configs == (FlowCut(keep_ratio=0.33), DyVTE(), SnapKV(skip_layers=(0, 1), budget=64))
-    assert spec_of(configs) == "flowcut:keep_ratio=0.33+dyvte+snapkv:budget=64,skip_layers=0+1"
+    assert configs == (FlowCut(ratio=0.33), DyVTE(), SnapKV(skip_layers=(0, 1), budget=64))
+    assert spec_of(configs) == "flowcut:ratio=0.33+dyvte+snapkv:budget=64,skip_layers=0+1"
     assert parse_all(spec_of(configs)) == configs and spec_of(()) == "dense" and parse_all("dense") == ()
     with pytest.raises(ConfigError, match="joins 3 methods; give one"):
         parse(spec)
     with pytest.raises(UnknownMethodError, match=r"'snapvk'.*Did you mean 'snapkv'"):
-        parse_all("flowcut:target=8+snapvk:budget=64")
+        parse_all("flowcut:budget=8+snapvk:budget=64")
     with pytest.raises(UnknownMethodError, match="dense"):
         parse_all("dense+snapkv:budget=64")
 
@@ -179,9 +180,11 @@ def test_configure_takes_names_and_configurations():
     assert configure(SnapKV(budget=64), {}) == SnapKV(budget=64)
 
 
-def test_configure_refuses_options_beside_a_configuration():
-    with pytest.raises(ConfigError, match=r"\['budget'\].*snapkv:budget=64"):
-        configure(SnapKV(budget=64), {"budget": 32})
+@pytest.mark.parametrize("method", [SnapKV(budget=64), "snapkv:budget=64"])
+def test_options_in_two_places_are_refused(method: Any):
+    assert configure(method, {}) == SnapKV(budget=64)
+    with pytest.raises(ConfigError, match=r"budget=32: 'snapkv:budget=64' has options of its own.*SnapKV\(budget=32\)"):
+        configure(method, {"budget": 32})
 
 
 @pytest.mark.parametrize("method", [None, 3, SnapKV, ["snapkv"]])
@@ -226,6 +229,30 @@ def test_values_that_cannot_work(name: str, options: dict[str, Any], part: str):
     with pytest.raises(ConfigError, match=part) as caught:
         configure(name, options)
     assert str(caught.value).startswith(name)
+
+
+VISUAL_BUDGETS = [name for name, kind in list_methods().items() if issubclass(kind, VisualBudget)]
+
+
+@pytest.mark.parametrize("name", VISUAL_BUDGETS)
+@pytest.mark.parametrize(("old", "new"), [("target", "budget"), ("keep_ratio", "ratio")])
+def test_an_option_under_its_former_name_is_refused_with_the_new_one(name: str, old: str, new: str):
+    message = f"{name}: the option '{old}' is now called '{new}'"
+    for call in (
+        lambda: method_class(name)(**{old: 1}),
+        lambda: configure(name, {old: 1}),
+        lambda: parse(f"{name}:{old}=1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+@every_method
+def test_a_class_names_the_option_that_was_meant(name: str):
+    kind = method_class(name)
+    meant = dataclasses.fields(kind)[0].name
+    with pytest.raises(ConfigError, match=rf"unknown option '{meant}_x'. Did you mean '{meant}'"):
+        kind(**{f"{meant}_x": 1})
 
 
 def test_lists_from_json_are_tuples():

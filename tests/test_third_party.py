@@ -16,7 +16,7 @@ import pytest
 import llm_accel
 from llm_accel import ConfigError, SnapKV, UnknownMethodError, list_methods, register_method
 from llm_accel.method_table import describe, markdown, text
-from llm_accel.methods import Attend, MethodInfo, PromptCompression, catalog
+from llm_accel.methods import AttentionMethod, MethodInfo, PromptCompression, catalog
 from llm_accel.registry import parse, parse_all
 from llm_accel.serve.settings import ServeSettings
 from tests.pages import ROOT, tutorial_method
@@ -70,7 +70,7 @@ def test_a_class_registered_twice_replaces_itself_and_no_other() -> None:
     class Mine(KeyNorm):  # type: ignore[misc, valid-type]
         name: ClassVar[str] = "snapkv"
 
-    with pytest.raises(ConfigError, match=r"Mine has the name 'snapkv' of llm_accel.methods.snapkv:SnapKV"):
+    with pytest.raises(ConfigError, match=r"Mine has the name 'snapkv' of llm_accel.methods.kv.snapkv:SnapKV"):
         register_method(Mine)
     assert list_methods()["snapkv"] is SnapKV
 
@@ -89,7 +89,7 @@ def _class(base: type, **members: Any) -> type:
         (_class(PromptCompression, name="mine"), "Mine has no `info`"),
         (type("Mine", (KeyNorm,), {"name": "mine"}), r"decorate it with @dataclass\(frozen=True\)"),
         (_class(KeyNorm, name="mine", __annotations__={"size": int}, size=3), r"size must be declared as option\("),
-        (_class(Attend, name="mine", info=INFO), "does not define attend, remember"),
+        (_class(AttentionMethod, name="mine", info=INFO), "does not define attend, remember"),
     ],
     ids=str,
 )

@@ -192,7 +192,7 @@ def visionzip(model: PreTrainedModel, image: Tensor, dominant: int, contextual: 
 
 
 def flowcut(
-    model: PreTrainedModel, image: Tensor, target: int, every: int = 2, tower_name: str = "vision_tower"
+    model: PreTrainedModel, image: Tensor, budget: int, every: int = 2, tower_name: str = "vision_tower"
 ) -> tuple[Tensor, list[int]]:
     """The published procedure on the CLIP tower of one LLaVA image [3, H, W], layer by layer, scores in float64: kept
     patches, ascending, and how many were left after each layer."""
@@ -214,11 +214,11 @@ def flowcut(
         accumulated = now if accumulated is None else 0.5 * accumulated + 0.5 * now
         hidden = layer(hidden, None)
         left, to_go = len(kept), last - index
-        if to_go % every == 0 and left > target:
+        if to_go % every == 0 and left > budget:
             share = relation / relation.sum()
             spread = float(-(share * share.log()).sum() / torch.tensor(float(left)).log())
-            cut = left - target if to_go == 0 else round((left - target) / to_go**0.5 * (1 - spread**2))
-            best = accumulated.topk(max(left - cut, target)).indices.sort().values
+            cut = left - budget if to_go == 0 else round((left - budget) / to_go**0.5 * (1 - spread**2))
+            best = accumulated.topk(max(left - cut, budget)).indices.sort().values
             kept, accumulated = kept[best], accumulated[best]
             hidden = torch.cat([hidden[:, :1], hidden[:, 1:][:, best]], dim=1)
         sizes.append(len(kept))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_accel.eval.tasks.vision.questions import Question, Task, questions
+from llm_accel.eval.tasks.vision.questions import SceneQuestion, Task, questions
 from llm_accel.eval.tasks.vision.scenes import (
     GRID,
     PAIRS,
@@ -58,12 +58,12 @@ class Batch:
     labels: Tensor  # [B, L]
     positions: Tensor  # [B, L]
     mask: Tensor  # [B, 1, L, L], True where the row may look
-    spans: list[tuple[int, int, int, Question]]
+    spans: list[tuple[int, int, int, SceneQuestion]]
 
 
-def ask(scene: Scene, rng: np.random.Generator, mix: Mapping[Subject, int]) -> list[Question]:
+def ask(scene: Scene, rng: np.random.Generator, mix: Mapping[Subject, int]) -> list[SceneQuestion]:
     """Questions about a scene: so many of each kind as ``mix`` says, where the scene has them."""
-    asked: list[Question] = []
+    asked: list[SceneQuestion] = []
     for subject, number in mix.items():
         if subject == "half":
             found = _halves(scene)
@@ -73,7 +73,7 @@ def ask(scene: Scene, rng: np.random.Generator, mix: Mapping[Subject, int]) -> l
     return asked
 
 
-def _halves(scene: Scene) -> tuple[Question, ...]:
+def _halves(scene: Scene) -> tuple[SceneQuestion, ...]:
     """In which half of the grid each thing lies: a stepping stone to the place of one thing beside another.
 
     Asked about two things right away, the model learns nothing: it would have to find both and to compare them at once.
@@ -81,12 +81,14 @@ def _halves(scene: Scene) -> tuple[Question, ...]:
     asked = []
     for thing in scene.things:
         name = f"<image> is the {thing.colour} {thing.shape}"
-        asked.append(Question("spatial", f"{name} left or right?", "left" if thing.column < GRID // 2 else "right"))
-        asked.append(Question("spatial", f"{name} above or below?", "above" if thing.row < GRID // 2 else "below"))
+        side = "left" if thing.column < GRID // 2 else "right"
+        asked.append(SceneQuestion("spatial", f"{name} left or right?", side))
+        level = "above" if thing.row < GRID // 2 else "below"
+        asked.append(SceneQuestion("spatial", f"{name} above or below?", level))
     return tuple(asked)
 
 
-def pack(scenes: Sequence[Scene], asked: Sequence[Sequence[Question]], hidden: Tensor | None = None) -> Batch:
+def pack(scenes: Sequence[Scene], asked: Sequence[Sequence[SceneQuestion]], hidden: Tensor | None = None) -> Batch:
     """One row per scene. ``hidden``: visual tokens that nothing may look at, bool [B, 100]; None hides none."""
     rows = [[(_encode(q.prompt), _encode(q.answer, end=True), q) for q in row] for row in asked]
     length = PREFIX + max(sum(len(p) + len(a) for p, a, _ in row) for row in rows)

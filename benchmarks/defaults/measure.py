@@ -11,11 +11,11 @@ from torch import Tensor
 from benchmarks.defaults.prompts import Case
 from benchmarks.defaults.replay import OBSERVED, Replay
 from llm_accel.common.generation import end_tokens
-from llm_accel.methods.division import Division
+from llm_accel.methods.kv.division import Division
+from llm_accel.methods.kv.snapkv import SnapKV
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.roles import PromptCompression
 from llm_accel.methods.selection import total_order
-from llm_accel.methods.snapkv import SnapKV
 
 _MARGIN = 16  # tokens of a dense answer around its value
 _TOKENS = 768  # read at once

@@ -11,7 +11,7 @@ from benchmarks.ops.registry import Case, Work, captured
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
 from llm_accel.methods import HiP
-from llm_accel.methods.hip import make_search
+from llm_accel.methods.sparse.hip import make_search
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128  # Llama-3.1-8B
 LAYER, LAYERS = 16, 32  # no edge layer

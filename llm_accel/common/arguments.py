@@ -38,14 +38,14 @@ class OutputOptions(Options):
     """Where results go and what is shown of them."""
 
     out: str | None = option(
-        "where results go; the same settings continue a run there (default: runs/<command>-<settings>)",
+        "output directory; a run with the same settings is resumed (default: runs/<command>-<settings>)",
         None,
         metavar="DIR",
         group="output",
     )
-    overwrite: bool = option("start anew in --out", False, group="output")
+    overwrite: bool = option("discard the results in --out and start over", False, group="output")
     plot: bool = option("draw pictures", True, group="output")
-    json_only: bool = option("no tables on stdout, only the JSON line", False, group="output")
+    json_only: bool = option("print only the JSON line, no tables", False, group="output")
 
 
 def methods_option(help: str, default: tuple[str, ...]) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +18,6 @@ from transformers import (
 
 from llm_accel.assets import NEEDLE, VISION
 from llm_accel.errors import ConfigError
-
-Loaded = TypeVar("Loaded")
 
 
 def needle_model_path() -> Path:
@@ -48,16 +45,7 @@ def load_needle_model(
     Raises:
         ConfigError: its files are missing or damaged.
     """
-
-    def load(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-        model = LlamaForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        assert isinstance(tokenizer, PreTrainedTokenizerFast)
-        return model, tokenizer
-
-    model, tokenizer = _explained("needle", needle_model_path(), load)
-    model.to(device)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
-    return model.train(False), tokenizer
+    return _load("needle", LlamaForCausalLM, AutoTokenizer, needle_model_path(), dtype, device)
 
 
 def load_vision_model(
@@ -70,30 +58,24 @@ def load_vision_model(
     Raises:
         ConfigError: its files are missing or damaged, or Pillow is not installed.
     """
+    return _load("vision", LlavaForConditionalGeneration, AutoProcessor, vision_model_path(gaps), dtype, device)
 
-    def load(path: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-        assert isinstance(processor, LlavaProcessor)
-        return model, processor
 
+def _load(
+    name: str, models: Any, readers: Any, path: Path, dtype: torch.dtype, device: str | torch.device
+) -> tuple[Any, Any]:
     try:
-        model, processor = _explained("vision", vision_model_path(gaps), load)
+        model = models.from_pretrained(path, dtype=dtype, local_files_only=True)
+        reader = readers.from_pretrained(path, local_files_only=True)
     except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"the bundled vision model's processor needs Pillow: {str(error).strip().splitlines()[0]} "
-            "Install it with `pip install 'llm_accel[vision]'`."
+            f"the bundled {name} model's processor needs Pillow: {reason} Install it with "
+            "`pip install 'llm_accel[vision]'`."
         ) from error
-    model.to(device)  # type: ignore[arg-type]  # stubs take the method for a wrapped function
-    return model.train(False), processor
-
-
-def _explained(name: str, path: Path, load: Callable[[Path], Loaded]) -> Loaded:
-    """What ``load`` makes of ``path``; missing or damaged files become a :class:`ConfigError`."""
-    try:
-        return load(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"the bundled {name} model cannot be loaded from {path}: {str(error).splitlines()[0]} "
             "Reinstall llm_accel, or name another model."
         ) from error
+    return model.to(device).train(False), reader

@@ -40,7 +40,7 @@ def _commit() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    prefix, _, commit = done.stdout.partition("\n")  # another prefix: somebody else's repository, with us inside it
+    prefix, _, commit = done.stdout.partition("\n")  # another prefix: the package lies inside some other repository
     return commit.strip() or None if done.returncode == 0 and prefix == "llm_accel/common/" else None
 
 

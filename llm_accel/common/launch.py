@@ -19,7 +19,7 @@ _PATIENCE = timedelta(days=7)  # parts of a grid take unequally long; a process 
 
 
 @dataclass(frozen=True)
-class Launch:
+class DistributedRun:
     """This process among those of the run.
 
     Attributes:
@@ -33,7 +33,7 @@ class Launch:
     local_rank: int = 0
 
     @classmethod
-    def here(cls) -> Launch:
+    def here(cls) -> DistributedRun:
         """What the launcher has written into the environment; alone without one."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
@@ -50,12 +50,12 @@ class Launch:
         index, count = shard
         return index + count * self.rank, count * self.world
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """To stderr, once for all processes."""
         if self.first:
             print(text, file=sys.stderr)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until all have come here.
 
         The group is one of gloo, on GPUs too: gloo notices at once that a process has died, where NCCL waits for its
@@ -82,9 +82,9 @@ class Launch:
         """The first process takes a step before all others do."""
         if self.first:
             taken = step()
-            self.meet()
+            self.barrier()
             return taken
-        self.meet()
+        self.barrier()
         return step()
 
 
@@ -102,6 +102,6 @@ def started_alone() -> str | None:
 
 def check_alone(command: str, why: str) -> None:
     """Raises :class:`ConfigError` where a command that is one process was launched as several."""
-    launch = Launch.here()
-    if launch.world > 1:
-        raise ConfigError(f"{command} was started in {launch.world} processes, but {why}. Start it without a launcher.")
+    run = DistributedRun.here()
+    if run.world > 1:
+        raise ConfigError(f"{command} was started in {run.world} processes, but {why}. Start it without a launcher.")

@@ -12,7 +12,7 @@ import torch
 
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.checkpoints import resolve_model
-from llm_accel.common.launch import Launch
+from llm_accel.common.launch import DistributedRun
 from llm_accel.errors import ConfigError
 
 
@@ -41,19 +41,19 @@ def find_device(name: str) -> torch.device:
 
 def _take_own(device: torch.device, name: str) -> None:
     """Of several processes of a run each takes the GPU of its number; all of them call it ``cuda``."""
-    launch = Launch.here()
-    if launch.world == 1 or device.type != "cuda":
+    run = DistributedRun.here()
+    if run.world == 1 or device.type != "cuda":
         return
     if ":" in name:
         raise ConfigError(
-            f"--device {name!r} puts {launch.world} processes on one GPU; give cuda, and each takes its own."
+            f"--device {name!r} puts {run.world} processes on one GPU; give cuda, and each takes its own."
         )
-    if launch.local_rank >= torch.cuda.device_count():
+    if run.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"this is process {launch.local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs; start no "
+            f"this is process {run.local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs; start no "
             "more processes than there are GPUs."
         )
-    torch.cuda.set_device(launch.local_rank)
+    torch.cuda.set_device(run.local_rank)
 
 
 Load = Callable[[torch.dtype, torch.device], tuple[Any, Any]]

@@ -24,7 +24,7 @@ _LAST = ("run", "output")  # headings that follow those of the command itself
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of an option besides its name, type and default.
+    """Describes an option in addition to its name, type and default.
 
     Attributes:
         help: one line; the default is added to it unless it speaks of one.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeVar
 
 Record = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 def bar(total: int | None, unit: str, shown: bool = True) -> Any:
@@ -25,7 +26,15 @@ def bar(total: int | None, unit: str, shown: bool = True) -> Any:
     )
 
 
-class Progress:
+def iterate(items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a bar on stderr that counts them; ``total``: how many there are, where they have no length."""
+    with bar(len(items) if total is None and isinstance(items, Sized) else total, unit) as counter:
+        for item in items:
+            yield item
+            counter.update(1)
+
+
+class RunProgress:
     """Counts what takes time (tokens, prompts) up to ``total``; ``done``: records of an earlier run; ``shown``: of
     several processes one is enough; ``score``: the field whose mean is shown."""
 
@@ -49,7 +58,7 @@ class Progress:
             self._shown = time.monotonic()
         self._bar.update(amount)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunProgress:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from llm_accel.patches.cache_name import CACHE
 
 
 class TokenPrompt(Protocol):
-    """What is run of a prompt: its ids, how many of them are before the question, and how many may follow."""
+    """What the engine needs of a prompt: its ids, how many of them precede the question, how many may follow."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -28,47 +29,34 @@ class TokenPrompt(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One batch.
+class TextOutcome:
+    """One batch."""
 
-    Attributes:
-        answers: generated ids per row, up to the end token.
-        kv_bytes: bytes that the cache holds after generation, per row.
-        dense_kv_bytes: bytes that the dense model would hold, per row.
-        prefill_ms: until the first token, for the batch; query-agnostic: context and question together.
-        decode_ms: mean time of a decode step after the first token, for the batch; None without such a step.
-    """
-
-    answers: list[list[int]]
-    kv_bytes: int
-    dense_kv_bytes: int
-    prefill_ms: float
-    decode_ms: float | None
+    answers: list[list[int]]  # generated ids per row, up to the end token
+    kv_bytes: int  # bytes that the cache holds after generation, per row
+    dense_kv_bytes: int  # bytes that the dense model would hold, per row
+    prefill_ms: float  # until the first token, for the batch; query-agnostic: context and question together
+    decode_ms: float | None  # mean time of a decode step of the batch; None without a step after the first token
 
 
-class Engine:
-    """A model with its end tokens, and one method at a time on it."""
+class TextEngine:
+    """A text model with its end tokens, and one method at a time applied to it."""
 
     def __init__(self, model: Any, tokenizer: Any, query_agnostic: bool, apply: Callable[..., Handle] = apply) -> None:
         self.model, self.query_agnostic, self._apply = model, query_agnostic, apply
         self.ends = end_tokens(model, tokenizer)
         self._options = greedy(self.ends, tokenizer)
 
-    def run(self, prompts: Sequence[TokenPrompt], configs: Sequence[MethodConfig]) -> Outcome:
-        """Answers of prompts alike in length and new tokens. The methods are on the model during this call only."""
-        if not configs:
-            return self._measure(prompts, None)
-        handle = self._apply(self.model, list(configs))
-        try:
+    def run(self, prompts: Sequence[TokenPrompt], configs: Sequence[MethodConfig]) -> TextOutcome:
+        """Answers to prompts of equal length and new tokens. The methods stay on the model for this call only."""
+        with self._apply(self.model, list(configs)) if configs else nullcontext() as handle:
             return self._measure(prompts, handle)
-        finally:
-            handle.remove()
 
     def try_method(self, configs: Sequence[MethodConfig]) -> None:
         """Applies and removes, so that what cannot work is known before a run begins."""
         self._apply(self.model, list(configs)).remove()
 
-    def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> Outcome:
+    def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> TextOutcome:
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
         clock = Clock(ids.device)
         begin = clock.now()
@@ -80,7 +68,7 @@ class Engine:
         output = self._generate(ids, cache, prompts[0].new_tokens, StoppingCriteriaList([clock]))
         steps = len(clock.ticks) - 1
         held, dense = held_bytes(output, handle)
-        return Outcome(
+        return TextOutcome(
             answers=[cut(row, self.ends) for row in output.sequences[:, ids.shape[1] :].tolist()],
             kv_bytes=held // len(prompts),
             dense_kv_bytes=dense // len(prompts),

@@ -1,4 +1,4 @@
-"""The places of a grid of prompts, their batches, and what they cost."""
+"""The points of a grid of prompts, their batches, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,33 +9,27 @@ from typing import Any
 
 
 @dataclass(frozen=True, order=True)
-class Place:
-    """One prompt of a grid; ordered by length first, so that cheap prompts come first.
+class GridPoint:
+    """One prompt of a grid; ordered by length first, so that cheap prompts come first."""
 
-    Attributes:
-        length: of the prompt in tokens, as asked for.
-        row: depth of the needle in percent, or name of a task.
-        sample: number of the prompt in its cell.
-    """
-
-    length: int
-    row: Any
-    sample: int
+    length: int  # of the prompt in tokens, as asked for
+    row: Any  # depth of the needle in percent, or name of a task
+    sample: int  # number of the prompt in its cell
 
     @property
     def key(self) -> tuple[int, Any, int]:
-        """What records tell it by."""
+        """The values that identify its records."""
         return self.length, self.row, self.sample
 
 
-def places(lengths: Iterable[int], rows: Iterable[Any], samples: int) -> list[Place]:
-    """All places, ascending."""
+def points(lengths: Iterable[int], rows: Iterable[Any], samples: int) -> list[GridPoint]:
+    """All points, ascending."""
     rows = tuple(rows)
-    return sorted(Place(length, row, sample) for length in lengths for row in rows for sample in range(samples))
+    return sorted(GridPoint(length, row, sample) for length in lengths for row in rows for sample in range(samples))
 
 
-def batches(wanted: Iterable[Place], size: int, alike: Callable[[Place], Any]) -> Iterator[Sequence[Place]]:
-    """Places of which ``alike`` says the same, at most ``size`` at a time."""
+def batches(wanted: Iterable[GridPoint], size: int, alike: Callable[[GridPoint], Any]) -> Iterator[Sequence[GridPoint]]:
+    """Points with equal ``alike(point)``, at most ``size`` at a time."""
     for _, group in groupby(sorted(wanted), key=alike):
         yield from chunks(list(group), size)
 
@@ -68,10 +62,10 @@ class Speed:
         return self.linear * length + self.square * length**2 + self.step * new_tokens
 
 
-def cost(pending: Sequence[tuple[Place, int, int, int]], speed: Speed) -> str:
-    """What there is to do, in words; ``pending``: places with the tokens of their prompt, the tokens to generate at
+def cost(pending: Sequence[tuple[GridPoint, int, int, int]], speed: Speed) -> str:
+    """The amount of work, in words; ``pending``: points with the tokens of their prompt, the tokens to generate at
     most, and the number of methods that lack them."""
-    cells = len({(place.length, place.row) for place, *_ in pending})
+    cells = len({(point.length, point.row) for point, *_ in pending})
     prompts, new_tokens = sum(n for *_, n in pending), sum(new * n for _, _, new, n in pending)
     tokens = sum(length * n for _, length, _, n in pending)
     seconds = sum(n * speed.seconds(length, new) for _, length, new, n in pending)

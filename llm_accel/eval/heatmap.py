@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.eval.lengths import length_label
-from llm_accel.eval.plots import INK, MUTED, new_figure, plain
+from llm_accel.eval.plots import INK, MUTED, new_figure, strip_axes
 
 PALETTES: dict[str, tuple[str, ...]] = {
     "classic": ("#F0496E", "#EBB839", "#0CD79F"),  # the colours that needle plots have had since 2023
-    "safe": ("#440154", "#3B528B", "#21918C", "#5EC962", "#FDE725"),  # viridis: lightness alone tells the score
+    "safe": (
+        "#440154",
+        "#3B528B",
+        "#21918C",
+        "#5EC962",
+        "#FDE725",
+    ),  # viridis: lightness alone shows the score
 }
 _EMPTY = "#ECEEF0"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One method.
+    """One method."""
 
-    Attributes:
-        name: title of the panel.
-        cells: mean score per cell, rows are depths or tasks, columns lengths; None where nothing ran.
-        mean: number for the title, or None.
-    """
-
-    name: str
-    cells: list[list[float | None]]
-    mean: float | None
+    name: str  # title of the panel
+    cells: list[list[float | None]]  # mean score by row and length; None where nothing ran
+    mean: float | None  # number for the title, or None
 
 
 def draw(
@@ -110,7 +110,7 @@ def _decorate(axes: Any, lengths: Sequence[int], rows: Sequence[str], row_label:
     at_x, at_y = range(0, len(lengths), every_x), range(0, len(rows), every_y)
     axes.set_xticks(list(at_x), [length_label(lengths[i]) for i in at_x])
     axes.set_yticks(list(at_y), [rows[i] for i in at_y])
-    plain(axes, pad=4, labelleft=left)
+    strip_axes(axes, pad=4, labelleft=left)
     if bottom:
         axes.set_xlabel("prompt length in tokens", fontsize=8, color=MUTED)
     if left:
@@ -122,7 +122,7 @@ def _decorate(axes: Any, lengths: Sequence[int], rows: Sequence[str], row_label:
 
 
 def _write_scores(axes: Any, cells: Sequence[Sequence[float | None]], columns: int, colours: Any) -> None:
-    """Percentages in the cells that are neither all right nor all wrong, where there is room."""
+    """Percentages in the cells between 0 and 1, where they are large enough for it."""
     if columns > 12 or len(cells) > 15:
         return
     for y, line in enumerate(cells):

@@ -1,4 +1,4 @@
-"""Prompt lengths: from the text of an option, and back to a label."""
+"""Comma-separated options, and prompt lengths: from the text of an option, and back to a label."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ _LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1024, "m": 1024**2}
 
 
+def comma_list(text: str) -> list[str]:
+    """The parts of a comma-separated list, in order, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def parse_length(text: str) -> int:
     """``512``, ``4k`` (4096) or ``1m`` (1048576) as a number of tokens."""
-    match = _LENGTH.fullmatch(text.strip())
+    match = _LENGTH.fullmatch(text)
     if match is None or int(match[1]) == 0:
-        raise ConfigError(f"--lengths: {text.strip()!r} is not a length; give positive integers or 1k = 1024 tokens.")
+        raise ConfigError(f"--lengths: {text!r} is not a length; give positive integers or 1k = 1024 tokens.")
     return int(match[1]) * _UNIT[match[2].lower()]
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
     """A comma-separated list of lengths, ascending, each once."""
-    parts = [part for part in text.split(",") if part.strip()]
+    parts = comma_list(text)
     if not parts:
         raise ConfigError(f"--lengths {text!r} is empty; give for example --lengths 512,1k,2k.")
     return tuple(sorted({parse_length(part) for part in parts}))

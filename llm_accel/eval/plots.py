@@ -32,7 +32,7 @@ def new_figure(width: float, height: float, **options: Any) -> Any:
     return figure
 
 
-def plain(axes: Any, **ticks: Any) -> None:
+def strip_axes(axes: Any, **ticks: Any) -> None:
     """Axes without lines around them, with small grey labels; ``ticks``: of ``tick_params``."""
     axes.tick_params(**{"labelsize": 7.5, "length": 0, "colors": MUTED} | ticks)
     for spine in axes.spines.values():

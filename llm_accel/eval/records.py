@@ -1,7 +1,7 @@
-"""The run directory: ``run.json``, ``cells.jsonl`` and ``summary.json``; nothing that was measured gets lost.
+"""The run directory: ``run.json``, ``cells.jsonl`` and ``summary.json``; no measurement is lost.
 
 Records are appended one line per write, so a crash can tear at most the last line; torn lines are skipped on reading
-and the places they stood for are run again. Shards of one run may share a directory.
+and what they stood for is run again. Shards of one run may share a directory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,21 @@ _MISSING = "(not set)"
 Record = dict[str, Any]
 
 
+@contextmanager
+def reported_errors(path: Path, option: str = "--out") -> Iterator[None]:
+    """An error of the file system becomes a :class:`ConfigError` that names ``option`` and its ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be used: {error.strerror or error}.") from error
+
+
 class RunDir:
     """One directory of results.
 
     Attributes:
-        fields: what tells one record from another.
-        plots: patterns of the pictures that are written beside them.
+        fields: the fields that identify a record.
+        plots: glob patterns of the pictures of a run.
     """
 
     def __init__(self, path: Path, fields: tuple[str, ...], plots: tuple[str, ...] = ()) -> None:
@@ -33,7 +44,7 @@ class RunDir:
         self.summary_file = path / "summary.json"
 
     def key(self, record: Record) -> tuple[Any, ...]:
-        """What a record is about."""
+        """The key of a record."""
         return tuple(record[field] for field in self.fields)
 
     def open(self, settings: dict[str, Any], about: dict[str, Any], overwrite: bool = False) -> list[Record]:
@@ -41,13 +52,13 @@ class RunDir:
 
         Args:
             settings: what must be equal for a run to continue, plain data.
-            about: versions, hardware and the like, written beside it.
-            overwrite: start anew; only files that such a run writes are removed.
+            about: versions, hardware and the like, written with them.
+            overwrite: start over; only files that such a run writes are removed.
 
         Raises:
             ConfigError: the directory holds another run (names the settings that differ), or something else.
         """
-        try:
+        with reported_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"--out {str(self.path)!r} is a file; give a directory.")
             if overwrite:
@@ -58,8 +69,6 @@ class RunDir:
             text = json.dumps({"settings": settings, **about}, indent=2) + "\n"
             if not self._create(text):
                 self.check(settings)
-        except OSError as error:
-            raise ConfigError(f"--out {str(self.path)!r} cannot be used: {error.strerror or error}.") from error
         return self.records()
 
     def _create(self, text: str) -> bool:
@@ -99,7 +108,7 @@ class RunDir:
         if differing:
             raise ConfigError(
                 f"--out {str(self.path)!r} holds a run with other settings ({'; '.join(differing)}). "
-                "Give another --out, the settings of that run, or --overwrite to start anew."
+                "Give another --out, the settings of that run, or --overwrite to start over."
             )
 
     def about(self) -> dict[str, Any]:
@@ -107,7 +116,7 @@ class RunDir:
         return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
 
     def records(self) -> list[Record]:
-        """All whole records, the first one of each place; torn lines are skipped."""
+        """All whole records, the first one of each prompt; torn lines are skipped."""
         if not self.cells_file.exists():
             return []
         found: dict[tuple[Any, ...], Record] = {}

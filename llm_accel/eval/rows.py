@@ -1,4 +1,4 @@
-"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset."""
+"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset; and the word lists of the package."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ SUFFIXES = (".json", ".jsonl")
 
 def read_rows(source: str, option: str, split: str = "test") -> Iterator[Any]:
     """Rows of what ``option`` was given; a row with a list of rows as its ``data`` (SQuAD's file) stands for these.
-
-    Raises:
-        ConfigError: the source cannot be read, or needs a package that is not installed.
-    """
+    Raises :class:`ConfigError`: the source cannot be read, or needs a package that is not installed."""
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in SUFFIXES:
-        return _file_rows(path, option)
+        return read_file(path, option)
     return DatasetSource.parse(source, option, FORMS, split=split).rows()
 
 
-def _file_rows(path: Path, option: str) -> Iterator[Any]:
+def read_file(path: Path, option: str, forms: str = FORMS) -> Iterator[Any]:
+    """Rows of a file as :func:`read_rows` gives them; ``forms``: what ``option`` takes, for the error."""
     if not path.is_file():
-        raise ConfigError(f"{option} {str(path)!r}: no such file; give {FORMS}.")
+        raise ConfigError(f"{option} {str(path)!r}: no such file; give {forms}.")
     try:
         text = path.read_text(encoding="utf-8")
         rows = (
@@ -43,21 +41,20 @@ def _file_rows(path: Path, option: str) -> Iterator[Any]:
         yield from row["data"] if isinstance(row, dict) and isinstance(row.get("data"), list) else (row,)
 
 
+def read_word_lists(file: Path) -> dict[str, str]:
+    """The lists of a file of the package: lines ``name: words``, continued on lines that begin with a space."""
+    lines = file.read_text(encoding="utf-8").replace("\n ", " ").splitlines()
+    return {name: words.strip() for name, _, words in (line.partition(":") for line in lines)}
+
+
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset that an option names: ``NAME[,split=test,config=NAME]``.
+    """A dataset that an option names: ``NAME[,split=test,config=NAME]``."""
 
-    Attributes:
-        given: what the option was given.
-        option: its name.
-        name: the dataset, a name on the hub or a folder.
-        options: the split, the configuration (may be empty), and what else the option takes.
-    """
-
-    given: str
-    option: str
-    name: str
-    options: Mapping[str, str]
+    given: str  # what the option was given
+    option: str  # its name
+    name: str  # the dataset, a name on the hub or a folder
+    options: Mapping[str, str]  # the split, the configuration (may be empty), and what else the option takes
 
     @classmethod
     def parse(cls, given: str, option: str, forms: str, **defaults: str) -> DatasetSource:
@@ -76,11 +73,8 @@ class DatasetSource:
         return cls(given, option, name, options)
 
     def rows(self, streaming: bool = False) -> Iterator[Any]:
-        """The rows; ``streaming``: without having all of them first.
-
-        Raises:
-            ConfigError: the package is missing, or the dataset cannot be loaded.
-        """
+        """The rows; ``streaming``: without having all of them first. Raises :class:`ConfigError`: the package is
+        missing, or the dataset cannot be loaded."""
         about = f"{self.option} {self.given!r}"
         try:
             datasets: Any = importlib.import_module("datasets")

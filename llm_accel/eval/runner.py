@@ -1,5 +1,5 @@
-"""The frame of all evaluations: a directory that a later call continues, parts that several processes do, every method
-on the same prompts, a record of each written at once, and one process that tells what came out."""
+"""Runs all evaluations: a directory that a later call resumes, work shared by several processes, every method on the
+same prompts, each record written at once, and one process that prints the summary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_accel.common.environment import hardware, versions, weights_digest
-from llm_accel.common.launch import Launch
+from llm_accel.common.launch import DistributedRun
 from llm_accel.common.options import Options
-from llm_accel.common.progress import Progress
+from llm_accel.common.progress import RunProgress
 from llm_accel.errors import ConfigError
 from llm_accel.eval.plots import require_matplotlib
 from llm_accel.eval.records import Record, RunDir
@@ -21,7 +21,7 @@ from llm_accel.eval.task import RunOptions, Task
 
 AnyTask = Task[Any, Any, Any]
 SettingsT = TypeVar("SettingsT", bound=Options)
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def run(
@@ -39,23 +39,23 @@ def run(
     Raises:
         LlmAccelError: anything wrong with the options, before anything is run or written.
     """
-    launch = Launch.here()
+    processes = DistributedRun.here()
     check(kind, settings, how)
     task = load(settings)
     for configs in filter(None, task.configs.values()):
-        task.try_method(configs)
+        task.engine.try_method(configs)
     for warning in task.warnings():
-        launch.say(f"warning: {warning}")
-    run_dir, done = open_directory(task, how, launch)
+        processes.log(f"warning: {warning}")
+    run_dir, done = open_directory(task, how, processes)
     summary: dict[str, Any] = {}
     try:
-        run_places(task, run_dir, done, launch.part(how.shard), launch.say, launch.first)
-        launch.meet()
+        run_items(task, run_dir, done, processes.part(how.shard), processes.log, processes.first)
+        processes.barrier()
     finally:
-        if launch.first:
-            summary = conclude(task, run_dir, how.plot)
-    if launch.first:
-        tell(summary, None if how.json_only else task.render(summary))
+        if processes.first:
+            summary = write_results(task, run_dir, how.plot)
+    if processes.first:
+        print_summary(summary, None if how.json_only else task.render(summary))
     return summary
 
 
@@ -71,19 +71,21 @@ def check(kind: type[AnyTask], settings: Options, how: RunOptions) -> None:
         RunDir(Path(how.out), kind.fields).check(known)
 
 
-def open_directory(task: AnyTask, how: RunOptions, launch: Launch) -> tuple[RunDir, list[Record]]:
+def open_directory(task: AnyTask, how: RunOptions, processes: DistributedRun) -> tuple[RunDir, list[Record]]:
     """The directory, new or continued, and the records in it. Without ``--out`` its name is
     ``runs/<command>-<model>-<hash of settings, prompts and weights>``: the same call continues its own run."""
     tied = task.settings.to_dict() | {"prompt_hash": task.digest(), "weights_hash": weights_digest(task.model)}
     where = {"versions": versions(), "hardware": hardware(task.model.device)}
     about = {"command": task.command, **where, **task.about(), "argv": sys.argv[1:]}
     run_dir = RunDir(Path(how.out) if how.out else _default_out(task, tied), task.fields, task.plots)
-    overwrite = how.overwrite and launch.first
-    done = launch.first_then_all(lambda: run_dir.open(tied, about, overwrite=overwrite))
-    launch.say(f"results go to {run_dir.path}")
+    overwrite = how.overwrite and processes.first
+    done = processes.first_then_all(lambda: run_dir.open(tied, about, overwrite=overwrite))
+    processes.log(f"results go to {run_dir.path}")
     for name in where:
         if done and run_dir.about().get(name) != where[name]:
-            launch.say(f"warning: the records there were made with other {name} (see run.json); times may not compare")
+            processes.log(
+                f"warning: earlier records were made with other {name} (see run.json); times may not be comparable"
+            )
     return run_dir, done
 
 
@@ -93,41 +95,41 @@ def _default_out(task: AnyTask, tied: dict[str, Any]) -> Path:
     return Path("runs") / f"{task.command}-{name}-{digest}"
 
 
-def run_places(
+def run_items(
     task: AnyTask,
     run_dir: RunDir,
     done: Sequence[Record],
     shard: tuple[int, int] = (1, 1),
-    say: Say = lambda text: print(text, file=sys.stderr),
+    log: Log = lambda text: print(text, file=sys.stderr),
     shown: bool = True,
 ) -> None:
-    """Runs what ``done`` lacks of a shard, every method on the same prompts, and appends to the directory. Shards are
-    disjoint, cover the run and have equal shares of its cheap and its costly places."""
+    """Runs the part of a shard that ``done`` lacks, every method on the same prompts, and appends to the directory.
+    Shards are disjoint, cover the run and have equal shares of its cheap and its costly items."""
     known = {run_dir.key(record) for record in done}
-    lacking = lacking_methods(task, task.places()[shard[0] - 1 :: shard[1]], known)
+    lacking = lacking_methods(task, task.items()[shard[0] - 1 :: shard[1]], known)
     if done:
-        say(f"{run_dir.path}: {len(done)} records are there, {sum(map(len, lacking.values()))} to do")
+        log(f"{run_dir.path}: {len(done)} records found, {sum(map(len, lacking.values()))} to do")
     if not lacking:
         return
     if (announced := task.announce(lacking)) is not None:
-        say(announced)
-    total = sum(task.size(place) * len(methods) for place, methods in lacking.items())
-    with Progress(total, done, task.unit, shown, task.score) as progress:
+        log(announced)
+    total = sum(task.size(item) * len(methods) for item, methods in lacking.items())
+    with RunProgress(total, done, task.unit, shown, task.score) as progress:
         for batch in task.batches(lacking):
-            prompts = [prompt for place in batch for prompt in task.prompts(place)]
+            prompts = [prompt for item in batch for prompt in task.prompts(item)]
             for method in task.configs:
                 own = [prompt for prompt in prompts if (method, *prompt.key) not in known]
                 records = run_prompts(task, run_dir, method, own, f"{shard[0]}/{shard[1]}")
-                progress.add(records, sum(task.size(place) for place in batch if method in lacking[place]))
+                progress.add(records, sum(task.size(item) for item in batch if method in lacking[item]))
 
 
-def lacking_methods(task: AnyTask, places: Iterable[Any], known: Collection[Any]) -> dict[Any, list[str]]:
-    """Places with the methods that lack a record of a prompt there; places that lack nothing are left out."""
+def lacking_methods(task: AnyTask, items: Iterable[Any], known: Collection[Any]) -> dict[Any, list[str]]:
+    """Items with the methods that lack a record of a prompt there; items that lack nothing are left out."""
     lacking = {}
-    for place in places:
-        keys = list(task.keys(place)) if known else []
-        lacking[place] = [m for m in task.configs if not known or any((m, *key) not in known for key in keys)]
-    return {place: methods for place, methods in lacking.items() if methods}
+    for item in items:
+        keys = list(task.keys(item)) if known else []
+        lacking[item] = [m for m in task.configs if not known or any((m, *key) not in known for key in keys)]
+    return {item: methods for item, methods in lacking.items() if methods}
 
 
 def run_prompts(task: AnyTask, run_dir: RunDir, method: str, prompts: Sequence[Any], shard: str) -> list[Record]:
@@ -141,7 +143,7 @@ def run_prompts(task: AnyTask, run_dir: RunDir, method: str, prompts: Sequence[A
     return records
 
 
-def conclude(task: AnyTask, run_dir: RunDir, plot: bool) -> dict[str, Any]:
+def write_results(task: AnyTask, run_dir: RunDir, plot: bool) -> dict[str, Any]:
     """Writes summary.json and the pictures from all records in the directory."""
     records = run_dir.records()
     summary = task.summarize(records, command=task.command, model=task.name, out=str(run_dir.path))
@@ -151,7 +153,7 @@ def conclude(task: AnyTask, run_dir: RunDir, plot: bool) -> dict[str, Any]:
     return summary
 
 
-def tell(summary: dict[str, Any], table: str | None) -> None:
+def print_summary(summary: dict[str, Any], table: str | None) -> None:
     """Prints the table, if any, and the summary as one line of JSON, the last one of stdout."""
     if table is not None:
         print(table)

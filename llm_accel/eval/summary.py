@@ -53,11 +53,11 @@ def cost_of(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def progress_of(records: Sequence[Record], wanted: int) -> dict[str, Any]:
-    """How much of a run is there."""
+    """How much of a run is done."""
     return {"records": len(records), "complete": len(records) == wanted, "missing": wanted - len(records)}
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of what is there, to four decimals."""
+    """The mean of the values that are not None, to four decimals."""
     found = [value for value in values if value is not None]
     return round(fmean(found), 4) if found else None

@@ -22,7 +22,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def number(value: float | None, form: str = ".2f") -> str:
-    """A number as ``form`` says."""
+    """A number formatted by ``form``."""
     return NONE if value is None else format(value, form)
 
 
@@ -83,5 +83,5 @@ def interval(ends: Sequence[float] | None) -> str:
 
 
 def missing(summary: Mapping[str, Any]) -> str:
-    """What a footer adds where records are missing."""
+    """The footer's remark on missing records."""
     return "" if summary["complete"] else f"; {summary['missing']} records missing"

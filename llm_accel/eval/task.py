@@ -1,4 +1,4 @@
-"""What an evaluation gives to the frame that runs it: places, prompts, answers, scores, a table and pictures."""
+"""What an evaluation gives to the frame that runs it: items, prompts, answers, scores, a table and pictures."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llm_accel.methods import MethodConfig
 Configs = Mapping[str, Sequence[MethodConfig]]
 
 
-class Prompt(Protocol):
-    """What a record is about: its ``key`` are the values of the task's ``fields`` after the method."""
+class KeyedPrompt(Protocol):
+    """What a record is about: its ``key`` holds the values of the task's ``fields`` after the method."""
 
     @property
     def key(self) -> tuple[Any, ...]: ...
 
 
-PlaceT = TypeVar("PlaceT")
-PromptT = TypeVar("PromptT", bound=Prompt)
+ItemT = TypeVar("ItemT")
+PromptT = TypeVar("PromptT", bound=KeyedPrompt)
 OutcomeT = TypeVar("OutcomeT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OutputOptions):
-    """How a run is carried out, which does not change what its records say."""
+    """How a run is carried out, without effect on its records."""
 
     shard: tuple[int, int] = option(
         "run the I-th of N parts; they may share --out",
@@ -42,20 +42,22 @@ class RunOptions(OutputOptions):
     )
 
 
-class Task(ABC, Generic[PlaceT, PromptT, OutcomeT]):
+class Task(ABC, Generic[ItemT, PromptT, OutcomeT]):
     """One evaluation of several methods on one model.
 
-    A place is what a run is divided by, over shards and when it goes on; it has one prompt or several, and each method
-    leaves one record of every prompt.
+    An item is the unit that shards and resumed runs divide the work by. It has one prompt or several, and every method
+    leaves one record per prompt.
 
     Attributes:
         command: name of the command.
-        fields: of a record, what tells it from all others.
-        plots: patterns of the pictures that are written.
-        open_settings: settings that model and data fill in, so that they are not known beforehand.
-        score: the field of a record whose mean is shown while it runs.
+        fields: the fields of a record that identify it.
+        plots: glob patterns of the pictures that are written.
+        open_settings: settings that model and data fill in, unknown before they are loaded.
+        score: the field of a record whose mean the progress bar shows.
         unit: what :meth:`size` counts.
         settings: everything that decides what the records say.
+        engine: ``run(prompts, configs)`` answers prompts with methods applied to the model, ``try_method(configs)``
+            only applies and removes them.
         configs: the methods, by the name that records and tables show.
         name: what titles call the model.
     """
@@ -69,69 +71,67 @@ class Task(ABC, Generic[PlaceT, PromptT, OutcomeT]):
 
     settings: ModelOptions
     model: Any
+    engine: Any
     configs: Configs
     name: str
 
     @property
     @abstractmethod
     def wanted(self) -> int:
-        """Records of the whole run."""
+        """Number of records of the whole run."""
 
     @abstractmethod
     def digest(self) -> str:
-        """Hash over the prompts, 16 hex digits: a run goes on only with the same ones."""
+        """Hash over the prompts, 16 hex digits: a run is only continued with the same ones."""
 
     def about(self) -> dict[str, Any]:
-        """What else run.json should tell."""
+        """Further entries of run.json."""
         return {}
 
     def warnings(self) -> list[str]:
-        """What the user should know before it runs."""
+        """What the user should know before the run starts."""
         return []
 
     @abstractmethod
-    def try_method(self, configs: Sequence[MethodConfig]) -> None:
-        """Raises what applying the methods would, so that it is known before a run begins."""
+    def items(self) -> Sequence[ItemT]:
+        """All items, cheap ones first."""
 
     @abstractmethod
-    def places(self) -> Sequence[PlaceT]:
-        """All places, cheap ones first."""
+    def keys(self, item: ItemT) -> Iterable[tuple[Any, ...]]:
+        """Keys of the prompts of an item, without making the prompts."""
 
-    @abstractmethod
-    def keys(self, place: PlaceT) -> Iterable[tuple[Any, ...]]:
-        """Keys of the prompts of a place, without the work of making them."""
+    def size(self, item: ItemT) -> int:
+        """What an item costs, for the progress bar."""
+        return 1
 
-    @abstractmethod
-    def size(self, place: PlaceT) -> int:
-        """What a place costs, for the progress bar."""
-
-    def announce(self, lacking: Mapping[PlaceT, Sequence[str]]) -> str | None:
-        """What there is to do, in words; ``lacking``: methods by place."""
+    def announce(self, lacking: Mapping[ItemT, Sequence[str]]) -> str | None:
+        """The remaining work, in words; ``lacking``: the methods without a record, by item."""
         return None
 
-    @abstractmethod
-    def batches(self, places: Iterable[PlaceT]) -> Iterator[Sequence[PlaceT]]:
-        """Places whose prompts may be answered in one call."""
+    def batches(self, items: Iterable[ItemT]) -> Iterator[Sequence[ItemT]]:
+        """Items whose prompts may be answered in one call."""
+        return ((item,) for item in items)
 
     @abstractmethod
-    def prompts(self, place: PlaceT) -> Sequence[PromptT]:
-        """The prompts of a place."""
+    def prompts(self, item: ItemT) -> Sequence[PromptT]:
+        """The prompts of an item."""
 
     @abstractmethod
     def calls(self, prompts: Sequence[PromptT], configs: Sequence[MethodConfig]) -> Iterable[Sequence[PromptT]]:
         """The prompts of a batch, divided into calls of the model."""
 
-    @abstractmethod
     def answer(self, prompts: Sequence[PromptT], configs: Sequence[MethodConfig]) -> OutcomeT:
-        """The answers to the prompts of a call, and what they cost; the methods are on the model meanwhile."""
+        """The answers to the prompts of one call, and what they cost."""
+        outcome: OutcomeT = self.engine.run(prompts, configs)
+        return outcome
 
     @abstractmethod
     def record(self, prompt: PromptT, row: int, outcome: OutcomeT) -> Record:
-        """What is written of a prompt, the ``row``-th of its call."""
+        """What is written about a prompt, the ``row``-th of its call."""
 
     @abstractmethod
     def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
-        """Records to plain data; ``about`` comes first in it."""
+        """The summary as plain data; ``about`` comes first in it."""
 
     @abstractmethod
     def render(self, summary: dict[str, Any]) -> str:

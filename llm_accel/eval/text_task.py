@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from llm_accel.common.arguments import ModelOptions, haystack_option, methods_option
 from llm_accel.common.loading import load_text_model, short_name
 from llm_accel.common.options import option
 from llm_accel.eval import grid
-from llm_accel.eval.engine import Engine, Outcome
-from llm_accel.eval.grid import Place, Speed
+from llm_accel.eval.engine import TextEngine, TextOutcome
+from llm_accel.eval.grid import GridPoint, Speed
 from llm_accel.eval.heatmap import PALETTES, Panel, draw
 from llm_accel.eval.lengths import lengths_option
 from llm_accel.eval.plots import save
-from llm_accel.eval.prompts.encoding import Encoder, Frame, make_frame
-from llm_accel.eval.prompts.haystack import Haystack, load_haystack
-from llm_accel.eval.prompts.maker import Prompt, PromptMaker
+from llm_accel.eval.prompts.maker import PromptMaker, TextPrompt
 from llm_accel.eval.records import Record
 from llm_accel.eval.summary import by_method, mean_of, progress_of
 from llm_accel.eval.task import RunOptions, Task
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import parse_all
 
-_HAYSTACK_TOKENS = 2**18  # what is read of a long haystack at least; prompts begin anywhere in it
 _PROBE_LENGTHS = (512, 2048)
 _PROBE_SECONDS = 2.0  # a first probe slower than this is not followed by a longer one
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(ModelOptions):
-    """Everything that decides what the records of a run say. Two runs with equal settings may share a directory.
+    """Everything that determines the records of a run. Runs with equal settings may share a directory.
 
     ``methods`` are specifications in canonical form, no two alike, ``dense`` among them; ``lengths`` are ascending.
     """
@@ -59,7 +57,7 @@ class TextSettings(ModelOptions):
 
     @property
     def model_name(self) -> str:
-        """What titles call the model."""
+        """The model's name in titles."""
         return "bundled needle model" if self.model is None else short_name(self.model)
 
 
@@ -70,68 +68,42 @@ class TextRunOptions(RunOptions):
     palette: str = option("safe: for colour-blind readers", "classic", choices=tuple(sorted(PALETTES)), group="output")
 
 
-SettingsT = TypeVar("SettingsT", bound=TextSettings)
-
-
-def prepare(settings: SettingsT, tokenizer: Any) -> tuple[SettingsT, Encoder, Frame, Haystack]:
-    """What prompts are made with, and the settings with the chat template decided.
-
-    Raises:
-        ConfigError: an unreadable haystack, or no chat template where one was asked for.
-    """
-    encoder = Encoder(tokenizer)
-    frame = make_frame(encoder, settings.chat_template)
-    haystack = load_haystack(settings.haystack, encoder, tokens=max(_HAYSTACK_TOKENS, 4 * max(settings.lengths)))
-    return replace(settings, chat_template=frame.chat), encoder, frame, haystack
-
-
-class TextTask(Task[Place, Prompt, Outcome]):
+class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
     """A grid of prompts on a language model.
 
     Attributes:
         row_label, score_label: what the heat map calls its rows and its colours.
-        measures: entries of a column of which a mean is told.
+        measures: entries of a column that are averaged.
         palette: its colours.
     """
 
+    maker_type: ClassVar[type[PromptMaker]]
     row_label: ClassVar[str]
     score_label: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
 
     settings: TextSettings
 
-    def __init__(
-        self, settings: TextSettings, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic"
-    ) -> None:
-        self.settings, self.model, self.maker, self.palette = settings, model, maker, palette
-        self.engine = Engine(model, tokenizer, settings.query_agnostic)
-        self.configs = {method: parse_all(method) for method in settings.methods}
-        self.name = settings.model_name
+    def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
+        self.settings, self.model, self.maker, self.palette = maker.settings, model, maker, palette
+        self.engine = TextEngine(model, tokenizer, self.settings.query_agnostic)
+        self.configs = {method: parse_all(method) for method in self.settings.methods}
+        self.name = self.settings.model_name
 
     @classmethod
     def load(cls, settings: Any, palette: str = "classic") -> Self:
-        """With model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
+        """The task with model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
         model, tokenizer, settings = load_text_model(settings)
-        maker, settings = cls.make_prompts(settings, tokenizer)
-        return cls(settings, model, tokenizer, maker, palette)
-
-    @staticmethod
-    @abstractmethod
-    def make_prompts(settings: Any, tokenizer: Any) -> tuple[PromptMaker, Any]:
-        """The prompt maker, and the settings with what the tokenizer decides filled in.
-
-        Raises:
-            ConfigError: no room at the shortest length, an unreadable file, no chat template.
-        """
+        return cls(model, tokenizer, cls.maker_type.load(settings, tokenizer), palette)
 
     @property
     def wanted(self) -> int:
         """Records of the whole run."""
-        return len(self.settings.methods) * len(self.places())
+        return len(self.settings.methods) * len(self.items())
 
     @property
     def trained_length(self) -> int | None:
-        """The length that the model was made for; None if unknown."""
+        """The model's maximum length; None if unknown."""
         found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return found
 
@@ -140,35 +112,31 @@ class TextTask(Task[Place, Prompt, Outcome]):
         return self.maker.digest(self.settings.lengths, self.settings.rows)
 
     def about(self) -> dict[str, Any]:
-        """What the haystack was."""
+        """Size and hash of the haystack."""
         return {"haystack_tokens": self.maker.haystack.tokens, "haystack_hash": self.maker.haystack.digest()}
 
     def warnings(self) -> list[str]:
-        """Whether prompts are longer than what the model was made for."""
-        ends = (Place(max(self.settings.lengths), row, 0) for row in self.settings.rows)
+        """Whether prompts exceed the model's maximum length."""
+        ends = (GridPoint(max(self.settings.lengths), row, 0) for row in self.settings.rows)
         longest, trained = max(self.maker.length(e) + self.maker.new_tokens(e) for e in ends), self.trained_length
         if trained is None or longest <= trained:
             return []
         return [f"the model was made for {trained} tokens, prompts and answers go to {longest}"]
 
-    def try_method(self, configs: Sequence[MethodConfig]) -> None:
-        """Applies and removes."""
-        self.engine.try_method(configs)
-
-    def places(self) -> Sequence[Place]:
+    def items(self) -> Sequence[GridPoint]:
         """Every cell and sample."""
-        return grid.places(self.settings.lengths, self.settings.rows, self.settings.samples)
+        return grid.points(self.settings.lengths, self.settings.rows, self.settings.samples)
 
-    def keys(self, place: Place) -> Iterable[tuple[Any, ...]]:
-        """A place has one prompt."""
-        return [place.key]
+    def keys(self, point: GridPoint) -> Iterable[tuple[Any, ...]]:
+        """A point has one prompt."""
+        return [point.key]
 
-    def size(self, place: Place) -> int:
+    def size(self, point: GridPoint) -> int:
         """Tokens of the prompt."""
-        return self.maker.length(place)
+        return self.maker.length(point)
 
-    def announce(self, lacking: Mapping[Place, Sequence[str]]) -> str | None:
-        """Cells, prompts, tokens, and how long they take, from one or two prompts that are tried out."""
+    def announce(self, lacking: Mapping[GridPoint, Sequence[str]]) -> str | None:
+        """Cells, prompts, tokens, and how long they take, estimated on one or two prompts."""
         speed = self._probe(next(iter(lacking)).row)
         make = self.maker
         return grid.cost(
@@ -181,7 +149,7 @@ class TextTask(Task[Place, Prompt, Outcome]):
         step = 0.0
         shortest, longest = min(self.settings.lengths), max(self.settings.lengths)
         for length in sorted({max(min(n, longest), shortest) for n in _PROBE_LENGTHS}):
-            prompt = self.maker.make(Place(length, row, 0))
+            prompt = self.maker.make(GridPoint(length, row, 0))
             if not timed:
                 self.engine.run([prompt], ())  # the first call also pays for set-up
             outcome = self.engine.run([prompt], ())
@@ -191,30 +159,26 @@ class TextTask(Task[Place, Prompt, Outcome]):
                 break
         return Speed.fit(timed[0], timed[1] if len(timed) > 1 else None, step)
 
-    def alike(self, place: Place) -> Any:
-        """What prompts of a batch share: lengths are exact, so that it needs no padding."""
-        return place.length
+    def alike(self, point: GridPoint) -> Any:
+        """What the prompts of a batch have in common: their exact length, so that no padding is needed."""
+        return point.length
 
-    def batches(self, places: Iterable[Place]) -> Iterator[Sequence[Place]]:
-        """Places of prompts that may share a call."""
-        return grid.batches(places, self.settings.batch_size, self.alike)
+    def batches(self, items: Iterable[GridPoint]) -> Iterator[Sequence[GridPoint]]:
+        """Points whose prompts may share a call."""
+        return grid.batches(items, self.settings.batch_size, self.alike)
 
-    def prompts(self, place: Place) -> Sequence[Prompt]:
-        """The prompt of a place."""
-        return [self.maker.make(place)]
+    def prompts(self, point: GridPoint) -> Sequence[TextPrompt]:
+        """The prompt of a point."""
+        return [self.maker.make(point)]
 
-    def calls(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[Prompt]]:
-        """All at once; of two-step prompts those of one context length, so that there is no padding either."""
+    def calls(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[TextPrompt]]:
+        """All in one call; two-step prompts are grouped by context length, so that they need no padding either."""
         if not self.settings.query_agnostic:
             return [prompts]
         ordered = sorted(prompts, key=lambda prompt: prompt.context_length)
         return [list(group) for _, group in groupby(ordered, key=lambda prompt: prompt.context_length)]
 
-    def answer(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Outcome:
-        """Generates; the methods are on the model meanwhile."""
-        return self.engine.run(prompts, configs)
-
-    def record(self, prompt: Prompt, row: int, outcome: Outcome) -> Record:
+    def record(self, prompt: TextPrompt, row: int, outcome: TextOutcome) -> Record:
         """The answer, its scores and its cost; times are those of its call."""
         ids = outcome.answers[row]
         answer = self.maker.encoder.decode(ids)
@@ -236,11 +200,11 @@ class TextTask(Task[Place, Prompt, Outcome]):
         }
 
     @abstractmethod
-    def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """What is said of an answer."""
+    def scores(self, prompt: TextPrompt, answer: str) -> dict[str, Any]:
+        """The scores of an answer."""
 
     def summarize(self, records: Sequence[Record], **about: Any) -> dict[str, Any]:
-        """Of each method (see :func:`by_method`) the measures over all lengths, and at each length its column."""
+        """For each method (see :func:`by_method`) the measures over all lengths, and a column per length."""
         settings = self.settings
         methods = by_method(settings.methods, settings.lengths, records, self.column, self.measures)
         facts = {"query_agnostic": settings.query_agnostic, **self.facts(methods)}
@@ -248,15 +212,15 @@ class TextTask(Task[Place, Prompt, Outcome]):
 
     @abstractmethod
     def column(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What is told of the records of one method and length, cost aside."""
+        """Summary of the records of one method and length, without cost."""
 
     @abstractmethod
     def facts(self, methods: dict[str, Any]) -> dict[str, Any]:
-        """What else the summary tells."""
+        """Further entries of the summary."""
 
     @abstractmethod
     def title(self) -> str:
-        """One line that says what was run."""
+        """One line that describes the run."""
 
     @property
     def aware(self) -> str:
@@ -267,7 +231,7 @@ class TextTask(Task[Place, Prompt, Outcome]):
         """The heat map, one panel per method."""
         settings, plural = self.settings, "s" if self.settings.samples > 1 else ""
         panels = [
-            Panel(method, cell_means(self, records, method), entry[self.score])
+            Panel(method, self.cell_means(records, method), entry[self.score])
             for method, entry in summary["methods"].items()
         ]
         figure = draw(
@@ -283,11 +247,10 @@ class TextTask(Task[Place, Prompt, Outcome]):
         )
         save(folder / self.plots[0], figure)
 
-
-def cell_means(task: TextTask, records: Sequence[Record], method: str) -> list[list[float | None]]:
-    """Mean score per cell, rows and columns as in the settings; None where nothing ran."""
-    found: dict[tuple[Any, int], list[float]] = {}
-    for record in records:
-        if record["method"] == method:
-            found.setdefault((record[task.fields[2]], record["length"]), []).append(record[task.score])
-    return [[mean_of(found.get((row, length), [])) for length in task.settings.lengths] for row in task.settings.rows]
+    def cell_means(self, records: Sequence[Record], method: str) -> list[list[float | None]]:
+        """Mean score per cell, rows and columns as in the settings; None where nothing ran."""
+        found = defaultdict(list)
+        for record in records:
+            if record["method"] == method:
+                found[record[self.fields[2]], record["length"]].append(record[self.score])
+        return [[mean_of(found[row, length]) for length in self.settings.lengths] for row in self.settings.rows]

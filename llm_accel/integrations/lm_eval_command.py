@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def harness_arguments(given: Sequence[str], method: str) -> list[str]:
-    """The harness's arguments: our model type, the method as one of its arguments, our tasks beside the harness's.
+    """The harness's arguments: our model type, the method as one of its arguments, our tasks added to the harness's.
 
     Raises:
         ConfigError: another model type is asked for.

@@ -82,7 +82,7 @@ class LlmAccelLM(HFLM):  # type: ignore[misc]  # the harness has no types
         self._one_pass += count
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model, with the method and what its caches held."""
+        """The model's entry in the results, with the method and the size of its caches."""
         share = self._kv_bytes / self._dense_kv_bytes if self._dense_kv_bytes else None
         return {
             **super().get_model_info(),

@@ -1,11 +1,11 @@
 """Models of lmms-eval with a method applied: the entry point ``lmms_eval.models`` finds ``llm_accel_<its own name>``.
 
-``lmms-eval --model llm_accel_llava_hf --model_args "pretrained=ID,method=flowcut:target=64" --tasks pope``
+``lmms-eval --model llm_accel_llava_hf --model_args "pretrained=ID,method=flowcut:budget=64" --tasks pope``
 
 The harness cuts ``--model_args`` at commas, so here ``;`` joins options of a method: ``snapkv:budget=64;window=16``.
 
 Its wrappers catch what goes wrong in ``generate`` and answer with an empty text, which looks like a bad score. Here the
-first such error ends the run; ``strict=False`` goes on, and says at the end how many answers are missing.
+first such error ends the run; ``strict=False`` continues, and reports at the end how many answers are missing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Stop(BaseException):
 
 
 class Accelerated:
-    """In front of a wrapper of lmms-eval: a method on its model, and no error goes unseen.
+    """Mixin for wrappers of lmms-eval: applies a method to their model, and reports errors that they swallow.
 
     Args:
         method: a method as on the command line, with ``;`` between its options; ``dense`` for none.
@@ -57,7 +57,7 @@ class Accelerated:
     def generate_until(self, requests: Any) -> Any:
         """As the wrapper does it; see ``strict``."""
         before = self.failures
-        with _watched(self.model, self._failed):
+        with _reporting_errors(self.model, self._failed):
             try:
                 answers = super().generate_until(requests)  # type: ignore[misc]  # the wrapper's
             except _Stop as stop:
@@ -77,20 +77,20 @@ class Accelerated:
 
 
 @contextmanager
-def _watched(model: Any, failed: Callable[[Exception], None]) -> Iterator[None]:
+def _reporting_errors(model: Any, failed: Callable[[Exception], None]) -> Iterator[None]:
     """``failed`` sees each error of ``model.generate`` before the caller does; the model is as before afterwards."""
     own = "generate" in vars(model)
     generate = model.generate
 
     @functools.wraps(generate)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def reporting(*args: Any, **kwargs: Any) -> Any:
         try:
             return generate(*args, **kwargs)
         except Exception as error:
             failed(error)
             raise
 
-    model.generate = watched
+    model.generate = reporting
     try:
         yield
     finally:

@@ -103,45 +103,6 @@ class BlockList:
         none = torch.zeros_like(begin)
         return cls(block_q, block_k, none.long(), none, none, none.new_empty(0), sink, begin, window)
 
-    @classmethod
-    def from_dense_mask(cls, listed: Tensor, positions: Tensor, *, block_q: int, block_k: int) -> BlockList:
-        """From the blocks themselves, bool [B, HL, n, blocks of keys], without sink and window segment; causality still
-        holds within them. Waits for the device.
-
-        Args:
-            positions: first position of each query block, int64 [B, n].
-        """
-        ends = torch.arange(1, listed.shape[-1] + 1, device=listed.device) * block_k
-        whole = listed & (ends <= positions[:, None, :, None] + 1)
-        # the whole blocks of a list first, then the others, both ascending
-        order = torch.where(whole, 0, torch.where(listed, 1, 2)).sort(dim=-1, stable=True).indices
-        n_listed = listed.sum(-1)
-        taken = torch.arange(listed.shape[-1], device=listed.device) < n_listed[..., None]
-        ptr = (n_listed.flatten().cumsum(0) - n_listed.flatten()).view(n_listed.shape)
-        begin = torch.full_like(ptr, torch.iinfo(torch.int32).max).int()
-        return cls(block_q, block_k, ptr, whole.sum(-1).int(), n_listed.int(), order[taken].int(), 0, begin)
-
-    def to_dense_mask(self, queries: int, slots: int, start: Tensor | None = None) -> Tensor:
-        """bool [B, HL, T, S]: which slots each query sees. For tests: n x n memory, one list after the other."""
-        batch, heads, count = self.ptr.shape
-        mask = torch.zeros(batch, heads, queries, slots, dtype=torch.bool, device=self.ptr.device)
-        slot, row = torch.arange(slots, device=mask.device), torch.arange(queries, device=mask.device)
-        for b in range(batch):
-            first = 0 if start is None else int(start[b])
-            position, own = slot - first, row + slots - queries - first
-            block = (row - max(0, first - (slots - queries))) // self.block_q
-            causal = (position >= 0) & (position <= own[:, None])
-            for head in range(heads):
-                for m in range(count):
-                    ptr, begin = int(self.ptr[b, head, m]), int(self.window_start[b, head, m])
-                    listed = self.idx[ptr : ptr + int(self.n_listed[b, head, m])]
-                    near = (position >= begin).expand(queries, -1)
-                    if self.window is not None:
-                        near = near & (position > own[:, None] - self.window)
-                    seen = near | (position < self.sink) | torch.isin(position // self.block_k, listed)
-                    mask[b, head] |= causal & seen & (block == m)[:, None]
-        return mask
-
 
 def block_positions(queries: int, slots: int, block_q: int, start: Tensor | None, device: torch.device) -> Tensor:
     """First position of each query block, int64 [B, n] ([1, n] without ``start``), for rows right-aligned in ``slots``

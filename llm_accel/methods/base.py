@@ -52,8 +52,8 @@ class MethodInfo:
 
     paper: str
     cuts: str
-    needs_query: bool
-    frees_memory: bool
+    needs_query: bool = False
+    frees_memory: bool = True
     kinds: tuple[str, ...] = ("text", "vision")
 
 
@@ -63,6 +63,16 @@ class MethodConfig:
 
     name: ClassVar[str]
     info: ClassVar[MethodInfo]
+    renamed: ClassVar[Mapping[str, str]] = {}  # names that options had before -> their names
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        allowed = option_names(cls)
+        for key in options:
+            if key in cls.renamed:
+                raise ConfigError(f"{cls.name}: the option {key!r} is now called {cls.renamed[key]!r}.")
+            if key not in allowed:
+                raise ConfigError(f"{cls.name}: " + unknown_name("option", key, allowed))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -90,6 +100,12 @@ class MethodConfig:
         """Raises the error for one option: what was given and what is allowed."""
         raise ConfigError(f"{self.name}: {field}={_shown(getattr(self, field))} is not allowed; give {allowed}.")
 
+    def at_most_one(self, *names: str) -> None:
+        """Refuses options of which only one can be given; None is an option that is not given."""
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{self.name}: {' and '.join(given)} were given together; give one of them.")
+
     def _check_size(self, field: str, value: Any, most: float) -> None:
         if isinstance(value, tuple) and len(value) > _MOST_ITEMS:
             self.fail(field, f"at most {_MOST_ITEMS} items")
@@ -110,18 +126,9 @@ class MethodConfig:
             self.fail(field.name, f"a number in {share}{others}")
 
     @classmethod
-    def build(cls, **options: Any) -> Self:
-        """A configuration from keyword options; unknown names get a :class:`ConfigError` with the nearest one."""
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in allowed:
-                raise ConfigError(f"{cls.name}: " + unknown_name("option", key, allowed))
-        return cls(**options)
-
-    @classmethod
     def parse(cls, options: dict[str, str]) -> Self:
         """A configuration from text, as the command line gives it (``budget=1024,pool=max``)."""
-        return cls.build(**cls.typed(options))
+        return cls(**cls.typed(options))
 
     @classmethod
     def typed(cls, options: dict[str, str]) -> dict[str, Any]:

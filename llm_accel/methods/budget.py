@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.errors import ConfigError
 from llm_accel.methods.base import ENTRIES, MethodConfig, option
 
 DEFAULT_BUDGET = 2048
+
+
+def fraction(ratio: float, length: int) -> int:
+    """``ratio`` of ``length``, rounded up, at least 1."""
+    return max(1, math.ceil(ratio * length - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,7 @@ class Budgeted(MethodConfig):
     )
 
     def validate(self) -> None:
-        if self.budget is not None and self.ratio is not None:
-            raise ConfigError(
-                f"{self.name}: budget={self.budget} and ratio={self.ratio} were both given; give one of them."
-            )
+        self.at_most_one("budget", "ratio")
         if self.ratio is None and (self.budget if self.budget is not None else DEFAULT_BUDGET) < self.least:
             default = f"; None means {DEFAULT_BUDGET}" if self.budget is None else ""
             self.fail("budget", f"an integer above {self.least - 1} ({self.reserved_for}{default})")
@@ -53,7 +54,7 @@ class Budgeted(MethodConfig):
         """Entries that a row of ``length`` real tokens keeps per KV head."""
         if self.ratio is None:
             return min(length, self.budget or DEFAULT_BUDGET)
-        return min(length, max(math.ceil(self.ratio * length - 1e-9), self.reserved, 1))
+        return min(length, max(fraction(self.ratio, length), self.reserved))
 
     def entries_per_row(self, lengths: Tensor) -> Tensor:
         """:meth:`entries` for a tensor of row lengths, int64 [B], without a device synchronisation."""

@@ -8,7 +8,7 @@ from enum import Enum
 class Claim(Enum):
     """Something that one method decides alone. The value says what two methods would both do."""
 
-    DECODING = "decode the reply"
+    DECODING = "decode the answer"
     KV = "decide which KV entries stay"
     ATTENTION = "compute attention"
     ORDER = "rest on how entries lie in the cache"

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llm_accel.methods.base import MethodInfo
-from llm_accel.methods.roles import WholeCache
+from llm_accel.methods.base import ENTRIES, MethodConfig, MethodInfo, option
+from llm_accel.methods.claims import Claim
 
 
 @dataclass(frozen=True)
-class Dense(WholeCache):
+class Dense(MethodConfig):
     """Keeps every entry and computes what the model itself computes; there to be decoded as one compiled graph."""
+
+    capacity: int | None = option(
+        "tokens of prompt and answer that the buffers of compiled decoding hold: all calls up to it share one graph; "
+        "None, and longer calls: as many as needed, in buckets",
+        None,
+        most=ENTRIES,
+        least=1,
+    )
 
     name: ClassVar[str] = "dense"
     info: ClassVar[MethodInfo] = MethodInfo(
-        paper="control, no paper", cuts="nothing; baseline for compiled decoding", needs_query=False, frees_memory=False
+        "control, no paper", "nothing; baseline for compiled decoding", frees_memory=False
     )
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return dict.fromkeys(Claim, "is the model as it is; give it alone, or leave it out.")

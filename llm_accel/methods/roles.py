@@ -12,29 +12,12 @@ from torch import Tensor
 
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods.attend import AttentionView
-from llm_accel.methods.base import ENTRIES, LAYERS, MethodConfig, option
+from llm_accel.methods.attention import AttentionView
+from llm_accel.methods.base import ENTRIES, LAYERS, option
 from llm_accel.methods.budget import Budgeted
 from llm_accel.methods.claims import Claim
 from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.selection import best_slots, per_head, total_order, without
-
-
-@dataclass(frozen=True)
-class WholeCache(MethodConfig):
-    """Role: every entry stays. What such a method decides is how large the buffers of a compiled decode are."""
-
-    capacity: int | None = option(
-        "tokens of prompt and answer that compiled decoding has place for: all calls up to it share one graph; None, "
-        "and longer calls: as many as needed, in buckets",
-        None,
-        most=ENTRIES,
-        least=1,
-    )
-
-    @property
-    def claims(self) -> Mapping[Claim, str]:
-        return dict.fromkeys(Claim, "is the model as it is; give it alone, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -123,17 +106,17 @@ class ScoreAndKeep(Budgeted):
         self._check_shapes(view, score, tie_break, forced)
         if view.protected is not None:
             forced = view.protected if forced is None else per_head(forced) | per_head(view.protected)
-        kept = self.share_out(total_order(score, view.valid, forced, tie_break), view)
+        kept = self.allocate(total_order(score, view.valid, forced, tie_break), view)
         # one layer tells, so that the device is waited for only once; a graph cannot wait
-        if forced is not None and view.depth.rank == 0 and not torch.compiler.is_compiling():
-            self._check_room(kept, forced, view)
+        if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
+            self._check_budget(kept, forced, view)
         return kept
 
-    def share_out(self, rank: Tensor, view: PromptView) -> Tensor:
-        """What :meth:`select` returns, for entries in the order ``rank``, int64 [B, kv_heads, S], of
+    def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
+        """What :meth:`select` returns, for entries in the order ``priority``, int64 [B, kv_heads, S], of
         :func:`~llm_accel.methods.selection.total_order`: every head of a row keeps the same number."""
         counts = self.row_entries(view.lengths, view)
-        return best_slots(rank, counts, self.widest(counts, view))
+        return best_slots(priority, counts, self.widest(counts, view))
 
     def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None, forced: Tensor | None) -> None:
         rows, shape = view.key.shape[0], (view.key.shape[0], view.kv_heads, view.slots)
@@ -149,13 +132,13 @@ class ScoreAndKeep(Budgeted):
                 f"entries], or {shape}, [batch, KV heads, entries]."
             )
 
-    def _check_room(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
+    def _check_budget(self, kept: Tensor, forced: Tensor, view: PromptView) -> None:
         lost = without(kept, forced, view.valid)
         if bool(lost.any()):
             row = int(lost.long().argmax())
             raise ConfigError(
-                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than there is room "
-                f"for in row {row}: its `reserved` is {self.reserved} and must count them all; raise the budget."
+                f"{self.spec()} always keeps {int(per_head(forced).sum(-1).max())} entries, more than the "
+                f"budget of row {row}: `reserved` is {self.reserved} and must count them all; raise the budget."
             )
 
 
@@ -167,12 +150,12 @@ class PromptCompression(ScoreAndKeep):
         "eager: inside each layer at the end of the prompt; deferred: before the first decode step", "eager"
     )
     multi_turn: Literal["append", "recompress"] = option(
-        "append: later turns are added whole; recompress: each later turn cuts the cache back to the budget, or to "
-        "ratio of all tokens seen so far",
+        "append: later turns are kept completely; recompress: after each later turn the cache is compressed to the "
+        "budget, or to ratio of all tokens seen so far",
         "append",
     )
     recompress_every: int | None = option(
-        "cut back to the budget after each turn, and while decoding whenever this many entries were added; None: never",
+        "compress to the budget after each turn, and in decoding whenever this many entries were added; None: never",
         None,
         most=ENTRIES,
         least=1,
@@ -236,12 +219,12 @@ class StepEviction(ScoreAndKeep):
     @property
     def hides(self) -> bool:
         """Whether entries are only hidden from later tokens and all stay stored: a simulation that frees no memory.
-        Such a method is asked to ``select`` what the next token sees beside itself, after each step."""
+        Such a method is asked to ``select`` what the next token attends to besides itself, after each step."""
         return False
 
     @property
     def vacancies(self) -> int:
-        """Slots beyond the budget: 1 where the new token is seen beside a full budget and evicts afterwards."""
+        """Slots beyond the budget: 1 where the new token joins a full budget and an entry is evicted afterwards."""
         return 0
 
     @property

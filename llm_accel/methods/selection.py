@@ -52,19 +52,19 @@ def select_top(
 def total_order(score: Tensor, valid: Tensor, forced: Tensor | None, tie_break: Tensor | None) -> Tensor:
     """The order of :func:`select_top` as numbers: int64 [B, H, S], higher is better, :data:`FIRST` where forced and
     :data:`ABSENT` where not valid, between which all others lie; equal numbers are settled by the lower index."""
-    rank = _ordered_bits(score) << 32
+    priority = _ordered_bits(score) << 32
     if tie_break is not None:
-        rank = rank + (_ordered_bits(tie_break) + 2**31)  # the lower half counts from 0
+        priority = priority + (_ordered_bits(tie_break) + 2**31)  # the lower half counts from 0
     if forced is not None:
-        rank = rank.masked_fill(per_head(forced), FIRST)
-    return rank.masked_fill(~per_head(valid), ABSENT)
+        priority = priority.masked_fill(per_head(forced), FIRST)
+    return priority.masked_fill(~per_head(valid), ABSENT)
 
 
-def best_slots(rank: Tensor, counts: Tensor, width: int) -> Tensor:
+def best_slots(priority: Tensor, counts: Tensor, width: int) -> Tensor:
     """The ``counts``, int64 [B], best slots of each row and head in a :func:`total_order` [B, H, S]; returned as by
     :func:`select_top`."""
-    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    surplus = torch.arange(width, device=rank.device)[None] >= counts[:, None]
+    best = priority.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    surplus = torch.arange(width, device=priority.device)[None] >= counts[:, None]
     return best.masked_fill(surplus[:, None], -1).sort(dim=-1).values
 
 

@@ -1,4 +1,4 @@
-"""The heads of a layer, where tensor parallelism spreads them over processes: which ones are here, and what all say."""
+"""The heads of a layer that this process holds under tensor parallelism, and exchange with the other processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class HeadShard:
     """Process ``rank`` of ``count`` holds the ``rank``-th of ``count`` equal runs of heads, of queries and keys alike.
 
     Whatever a method decides about the heads of a layer together must go through here: each process sees its own heads
-    only, and processes that decide differently drift apart or wait for each other for ever. All of them must come by,
-    in the same order. With one process everything is returned as it is given.
+    only, and processes that decide differently diverge or deadlock. All processes must make
+    the same calls in the same order. With one process everything is returned as it is given.
 
     Attributes:
         rank: place of this process, from 0.
         count: processes that share the heads; 1 where all heads are here.
         group: the process group of torch, or None.
-        query_heads: query heads here, of each layer, where there are several processes; 0: nobody has counted.
+        query_heads: query heads here, of each layer, where there are several processes; 0: not counted.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class HeadShard:
         return torch.arange(held, device=device) + self.rank * held
 
     def every(self, own: Tensor) -> Tensor:
-        """What all heads say: [B, h, ...] of the heads here -> [B, count * h, ...], the same in every process."""
+        """Gathers all heads: [B, h, ...] of the heads here -> [B, count * h, ...], the same in every process."""
         if self.count == 1:
             return own
         parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.count)]

@@ -8,18 +8,18 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
-    Attend,
-    HeadMethod,
+    AttentionMethod,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
+    RetrievalHeads,
     ScoreAndKeep,
     StepEviction,
+    VASparse,
     VisualInput,
 )
-from llm_accel.patches.layers.stock import has_linear_state, is_full
 from llm_accel.patches.rotary import why_no_rotary
 from llm_accel.patches.wiring import Wiring
 
@@ -77,13 +77,13 @@ def skipped_layers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig]
                     f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1}."
                 )
             skipped.setdefault(index, "named in skip_layers")
-        if isinstance(method, Attend):
+        if isinstance(method, AttentionMethod):
             for index in range(len(cache_layers)):
                 dense = method.dense_layer(index, config.num_hidden_layers)
                 if dense is not None and len(configs) == 1:  # another method may act on a layer that this one leaves
                     skipped.setdefault(index, dense)
         if cache_layers and skipped.keys() >= set(range(len(cache_layers))):
-            option = "dense_layers" if isinstance(method, Attend) else "skip_layers"
+            option = "dense_layers" if isinstance(method, AttentionMethod) else "skip_layers"
             raise ConfigError(
                 f"{method.name}: {option}={getattr(method, option)} leaves no layer to act on; "
                 f"{config.model_type} has layers 0 to {config.num_hidden_layers - 1} "
@@ -109,9 +109,9 @@ def check_readers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
     for config in configs if wiring.readers else ():
         if isinstance(config, LayerCut) or (isinstance(config, VisualInput) and config.always_cuts):
             why = "tokens that leave after one layer would still be among the entries that later layers read"
-        elif isinstance(config, HeadMethod) and splits:
+        elif isinstance(config, RetrievalHeads) and splits:
             why = "the heads of those layers would lose what streaming heads of others drop"
-        elif isinstance(config, ReplyDecoding) and config.attends:
+        elif isinstance(config, VASparse) and config.attends:
             why = "it weighs entries by the attention of the layer that keeps them"
         else:
             continue
@@ -127,7 +127,7 @@ def check_derived(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
     is stored; a layer with a single KV head has nothing to share out and is read as it is."""
     several = sorted(layer for layer, heads in wiring.derived.items() if heads > 1)
     for config in configs if several else ():
-        if (isinstance(config, HeadMethod) and splits) or (isinstance(config, ScoreAndKeep) and config.page_size):
+        if (isinstance(config, RetrievalHeads) and splits) or (isinstance(config, ScoreAndKeep) and config.page_size):
             raise UnsupportedModelError(
                 f"{config.spec()} does not work on {decoder.config.model_type}: heads that keep different entries are "
                 f"read from their stores directly, and layers {several} attend to what they compute from their "

@@ -9,19 +9,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
+from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
-from llm_accel.patches.base_attention import base_function
-from llm_accel.patches.compiled.cache import FixedCache
+from llm_accel.patches.base_attention import ModelAttention, base_function
+from llm_accel.patches.compiled.cache import GraphCache
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, ReplyLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
-from llm_accel.patches.vision.cuts import watch
+from llm_accel.patches.vision.cuts import record_scores
 
 PREFIX = "llm_accel_"
 _NEUTRAL = {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}
@@ -54,13 +55,14 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | FixedCache | Replay | None = None,
+        llm_accel: Session | GraphCache | Replay | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
-        if isinstance(llm_accel, FixedCache | Replay):
+        model = ModelAttention(self.base, module, kwargs)
+        if isinstance(llm_accel, GraphCache | Replay):
             index: Any = getattr(module, "layer_idx", None)
-            return llm_accel.attend(index, self.base, module, query, key, value, **kwargs), None
+            return llm_accel.attend(index, model, query, key, value), None
         if llm_accel is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         check_heads(llm_accel.plan.heads, query)
@@ -68,8 +70,8 @@ class AccelAttention:
 
         def attention(query: Tensor) -> Tensor:
             if index is None or layer is None:
-                return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)[0]
-            return self._over(layer, module, query, key, value, llm_accel, index, **kwargs)
+                return model.plain(query, key, value, attention_mask)
+            return self._over(layer, model, query, key, value, llm_accel, index)
 
         mask = llm_accel.plan.mask
         heads = mask.heads[index] if mask is not None and index is not None else ()
@@ -80,25 +82,23 @@ class AccelAttention:
             return attend_without(mask, heads, rows, query, attention), None
         output = attention(query)
         if layer is not None:  # other layers have windows of their own
-            tensors = (query, key, value)
-            output = attend_window(mask, heads, rows, self.base, module, tensors, layer, output, kwargs)
+            output = attend_window(mask, heads, rows, model, (query, key, value), layer, output)
         return output, None
 
     def _over(
         self,
         layer: AccelLayer,
-        module: nn.Module,
+        attention: ModelAttention,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         session: Session,
         index: int,
-        **kwargs: Any,
     ) -> Tensor:
         """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
-        if layer.attended:
-            return self._again(layer, module, query, index, **kwargs)
-        layer.attended = True
+        if layer.stage is not CallStage.ARRIVED:
+            return self._again(layer, attention, query, index)
+        layer.stage = CallStage.IDLE
         readers = session.plan.reader_count(index)
         if not readers:
             layer.given = None  # nobody else looks for these entries, which must not be held past their eviction
@@ -106,37 +106,37 @@ class AccelAttention:
             layer.pad(session.padding.to(key.device), query.shape[2])
         split = session.plan.split
         if split is not None and isinstance(layer, GroupedLayer):
-            return GroupedAttention(session, split, layer, index, self.base)(module, query, key, value, kwargs)
+            return GroupedAttention(session, split, layer, index, attention)(query, key, value)
         key = layer.turned_keys(session.rotary, key, session.arrived_at)
-        watch(session, index, (query, key, value), layer.start, kwargs)
+        record_scores(session, index, (query, key, value), layer.start, attention)
         reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
-            return ReplyStep(session, reply, layer, kwargs).attend(self.base, module, query, key, value)
+            return ReplyStep(session, reply, layer, attention).attend(query, key, value)
         keeper = session.plan.keeper if index not in session.plan.skipped else None
         if keeper is None:
-            output = layer.attend(self.base, module, query, key, value, **kwargs)
+            output = layer.attend(attention, query, key, value)
             layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
             return output
-        eviction = Eviction(session, keeper, layer, index, kwargs)
+        eviction = Eviction(session, keeper, layer, index, attention)
         if session.phase is Phase.DEFERRED_EVICTION:
             key, value = eviction.before_attention(query, key, value)
         fused = eviction.attended(query, key, value)
         if fused is not None:
             layer.after_readers(readers, key, value, None)
             return fused
-        output = layer.attend(self.base, module, query, key, value, **kwargs)
+        output = layer.attend(attention, query, key, value)
         layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key))
         return output
 
-    def _again(self, layer: AccelLayer, module: nn.Module, query: Tensor, index: int, **kwargs: Any) -> Tensor:
+    def _again(self, layer: AccelLayer, attention: ModelAttention, query: Tensor, index: int) -> Tensor:
         """Attention of a later layer's queries over the entries of ``layer``, of which nothing is evicted before."""
         reading = layer.reading
         if reading is None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} attends more than once to the same keys in layer {index}, where entries may "
-                "have been evicted in between. Remove the plug-in and report the model class."
+                f"{type(attention.module).__name__} attends more than once to the same keys in layer {index}, where "
+                "entries may have been evicted in between. Remove the plug-in and report the model class."
             )
-        output = layer.attend_again(self.base, module, query, reading.key, reading.value, **kwargs)
+        output = layer.attend_again(attention, query, reading.key, reading.value)
         layer.read_once()
         return output
 

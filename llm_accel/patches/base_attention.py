@@ -5,28 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llm_accel.cache.attention import Softmax
+
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-
-
-class Softmax(TypedDict):
-    """How a layer turns logits into probabilities.
-
-    Attributes:
-        scaling: softmax scale.
-        softcap: logit soft cap, or None.
-        sinks: learned sink logits per query head [Hq], or None.
-    """
-
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
 
 
 def stores_latents(decoder: Any) -> bool:
@@ -51,46 +39,6 @@ def base_function(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, T
     return found  # type: ignore[no-any-return]
 
 
-def attend(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, **kwargs: Any
-) -> Tensor:
-    """Dense attention of the newest T queries over all stored entries.
-
-    Args:
-        query: [B, Hq, T, D]; the last T slots belong to these queries, causal among themselves.
-        key, value: [B, H, P, D].
-        start: first real slot of each row, int64 [B], or None.
-
-    Returns:
-        [B, T, Hq, Dv], as attention functions of transformers return it.
-    """
-    if base.startswith("flash"):
-        return _flash(base, module, query, key, value, start, **kwargs)
-    whole_prompt = query.shape[2] == key.shape[2] and start is None
-    mask = None
-    if base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without being given one
-        mask = visibility(start, query.shape[2], key.shape[2], key.device)
-    if base == "eager" and mask is not None:
-        mask = additive(mask, query)
-    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
-    return output
-
-
-def attend_visible(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **kwargs: Any
-) -> Tensor:
-    """Dense attention of one query per row, [B, Hq, 1, D], over the slots under ``visible``, bool [B, 1, 1, C];
-    [B, 1, Hq, Dv]."""
-    if base == "sdpa" and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-        # the query heads of a group as rows of one head: keys and values are read once and never repeated
-        packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=kwargs.get("scaling"))
-        return output.reshape(query.shape[0], 1, query.shape[1], -1)
-    mask = additive(visible, query) if base == "eager" else visible
-    output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
-    return output
-
-
 def visibility(start: Tensor | None, length: int, slots: int, device: torch.device) -> Tensor | None:
     """bool [B or 1, 1, T, P]: which slots each of the newest T queries sees; None when it is all of them."""
     if length == 1 and start is None:
@@ -108,38 +56,80 @@ def additive(visible: Tensor, query: Tensor) -> Tensor:
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 
 
-def _flash(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, **kwargs: Any
-) -> Tensor:
-    """FlashAttention with the base name spelled out and without ``position_ids``: for a single row it would take a
-    gap in the positions for packed sequences, and evicted entries leave gaps."""
-    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+class ModelAttention:
+    """The attention of one layer in the running call, as the model would have computed it; an
+    :class:`~llm_accel.cache.attention.Attention`.
 
-    mask = None
-    if start is not None:
-        mask = (torch.arange(key.shape[2], device=key.device)[None] >= start.to(key.device)[:, None]).long()
-    return _flash_attention_forward(  # type: ignore[no-any-return]
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        mask,
-        query_length=query.shape[2],
-        is_causal=True,
-        dropout=kwargs.get("dropout", 0.0),
-        softmax_scale=kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"),
-        s_aux=kwargs.get("s_aux"),
-        attn_implementation=base,
-    )
+    Args:
+        base: name of the model's own attention implementation.
+        module: the attention module of the layer.
+        kwargs: what the model passed to its attention function (scaling, softcap, learned sinks, ...).
+    """
 
+    def __init__(self, base: str, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        self.base, self.module, self.kwargs = base, module, kwargs
 
-def of_heads(module: nn.Module, kwargs: dict[str, Any], heads: Tensor) -> tuple[nn.Module, dict[str, Any]]:
-    """Module and arguments of an attention call that computes only the query heads ``heads``, int64 [n]: learned sinks
-    are one number per head, which eager attention reads from the module."""
-    if kwargs.get("s_aux") is not None:
-        kwargs = kwargs | {"s_aux": kwargs["s_aux"][heads]}
-    sinks = module._parameters.get("sinks")
-    if sinks is not None:
-        module = copy.copy(module)
-        module.__dict__["_parameters"] = {**module._parameters, "sinks": sinks[heads]}
-    return module, kwargs
+    def plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """What the model would have called, [B, T, Hq, Dv]."""
+        output, _ = base_function(self.module, self.base)(self.module, query, key, value, mask, **self.kwargs)
+        return output
+
+    def softmax(self, head_dim: int) -> Softmax:
+        """How logits become probabilities; ``head_dim`` sets the scale where the model passes none."""
+        return softmax_of(self.kwargs, head_dim)
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None) -> Tensor:
+        """Dense attention of the newest T queries over all entries, [B, T, Hq, Dv]."""
+        if self.base.startswith("flash"):
+            return self._flash(query, key, value, start)
+        whole_prompt = query.shape[2] == key.shape[2] and start is None
+        mask = None
+        if self.base == "eager" or not whole_prompt:  # SDPA knows the causal mask of a whole prompt without one
+            mask = visibility(start, query.shape[2], key.shape[2], key.device)
+        if self.base == "eager" and mask is not None:
+            mask = additive(mask, query)
+        return self.plain(query, key, value, mask)
+
+    def visible(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Dense attention of one query per row over the slots under ``visible``, [B, 1, Hq, Dv]."""
+        kwargs = self.kwargs
+        if self.base == "sdpa" and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+            # the query heads of a group as rows of one head: keys and values are read once and never repeated
+            packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+            output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=kwargs.get("scaling"))
+            return output.reshape(query.shape[0], 1, query.shape[1], -1)
+        return self.plain(query, key, value, additive(visible, query) if self.base == "eager" else visible)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None) -> Tensor:
+        """FlashAttention with the base name spelled out and without ``position_ids``: for a single row it would take a
+        gap in the positions for packed sequences, and evicted entries leave gaps."""
+        from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+        mask, kwargs = None, self.kwargs
+        if start is not None:
+            mask = (torch.arange(key.shape[2], device=key.device)[None] >= start.to(key.device)[:, None]).long()
+        return _flash_attention_forward(  # type: ignore[no-any-return]
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            mask,
+            query_length=query.shape[2],
+            is_causal=True,
+            dropout=kwargs.get("dropout", 0.0),
+            softmax_scale=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            s_aux=kwargs.get("s_aux"),
+            attn_implementation=self.base,
+        )
+
+    def of_heads(self, heads: Tensor) -> ModelAttention:
+        """An attention that computes only the query heads ``heads``, int64 [n]: learned sinks are one number per head,
+        which eager attention reads from the module."""
+        module, kwargs = self.module, self.kwargs
+        if kwargs.get("s_aux") is not None:
+            kwargs = kwargs | {"s_aux": kwargs["s_aux"][heads]}
+        sinks = module._parameters.get("sinks")
+        if sinks is not None:
+            module = copy.copy(module)
+            module.__dict__["_parameters"] = {**module._parameters, "sinks": sinks[heads]}
+        return ModelAttention(self.base, module, kwargs)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from llm_accel.cache import AccelLayer, HidingLayer, SlotLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
-from llm_accel.methods.attend import AttentionView
+from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.prompt_view import Depth, PromptView
-from llm_accel.methods.roles import ScoreAndKeep, StepEviction
+from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without
-from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import AccelLayer, HidingLayer, SlotLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
@@ -27,13 +25,13 @@ class Eviction:
         keeper: the method.
         layer: the layer's entries, the new ones included.
         index: index of the layer.
-        kwargs: what the model passed to its attention function (scaling, softcap, learned sinks).
+        attention: what the model would have computed.
     """
 
     def __init__(
-        self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, kwargs: dict[str, Any]
+        self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, attention: Attention
     ) -> None:
-        self.session, self.keeper, self.layer, self.index, self.kwargs = session, keeper, layer, index, kwargs
+        self.session, self.keeper, self.layer, self.index, self.attention = session, keeper, layer, index, attention
         self.closing = (
             session.phase is Phase.PREFILL_END
         )  # set to cut at the end of a chunk; slots are overwritten after the prompt only
@@ -59,11 +57,11 @@ class Eviction:
         decoding = query.shape[2] == 1 and not self.closing and not query.requires_grad
         if not (decoding and isinstance(keeper, StepEviction) and isinstance(layer, SlotLayer) and layer.full):
             return None  # while nothing is evicted, the output is the model's own to the bit
-        softmax = softmax_of(self.kwargs, key.shape[-1])
+        softmax = self.attention.softmax(key.shape[-1])
         view = AttentionView(
-            query, key, value, layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
+            query, key, value, start=layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
         )
-        step = keeper.attend_and_choose(view, layer.view())
+        step = keeper.attend_and_choose(view, step_view(layer))
         if step is None:
             return None
         output, layer.scores, victims = step
@@ -121,7 +119,7 @@ class Eviction:
             if self.session.phase is Phase.PREFILL_END:
                 layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(layer.view()))
+            layer.choose_spare(keeper.victims(step_view(layer)))
 
     def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
         """A simulated step: everything stays stored, the method says what the next token sees."""
@@ -136,7 +134,7 @@ class Eviction:
 
     def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
         """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
-        softmax = softmax_of(self.kwargs, key.shape[-1])
+        softmax = self.attention.softmax(key.shape[-1])
         with torch.no_grad():  # as a decorator it would break every compiled graph
             return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
 
@@ -182,7 +180,7 @@ class Eviction:
             seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
             entries=getattr(self.layer, "entries", None),
             heads=self.session.plan.heads,
-            **softmax_of(self.kwargs, key.shape[-1]),
+            **self.attention.softmax(key.shape[-1]),
         )
         with torch.no_grad():
             kept = self.keeper.select(view)
@@ -199,3 +197,8 @@ class Eviction:
                 f"layer {self.index}. {type(self.keeper).__name__} overrides `select`, which is what keeps them: have "
                 "it give a `score(view)` instead, or call without protect_mask."
             )
+
+
+def step_view(layer: SlotLayer) -> StepView:
+    """What a method sees of a layer when it chooses the next victims."""
+    return StepView(layer.seen_positions(), layer.scores)

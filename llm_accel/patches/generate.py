@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
+from llm_accel.cache.fixed import round_up
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.cache_name import CACHE, named_cache
-from llm_accel.patches.compiled.fixed import round_up
 from llm_accel.patches.hook import DecoderHook, adopt, named
 from llm_accel.patches.replay import is_waiting
 from llm_accel.patches.reply import ContrastProcessor
@@ -53,7 +53,7 @@ class GenerateProxy:
         prompt = _prompt_length(kwargs)
         if prompt is not None:
             session.announce(prompt, protect_mask)
-            session.room = self._new_tokens(prompt, kwargs)
+            session.headroom = self._new_tokens(prompt, kwargs)
         beams = self._setting("num_beams", kwargs) or 1
         session.eager_because = "beam search reorders the cache at each step" if beams > 1 else None
         kwargs[CACHE] = cache
@@ -64,8 +64,7 @@ class GenerateProxy:
             contrast = ContrastProcessor(session, reply, self.model.get_output_embeddings())
             kwargs["logits_processor"] = LogitsProcessorList([contrast, *(kwargs.get("logits_processor") or ())])
         output = generate(self.model, **kwargs)
-        if session.lease is not None:
-            session.lease.end()
+        session.end_graph()
         self.hook.settle(session)
         return output
 

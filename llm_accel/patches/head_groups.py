@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
+from llm_accel.cache import GroupedLayer
+from llm_accel.cache.grouped import HeadGroup
+from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.methods.head_roles import HeadSplit
-from llm_accel.patches.base_attention import of_heads
+from llm_accel.methods.kv.head_roles import HeadSplit
+from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.eviction import Eviction
-from llm_accel.patches.layers import GroupedLayer
-from llm_accel.patches.layers.grouped import HeadGroup
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention
@@ -25,13 +24,15 @@ class GroupedAttention:
         split: which heads keep what.
         layer: the layer's entries, the new ones included.
         index: index of the layer.
-        base: the model's own attention implementation.
+        attention: what the model would have computed.
     """
 
-    def __init__(self, session: Session, split: HeadSplit, layer: GroupedLayer, index: int, base: str) -> None:
-        self.session, self.split, self.layer, self.index, self.base = session, split, layer, index, base
+    def __init__(
+        self, session: Session, split: HeadSplit, layer: GroupedLayer, index: int, attention: ModelAttention
+    ) -> None:
+        self.session, self.split, self.layer, self.index, self.attention = session, split, layer, index, attention
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, Hq, T, D], new key and value [B, Hk, T, D] -> [B, T, Hq, Dv]. While no head has lost anything, one
         call serves all heads, bit for bit that of the dense model."""
         if query.shape[1] % self.layer.kv_heads:
@@ -43,45 +44,43 @@ class GroupedAttention:
         whole = self.layer.whole(key, value, limit)
         output: Tensor | None = None
         if whole is not None and (self.split.prefill != "lambda" or whole[0].shape[2] <= limit):
-            output = self.layer.attend(self.base, module, query, *whole, **kwargs)
+            output = self.layer.attend(self.attention, query, *whole)
         merged = output is not None
         for group in self.layer.groups:
             heads = group.index(query.device, group_size)
-            part_module, part_kwargs = of_heads(module, kwargs, heads)
+            attention = self.attention.of_heads(heads)
             part_query = query.index_select(1, heads)
-            group.store.attended = True
+            group.store.stage = CallStage.IDLE
             if not merged:
-                part = self._attend(group, part_module, part_query, part_kwargs)
+                part = self._attend(group, attention, part_query)
                 output = part.new_empty(*part.shape[:2], query.shape[1], part.shape[-1]) if output is None else output
                 output[:, :, heads] = part
-            self._evict(group, part_query, part_kwargs)
+            self._evict(group, attention, part_query)
         if self.session.phase is Phase.PREFILL_END:
             self.layer.compressed = any(group.store.compressed for group in self.layer.groups)
         assert output is not None
         return output
 
-    def _attend(self, group: HeadGroup, module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _attend(self, group: HeadGroup, attention: ModelAttention, query: Tensor) -> Tensor:
         store = group.store
         decoding = store.physical_length() <= self.split.sinks + self.split.recent and query.shape[2] == 1
         if group is not self.layer.stream or self.split.prefill != "lambda" or decoding:
-            return store.attend(self.base, module, query, store.keys, store.values, **kwargs)
+            return store.attend(attention, query, store.keys, store.values)
         return sink_window_attention(
-            self.base,
-            module,
+            attention,
             query,
             store.keys,
             store.values,
             store.start,
             self.split.sinks,
             self.split.recent,
-            **kwargs,
         )
 
-    def _evict(self, group: HeadGroup, query: Tensor, kwargs: dict[str, Any]) -> None:
+    def _evict(self, group: HeadGroup, attention: ModelAttention, query: Tensor) -> None:
         store, stream = group.store, group is self.layer.stream
-        keeper = self.split.streaming if stream else self.split.full_keeper
+        keeper = self.split.streaming if stream else self.split.full_compression
         if keeper is not None:
-            eviction = Eviction(self.session, keeper, store, self.index, kwargs)
+            eviction = Eviction(self.session, keeper, store, self.index, attention)
             if stream and self.split.prefill != "dense":
                 eviction.closing = True
             eviction.after_attention(query, store.keys)

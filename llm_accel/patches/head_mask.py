@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_accel.methods.head_roles import HeadMask
-from llm_accel.patches.base_attention import of_heads
-from llm_accel.patches.layers import AccelLayer
+from llm_accel.cache import AccelLayer
+from llm_accel.methods.kv.head_roles import HeadMask
+from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 from llm_accel.patches.sink_window import sink_window_attention
@@ -48,12 +47,10 @@ def attend_window(
     mask: HeadMask,
     heads: tuple[int, ...],
     rows: int,
-    base: str,
-    module: nn.Module,
+    attention: ModelAttention,
     tensors: tuple[Tensor, Tensor, Tensor],
     layer: AccelLayer,
     output: Tensor,
-    kwargs: dict[str, Any],
 ) -> Tensor:
     """``output`` [B, T, Hq, Dv] with the heads ``heads`` of the last ``rows`` queries seeing sinks and a window only.
 
@@ -65,17 +62,14 @@ def attend_window(
     owners = sorted({head // group for head in heads})
     readers = torch.tensor([owner * group + i for owner in owners for i in range(group)], device=query.device)
     keys = torch.tensor(owners, device=query.device)
-    part_module, part_kwargs = of_heads(module, kwargs, readers)
     part = sink_window_attention(
-        base,
-        part_module,
+        attention.of_heads(readers),
         query[:, readers, -rows:],
         key.index_select(1, keys),
         value.index_select(1, keys),
         layer.start,
         mask.sinks,
         mask.recent,
-        **part_kwargs,
     )
     chosen = [place for place, head in enumerate(readers.tolist()) if head in heads]
     output = output.clone()

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_accel.assets import NEEDLE
 from llm_accel.errors import ConfigError, UnsupportedModelError
-from llm_accel.methods import HeadMethod, HeadProfile, HeadShard, MethodConfig, ModelHeads, load_profile
+from llm_accel.methods import HeadProfile, HeadShard, MethodConfig, ModelHeads, RetrievalHeads, load_profile
 from llm_accel.patches.base_attention import stores_latents
 from llm_accel.patches.identity import weight_hash
 
@@ -20,7 +20,7 @@ def plan_heads(
 ) -> dict[str, Any]:
     """The arguments of a plan that concern heads; empty where no method acts on heads. Profiles count the heads of the
     whole model, the plan those that are here."""
-    method = next((config for config in configs if isinstance(config, HeadMethod)), None)
+    method = next((config for config in configs if isinstance(config, RetrievalHeads)), None)
     if method is None:
         return {}
     counts = model_heads(model, skipped)
@@ -48,7 +48,7 @@ def model_heads(model: Any, skipped: Iterable[int] = ()) -> ModelHeads:
     return ModelHeads(layers, query_heads, kv_heads, tuple(index for index in range(layers) if index not in gone))
 
 
-def find_profile(model: Any, method: HeadMethod, counts: ModelHeads) -> HeadProfile:
+def find_profile(model: Any, method: RetrievalHeads, counts: ModelHeads) -> HeadProfile:
     """The profile that a method names, or the bundled model's own.
 
     Raises:

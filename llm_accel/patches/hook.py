@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
+from llm_accel.cache.linear import beside_state, own_state
+from llm_accel.cache.stock import is_full
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
-from llm_accel.patches.layers.hybrid import beside_state, own_state
-from llm_accel.patches.layers.stock import is_full
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
-from llm_accel.patches.vision.rows import enter
+from llm_accel.patches.vision.rows import begin_call
 from llm_accel.patches.vision.state import VisualReport
 from llm_accel.report import LayerReport
 
@@ -69,7 +69,7 @@ class DecoderHook:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             cached = decoder.config.use_cache if use_cache is None else use_cache
-            without_cache = self.plan.mask is not None or self.plan.attender is not None or self.plan.visual
+            without_cache = self.plan.mask is not None or self.plan.attention_method is not None or self.plan.visual
             if decoder.training or not (cached or without_cache):
                 return args, kwargs  # nothing is kept, so there is nothing to evict
             passing = not cached
@@ -90,7 +90,7 @@ class DecoderHook:
         if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
-            kwargs = enter(session, kwargs, visual, past)
+            kwargs = begin_call(session, kwargs, visual, past)
         if self.plan.reply is not None:
             look(session, self.plan.reply, kwargs)
         self._latest = weakref.ref(session)

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from llm_accel.cache import AccelLayer
+from llm_accel.cache.linear import restore_states, states_of
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.patches.hook import adopt, session_of
 from llm_accel.patches.identity import identity
-from llm_accel.patches.layers import AccelLayer
-from llm_accel.patches.layers.hybrid import restore_states, states_of
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.ranks import own_file
 from llm_accel.patches.replay import is_waiting

@@ -6,35 +6,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from llm_accel.errors import ConfigError
-from llm_accel.methods import (
-    WHOLE,
-    Attend,
-    Claim,
-    Cut,
-    Depth,
-    HeadMask,
-    HeadShard,
-    HeadSplit,
-    LayerCut,
-    MethodConfig,
-    ReplyDecoding,
-    ScoreAndKeep,
-    StepEviction,
-    VisualInput,
-    WholeCache,
-)
-from llm_accel.patches.families import VisionFamily
-from llm_accel.patches.layers import (
+from llm_accel.cache import (
     AccelLayer,
-    AttendingLayer,
     GroupedLayer,
     HidingLayer,
     RaggedLayer,
     RelativeSlotLayer,
     ReplyLayer,
     SlotLayer,
+    SparseLayer,
 )
+from llm_accel.errors import ConfigError
+from llm_accel.methods import (
+    WHOLE,
+    AttentionMethod,
+    Claim,
+    Cut,
+    Dense,
+    Depth,
+    HeadMask,
+    HeadShard,
+    HeadSplit,
+    LayerCut,
+    MethodConfig,
+    ScoreAndKeep,
+    StepEviction,
+    VASparse,
+    VisualInput,
+)
+from llm_accel.patches.families import VisionFamily
+from llm_accel.patches.steps import SparseAttention
 
 Decode = Literal["eager", "compiled", "auto"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
@@ -62,7 +63,7 @@ class Plan:
         derived: layers whose attention is given what is computed from the cached entries (latents), not these.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
         keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
-        attender: the method that computes attention, if any; worked out from ``configs``.
+        attention_method: the method that computes attention, if any; worked out from ``configs``.
         cut: after which layers visual tokens may leave the decoder, and which of them, or None.
         tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
         reply: the method that changes how a reply is decoded, if any; worked out from ``configs``.
@@ -86,9 +87,9 @@ class Plan:
     compiles: bool = field(default=False, compare=False)
     mlp_chunk: int | None = field(default=None, compare=False)
     keeper: ScoreAndKeep | None = field(init=False, compare=False)
-    attender: Attend | None = field(init=False, compare=False)
+    attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
-    reply: ReplyDecoding | None = field(init=False, compare=False)
+    reply: VASparse | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,8 +102,8 @@ class Plan:
             tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "keeper", _first(self.configs, ScoreAndKeep))
-        object.__setattr__(self, "attender", _first(self.configs, Attend))
-        object.__setattr__(self, "reply", _first(self.configs, ReplyDecoding))
+        object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
+        object.__setattr__(self, "reply", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
@@ -125,9 +126,9 @@ class Plan:
         return isinstance(self.keeper, StepEviction) and self.keeper.hides
 
     @property
-    def whole(self) -> WholeCache | None:
+    def whole(self) -> Dense | None:
         """The method that keeps everything, or None."""
-        return _first(self.configs, WholeCache)
+        return _first(self.configs, Dense)
 
     @property
     def capacity(self) -> int:
@@ -142,8 +143,8 @@ class Plan:
 
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""
-        if self.attender is not None and self.attender.dense_layer(index, self.layers) is None:
-            return AttendingLayer(self.attender, index, self.layers, self.heads)
+        if self.attention_method is not None and self.attention_method.dense_layer(index, self.layers) is None:
+            return SparseLayer(SparseAttention(self.attention_method, index, self.layers, self.heads))
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
+from llm_accel.cache import AccelLayer, GroupedLayer, SlotLayer
+from llm_accel.cache.joining import joined
+from llm_accel.cache.linear import join_states
+from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.eviction import step_view
 from llm_accel.patches.hook import DecoderHook, adopt
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, SlotLayer
-from llm_accel.patches.layers.hybrid import join_states
-from llm_accel.patches.layers.joining import joined
-from llm_accel.patches.layers.stock import has_linear_state, is_full
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import ReadCache
 
@@ -104,7 +105,7 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     """Why prompts of a batch must be read in one call on a model of this configuration, or None."""
     if plan.visual or plan.reply is not None:
         return "it acts on visual tokens, and images cannot be divided among calls here"
-    if plan.attender is not None:
+    if plan.attention_method is not None:
         return "it keeps the whole cache and looks at the length of the whole batch"
     if plan.keeper is None and plan.split is None and plan.whole is None:
         return "it evicts nothing"
@@ -157,4 +158,4 @@ def _open(keeper: StepEviction, layer: AccelLayer) -> None:
     if isinstance(layer, SlotLayer) and layer.physical_length():
         layer.bound(keeper.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(layer.view()))
+            layer.choose_spare(keeper.victims(step_view(layer)))

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from llm_accel.cache.attention import Attention
+from llm_accel.cache.autograd_modes import thawed
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.base_attention import attend
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.modes import thawed
 from llm_accel.patches.vision.state import VisualState
 
 
@@ -76,11 +76,9 @@ class Replay(DynamicCache):
         self.cache = cache
         self.visual = VisualState()
 
-    def attend(
-        self, index: int, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def attend(self, index: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one token to itself, [B, 1, Hq, Dv]."""
-        return attend(base, module, query, key, value, None, **kwargs)
+        return attention.dense(query, key, value, None)
 
     def hand_over(self, output: Any) -> None:
         """Puts what was remembered in place of what was computed."""

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from llm_accel.cache import ReplyLayer
+from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
+from llm_accel.kernels.column_votes.reference import soft_capped
 from llm_accel.kernels.gradient import without_gradient
-from llm_accel.methods import ReplyDecoding
+from llm_accel.methods import VASparse
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.base_attention import softmax_of
-from llm_accel.patches.layers import ReplyLayer
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
-def look(session: Session, method: ReplyDecoding, kwargs: dict[str, Any]) -> None:
+def look(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
     """Notes what the running call of the decoder shows, before its layers: whether there is an image, and the embedding
     of the newest token for the second path.
 
@@ -56,13 +57,13 @@ class ReplyStep:
         session: state of the cache.
         method: the method on replies.
         layer: the layer's entries, the new ones included.
-        kwargs: what the model passed to its attention function (scaling, softcap, learned sinks).
+        attention: what the model would have computed.
     """
 
-    def __init__(self, session: Session, method: ReplyDecoding, layer: ReplyLayer, kwargs: dict[str, Any]) -> None:
-        self.session, self.method, self.layer, self.kwargs = session, method, layer, kwargs
+    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, attention: Attention) -> None:
+        self.session, self.method, self.layer, self.attention = session, method, layer, attention
 
-    def attend(self, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the newest queries, [B, T, Hq, Dv]: the model's own but for the penalty in decode steps."""
         decoding = self.layer.pictured and not self.session.phase.in_prompt
         weights = self._weights(query, key) if decoding else None
@@ -71,7 +72,7 @@ class ReplyStep:
             mixed = self._mixed(weights, value).to(query.dtype)
             (output,) = without_gradient(f"the penalty of {self.method.name}", lambda: (mixed,), mixed)
         else:
-            output = self.layer.attend(base, module, query, key, value, **self.kwargs)
+            output = self.layer.attend(self.attention, query, key, value)
         if weights is not None:
             with torch.no_grad():
                 into = self._spoke(weights, query, key)
@@ -83,7 +84,7 @@ class ReplyStep:
 
     def _heard(self, query: Tensor, key: Tensor) -> None:
         """Tokens of a prompt: which of them are visual, and the attention that its last queries pay."""
-        layer, rows, width = self.layer, self.session.visual.rows, self.method.watched_queries
+        layer, rows, width = self.layer, self.session.visual.rows, self.method.sink_window
         if rows is not None and rows.visual is not None:
             layer.mark(rows.visual)
         if self.method.penalises and width is not None:
@@ -93,7 +94,7 @@ class ReplyStep:
             layer.begin_reply()
         if self.method.penalises and (width is None or (self.session.phase is Phase.PREFILL_END and layer.pictured)):
             watched = query if layer.window is None else layer.window
-            softmax = softmax_of(self.kwargs, key.shape[-1])
+            softmax = self.attention.softmax(key.shape[-1])
             with torch.no_grad():
                 layer.receive(column_votes(watched, key, layer.start, heads=query.shape[1], **softmax))
         if self.session.phase is Phase.PREFILL_END:
@@ -125,10 +126,8 @@ class ReplyStep:
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Attention weights of one query per row after the penalty, fp32 [B, Hq, P]."""
-        softmax = softmax_of(self.kwargs, key.shape[-1])
-        logits = self._products(query, key) * softmax["scaling"]
-        if softmax["softcap"] is not None:
-            logits = torch.tanh(logits / softmax["softcap"]) * softmax["softcap"]
+        softmax = self.attention.softmax(key.shape[-1])
+        logits = soft_capped(self._products(query, key) * softmax["scaling"], softmax["softcap"])
         real = real_slots(self.layer.start, key.shape[2], key.device)[:, None]
         if self.method.penalises:
             assert self.layer.received is not None
@@ -149,7 +148,7 @@ class ReplyStep:
 class ContrastProcessor(LogitsProcessor):
     """Contrasts the scores of each step with the language model head on the embedding of the newest token."""
 
-    def __init__(self, session: Session, method: ReplyDecoding, head: nn.Module) -> None:
+    def __init__(self, session: Session, method: VASparse, head: nn.Module) -> None:
         self.session, self.method, self.head = session, method, head
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import inspect
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -45,10 +44,3 @@ def why_no_rotary(decoder: Any) -> str | None:
     if scaling.get("rope_type", "default") in ("dynamic", "longrope") or "mrope_section" in scaling:
         return f"its rotary frequencies depend on more than the position ({scaling.get('rope_type', 'mrope')})"
     return None
-
-
-def slot_ranks(positions: Tensor) -> Tensor:
-    """Rank of each slot among the real ones of its row, int64 [B, P], from original positions [B, P]; 0 if empty."""
-    order = positions.argsort(dim=-1).argsort(dim=-1)
-    empty = (positions < 0).sum(-1, keepdim=True)
-    return torch.clamp(order - empty, min=0)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
+from llm_accel.cache.layer import CallStage
+from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import StepEviction
 from llm_accel.methods.selection import real_slots
-from llm_accel.patches.layers import AccelLayer, GroupedLayer, RelativeSlotLayer
-from llm_accel.patches.layers.hybrid import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
@@ -20,7 +21,7 @@ from llm_accel.report import LayerReport
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from llm_accel.patches.compiled.cache import Lease
+    from llm_accel.patches.compiled.cache import GraphCache
     from llm_accel.patches.plan import Plan
 
 
@@ -38,9 +39,9 @@ class Session:
         rotary: the model's rotary embedding, for methods whose positions are ranks in the cache, else None.
         arrived_at: positions of the running call's tokens in such methods, int64 [B, T], else None.
         protect: prompt positions that must stay, bool [B, n], or None.
-        room: tokens that will be decoded after the prompt, where that was announced, else None.
+        headroom: tokens that will be decoded after the prompt, where that was announced, else None.
         eager_because: why this cache's decode steps must not be compiled, or None.
-        lease: the buffers of fixed size that hold the entries between compiled decode steps, or None.
+        graph: the layers in their fixed form, between compiled decode steps, else None.
         unfinished: whether a call has begun and has not come to its end.
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
@@ -58,19 +59,34 @@ class Session:
         self.protect: Tensor | None = None
         self.rotary: Rotary | None = None
         self.arrived_at: Tensor | None = None
-        self.room: int | None = None
+        self.headroom: int | None = None
         self.eager_because: str | None = None
-        self.lease: Lease | None = None
+        self.graph: GraphCache | None = None
         self.unfinished = False
         self.reading = False
         self.outcome: Tensor | None = None
         self._awaiting_decode = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.end_graph()
+        return self.__dict__
+
+    def end_graph(self, broken: bool = False) -> None:
+        """Eager calls go on from here; ``broken``: after a step that failed half-way, which the next call must find
+        out."""
+        if self.graph is None:
+            return
+        graph, self.graph = self.graph, None
+        graph.end()
+        if broken:
+            for layer in self.ours.values():
+                layer.stage = CallStage.ARRIVED
+
     @property
     def decoding(self) -> bool:
         """Whether the prompt is complete and compressed, so that a call with one token is a plain decode step."""
         first = next(iter(self.ours.values()))
-        begun = first.cumulative_length > 0 and first.attended
+        begun = first.cumulative_length > 0 and first.stage is not CallStage.ARRIVED
         return begun and not self._awaiting_decode and not self._prompt_open(first.get_seq_length())
 
     def entries_for(
@@ -96,7 +112,7 @@ class Session:
                 "Remove the plug-in and report the model class."
             )
         source, layer = found
-        return (index if layer.attended else source), layer
+        return (source if layer.stage is CallStage.ARRIVED else index), layer
 
     def _gave(self, index: int, layer: AccelLayer, key: Tensor, value: Tensor) -> bool:
         """Whether ``key`` and ``value`` come from this layer in the running call."""
@@ -129,13 +145,12 @@ class Session:
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
-        torn = self.unfinished and any(map(_may_be_ahead, self.layers))
+        torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
+        torn = torn or (self.unfinished and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         for layer in self.ours.values():
-            layer.expected = True
-            layer.missing, layer.arriving = 0, None
-            layer.given = layer.reading = None
+            layer.await_entries()
         if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd
             for held in self.layers:
                 if isinstance(held, AccelLayer | LinearLayer):
@@ -246,7 +261,7 @@ class Session:
         """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
         a layer over budget evicted nothing."""
         for index, layer in self.ours.items():
-            if not layer.attended:
+            if layer.stage is CallStage.ARRIVED:
                 raise EvictionError(
                     f"the attention of layer {index} never reached llm_accel: nothing is evicted there and padding is "
                     "not hidden. Remove the plug-in and report the model class."

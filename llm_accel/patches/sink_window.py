@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
+from llm_accel.cache.attention import Attention
 from llm_accel.kernels.block_list import BlockList, block_positions
 from llm_accel.kernels.block_sparse import block_sparse_attention
-from llm_accel.patches.base_attention import attend, softmax_of
 
 BLOCK_Q = 64
 BLOCK_K = 64  # nothing is listed
 
 
 def sink_window_attention(
-    base: str,
-    module: nn.Module,
+    attention: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     start: Tensor | None,
     sinks: int,
     recent: int,
-    **kwargs: Any,
 ) -> Tensor:
     """The newest T queries; the one at entry ``i`` of its row sees ``j <= i`` with ``j < sinks`` or ``i - j < recent``.
     Entries stand for positions here: what a streaming head has lost lies between its sinks and its window.
@@ -37,11 +33,11 @@ def sink_window_attention(
         [B, T, Hq, Dv]
     """
     if key.shape[2] <= sinks + recent:
-        return attend(base, module, query, key, value, start, **kwargs)
+        return attention.dense(query, key, value, start)
     start = None if start is None else start.to(key.device)
     positions = block_positions(query.shape[2], key.shape[2], BLOCK_Q, start, key.device)
     blocks = BlockList.sink_window(
         positions.expand(query.shape[0], -1), block_q=BLOCK_Q, block_k=BLOCK_K, sink=sinks, window=recent
     )
-    softmax = softmax_of(kwargs, query.shape[-1])
+    softmax = attention.softmax(query.shape[-1])
     return block_sparse_attention(query, key, value, blocks, start=start, **softmax)[0]

@@ -20,8 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from llm_accel.cache.stock import is_full
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.stock import is_full
 
 _NAME = "llm_accel_wiring"
 _TOKENS = 12  # enough for each head to have marks of its own

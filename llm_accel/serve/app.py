@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from llm_accel.serve.answers import Answer
+from llm_accel import __version__
 from llm_accel.serve.body import parse_body
-from llm_accel.serve.desk import Desk
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, late
-from llm_accel.serve.gate import Gate
+from llm_accel.serve.errors import ApiError, BadRequest, deadline_passed
+from llm_accel.serve.input_processor import InputProcessor
 from llm_accel.serve.loading import Served
-from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
-from llm_accel.serve.reply import Reply
-from llm_accel.serve.schema import describer
+from llm_accel.serve.middleware import Middleware
+from llm_accel.serve.openapi import add_description
+from llm_accel.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ModelRequest,
+    TokenizeRequest,
+)
 from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.streaming import GenerationResponse
 
+log = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=ModelRequest)
+Result = TypeVar("Result")
+
+_MOST_NAMES = 32  # of ignored fields that are reported
 _STOP_S = 10.0  # what a batch has to notice that nobody waits for it
 
 
-def create_app(served: Served, settings: ServeSettings) -> tuple[Gate, Engine]:
+def create_app(served: Served, settings: ServeSettings) -> tuple[Middleware, Engine]:
     """The application, and the engine behind it, which starts and stops with it.
 
     Raises:
         LlmAccelError: the keys or the default method cannot be used.
     """
     engine = Engine(served, settings)
-    desk = Desk(served, settings)
+    processor = InputProcessor(served, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,47 +58,88 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[Gate, Engine]:
         await asyncio.to_thread(engine.join, _STOP_S)
 
     app = FastAPI(title="llm_accel", lifespan=lifespan, docs_url=None, redoc_url=None)
-    _add_answers(app, engine, desk)
-    _add_pages(app, engine, desk, served.name, settings.method)
+    _add_answers(app, engine, processor, Inbox(engine, processor, settings.strict_fields))
+    _add_pages(app, engine, processor, served.name, settings.method)
     _add_errors(app)
     keys = settings.keys()
-    app.openapi = describer(app, served.name, settings, bool(keys))  # type: ignore[method-assign]
+    add_description(app, served.name, settings, bool(keys))
     max_inside = settings.max_queue + 2 * settings.max_batch  # all that wait, all that run, and some on their way
-    gate = Gate(app, keys, int(settings.max_body_mib * 2**20), desk.max_values, max_inside, engine.metrics)
-    return gate, engine
+    middleware = Middleware(
+        app, keys, int(settings.max_body_mib * 2**20), processor.max_values, max_inside, engine.metrics
+    )
+    return middleware, engine
 
 
-def _add_answers(app: FastAPI, engine: Engine, desk: Desk) -> None:
-    async def answer(request: HttpRequest, kind: type[Request], make: Any) -> Response:
+class Inbox:
+    """Reads and checks the bodies of requests.
+
+    Args:
+        strict: whether unknown fields are refused; they are ignored otherwise, and named in a header of the response.
+    """
+
+    def __init__(self, engine: Engine, processor: InputProcessor, strict: bool) -> None:
+        self._engine, self._processor, self._strict = engine, processor, strict
+        self._warned: set[str] = set()
+
+    async def read(
+        self, request: HttpRequest, kind: type[Kind], make: Callable[[Kind], Awaitable[Result]]
+    ) -> tuple[Result, float]:
+        """What ``make`` makes of the body, with a place in the queue, and when its time is over."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError("bad_request", "send JSON with 'Content-Type: application/json'.")
+            raise BadRequest("send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
-        body = await asyncio.to_thread(parse_body, kind, await request.body())
-        desk.check_model(body.model)
-        until = begin + desk.seconds(body)
-        with engine.queue.place():
+        ignored: set[str] | None = None if self._strict else set()
+        body = await asyncio.to_thread(parse_body, kind, request.state.body, ignored)
+        self._report(request, ignored or set())
+        if body.model is not None:
+            self._processor.check_model(body.model)
+        seconds = self._processor.seconds(body)
+        with self._engine.scheduler.reserve():
             try:
-                async with asyncio.timeout_at(until):
-                    ready: Answer = await make(body, request.state.key)
+                async with asyncio.timeout_at(begin + seconds):
+                    return await make(body), begin + seconds
             except TimeoutError:
-                raise late(desk.seconds(body)) from None
-        return Reply(engine, ready, body.stream, body.stream_options.include_usage, until)
+                raise deadline_passed(seconds) from None
 
+    def _report(self, request: HttpRequest, ignored: set[str]) -> None:
+        names = sorted({re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored})[:_MOST_NAMES]
+        if names:
+            request.state.headers.append((b"x-llm-accel-ignored", ", ".join(names).encode()))
+        for name in names:
+            if name not in self._warned and len(self._warned) < _MOST_NAMES:
+                self._warned.add(name)
+                log.warning("a request has the field %r, which is not known here and ignored", name)
+
+
+def _add_answers(app: FastAPI, engine: Engine, processor: InputProcessor, inbox: Inbox) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: HttpRequest) -> Response:
-        return await answer(request, ChatRequest, desk.chat)
+        answer, until = await inbox.read(request, ChatRequest, lambda body: processor.chat(body, request.state.key))
+        return GenerationResponse(engine, answer, until)
 
     @app.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
-        return await answer(request, CompletionRequest, desk.completion)
+        made = await inbox.read(request, CompletionRequest, lambda body: processor.completion(body, request.state.key))
+        return GenerationResponse(engine, *made)
+
+    @app.post("/tokenize")
+    async def tokenize(request: HttpRequest) -> JSONResponse:
+        made, _ = await inbox.read(request, TokenizeRequest, processor.tokenize)
+        return JSONResponse(made)
+
+    @app.post("/detokenize")
+    async def detokenize(request: HttpRequest) -> JSONResponse:
+        made, _ = await inbox.read(request, DetokenizeRequest, processor.detokenize)
+        return JSONResponse(made)
 
 
-def _add_pages(app: FastAPI, engine: Engine, desk: Desk, name: str, method: str) -> None:
+def _add_pages(app: FastAPI, engine: Engine, processor: InputProcessor, name: str, method: str) -> None:
     started = int(time.time())
 
     def description() -> dict[str, Any]:
-        extension = {"method": method, "context": desk.context}
-        return {"id": name, "object": "model", "created": started, "owned_by": "llm_accel", "llm_accel": extension}
+        extension = {"method": method, "context": processor.context}
+        known = {"id": name, "object": "model", "created": started, "owned_by": "llm_accel"}
+        return known | {"max_model_len": processor.context, "llm_accel": extension}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -92,8 +147,12 @@ def _add_pages(app: FastAPI, engine: Engine, desk: Desk, name: str, method: str)
 
     @app.get("/v1/models/{model_name:path}")
     async def one_model(model_name: str) -> dict[str, Any]:
-        desk.check_model(model_name)
+        processor.check_model(model_name)
         return description()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -112,8 +171,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def elsewhere(request: HttpRequest, error: Any) -> JSONResponse:
-        known = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, /health, /metrics, /openapi.json"
-        return JSONResponse(ApiError("not_found", f"there are: {known}.").body(), error.status_code, error.headers)
+        message = (
+            "there is no such path or method here; this server has POST /v1/chat/completions, /v1/completions, "
+            "/tokenize, /detokenize, GET /v1/models, /version, /health, /metrics, /openapi.json."
+        )
+        return JSONResponse(ApiError("not_found", message).body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: HttpRequest, error: Exception) -> JSONResponse:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import BadRequest
+from llm_accel.serve.protocol import LARGE_ENGINE
 
 MOST_PARTS = 100_000  # texts, lists and objects of a request
 _STEP = 40  # characters of a name in a message
@@ -16,8 +17,8 @@ _STEP = 40  # characters of a name in a message
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Census:
-    """Counts the values of a JSON text piece by piece, at the speed of :meth:`bytes.split`. It reads no JSON: what is
+class ValueCounter:
+    """Counts the values of a JSON text chunk by chunk, at the speed of :meth:`bytes.split`. It reads no JSON: what is
     none is left to the parser, which stops there.
 
     Args:
@@ -29,46 +30,50 @@ class Census:
         self._commas = self._quotes = self._openings = 0
         self._escaped = False  # the next byte belongs to an escape
 
-    def add(self, piece: bytes) -> None:
-        """Counts the next piece.
+    def add(self, chunk: bytes) -> None:
+        """Counts the next chunk.
 
         Raises:
-            ApiError: bad_request, there are more values than any request needs.
+            BadRequest: there are more values than any request needs.
         """
-        if not piece:
+        if not chunk:
             return
-        piece = self._without_escapes(piece)
-        runs = piece.split(b'"')
+        chunk = self._without_escapes(chunk)
+        runs = chunk.split(b'"')
         outside = b"".join(runs[self._quotes % 2 :: 2])
         self._quotes += len(runs) - 1
         self._commas += outside.count(b",")
         self._openings += outside.count(b"[") + outside.count(b"{")
         if self._openings + self._quotes // 2 > MOST_PARTS:
-            raise ApiError("bad_request", f"the JSON has over {MOST_PARTS} texts, lists and objects; send fewer.")
+            raise BadRequest(f"the JSON has over {MOST_PARTS} texts, lists and objects; send fewer.")
         if self._commas > self._most_values:
-            raise ApiError("bad_request", f"the JSON has over {self._most_values} values; send fewer.")
+            raise BadRequest(f"the JSON has over {self._most_values} values; send fewer.")
 
-    def _without_escapes(self, piece: bytes) -> bytes:
+    def _without_escapes(self, chunk: bytes) -> bytes:
         """Without escaped quotes, which end no string."""
-        piece = piece[1:] if self._escaped else piece
-        self._escaped = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-        return piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
+        chunk = chunk[1:] if self._escaped else chunk
+        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
+        return chunk.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in chunk else chunk
 
 
-def parse_body(kind: type[Model], body: bytes) -> Model:
+def parse_body(kind: type[Model], body: bytes, ignored: set[str] | None = None) -> Model:
     """A checked request.
 
+    Args:
+        ignored: where names of unknown fields go; None refuses them.
+
     Raises:
-        ApiError: bad_request, it is no JSON or not as described; says what is wrong first, and where.
+        BadRequest: it is no JSON or not as described; says what is wrong first, and where.
     """
     try:
         data = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
-        raise ApiError("bad_request", f"the body is no valid JSON: {error}.") from None
+        raise BadRequest(f"the body is no valid JSON: {error}.") from None
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context={"ignored": ignored})
     except ValidationError as error:
-        raise ApiError("bad_request", complaint(error, data)) from None
+        place, text = complaint(error, data)
+        raise BadRequest(f"{place or 'the body'}: {text}.", param=place or None) from None
 
 
 _SAYS = {
@@ -86,6 +91,7 @@ _SAYS = {
     "missing": "is missing",
     "model_attributes_type": "give an object",
     "model_type": "give an object",
+    "string_pattern_mismatch": "give token ids as its keys",
     "string_too_long": "give at most {max_length} characters",
     "string_too_short": "give at least {min_length} characters",
     "string_type": "give a text",
@@ -96,18 +102,19 @@ _SAYS = {
 }
 
 
-def complaint(error: ValidationError, data: Any) -> str:
-    """What is wrong first, and where, in one line; no value of the request, and no word about how it is checked.
+def complaint(error: ValidationError, data: Any) -> tuple[str, str]:
+    """Where the first mistake is, and what it is; no value of the request, and no word about how it is checked.
 
     Args:
         data: what was checked.
     """
     first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
     text = _SAYS.get(first["type"], "has a value that is not allowed").format(**first.get("ctx", {}))
-    if first["type"].startswith("told"):  # by a check of our own
+    if first["type"].startswith("custom"):  # by a check of our own
         text = first["msg"]
-    place = ".".join(_steps(first["loc"], data))
-    return f"{place}: {text}." if place else f"the body: {text}."
+    if first["type"] == "extra_forbidden" and first["loc"][-1] in LARGE_ENGINE:
+        text = "tools and structured output are not served here; vLLM with the llm_accel plug-in has them"
+    return ".".join(_steps(first["loc"], data)), text
 
 
 def _steps(loc: Sequence[int | str], data: Any) -> list[str]:

@@ -9,13 +9,13 @@ import traceback
 
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.registry import parse_all
-from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversations
-from llm_accel.serve.errors import ApiError, shutting_down
-from llm_accel.serve.jobs import Job
+from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.queue import JobQueue
+from llm_accel.serve.model_runner import ModelRunner
+from llm_accel.serve.scheduler import Scheduler
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,15 @@ class Engine:
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.metrics = Metrics()
-        self.queue = JobQueue(settings)
+        self.scheduler = Scheduler(settings)
         conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
-        self._runner = Runner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
+        self._runner = ModelRunner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
         self._own = parse_all(settings.method)
         self._runner.use(self._own)
-        self._failed = 0
+        self._failed, self._max_batch = 0, settings.max_batch
         self._running: list[Job] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
-        self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.queue))
+        self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
         self.metrics.watch("running", "Requests in the running batch.", lambda: len(self._running))
         self.metrics.watch("sessions", "Conversations that keep their cache.", lambda: len(conversations))
         self.metrics.watch("session_bytes", "Bytes of their caches.", lambda: conversations.nbytes)
@@ -49,7 +49,7 @@ class Engine:
     @property
     def status(self) -> str:
         """ "ok", or why a load balancer should send requests elsewhere."""
-        if self.queue.closed:
+        if self.scheduler.closed:
             return "shutting down"
         if not self.working:
             return "not running"
@@ -66,20 +66,20 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Accepts a request, or raises :class:`ApiError`."""
-        self.queue.put(job)
+        self.scheduler.put(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this request any more: it leaves the queue, or its rows stop at their next token."""
         job.cancelled = True
-        self.queue.discard(job)
+        self.scheduler.discard(job)
 
     def drain(self) -> None:
         """No more requests; accepted ones are finished."""
-        self.queue.close()
+        self.scheduler.close()
 
     def abandon(self) -> None:
         """Fails every request that is not finished."""
-        for job in [*self.queue.clear(), *self._running]:
+        for job in [*self.scheduler.clear(), *self._running]:
             job.fail(shutting_down())
 
     def join(self, seconds: float) -> None:
@@ -88,7 +88,7 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while jobs := self.queue.take():
+            while jobs := self.scheduler.take():
                 self._serve(jobs)
         finally:
             self._runner.use(())  # whoever served the model gets it back as it was
@@ -97,10 +97,11 @@ class Engine:
         self._running = jobs
         begin = time.monotonic()
         try:
-            self._runner.run(jobs)
+            self._runner.run(jobs, self._max_batch)
+            self.scheduler.put_back(jobs)
             self._failed = 0
         except _REFUSALS as error:
-            self._fail(jobs, ApiError("bad_request", str(error)))
+            self._fail(jobs, BadRequest(str(error)))
         except Exception as error:
             if jobs[0].methods in ((), self._own):  # what clients made of other methods says nothing about the server
                 self._failed += 1
@@ -113,8 +114,8 @@ class Engine:
         finally:
             self._running = []
         seconds = time.monotonic() - begin
-        mean = self.queue.batch_seconds
-        self.queue.batch_seconds = seconds if mean == 0 else 0.8 * mean + 0.2 * seconds
+        mean = self.scheduler.batch_seconds
+        self.scheduler.batch_seconds = seconds if mean == 0 else 0.8 * mean + 0.2 * seconds
 
     def _fail(self, jobs: list[Job], error: ApiError) -> None:
         for job in jobs:

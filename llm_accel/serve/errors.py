@@ -20,7 +20,6 @@ STATUS = {
     "shutting_down": 503,
     "deadline": 504,
 }
-OUTCOMES = ("ok", *STATUS)
 
 
 class ApiError(Exception):
@@ -30,13 +29,22 @@ class ApiError(Exception):
         outcome: which of :data:`STATUS` it is; also its label in the metrics.
         message: one sentence for the client, cut where it quotes too much; no addresses of objects.
         headers: further headers of the response.
+        code: what programs read; the outcome where OpenAI has no code of its own.
+        param: the field of the request that is wrong, where it is one.
     """
 
-    def __init__(self, outcome: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        outcome: str,
+        message: str,
+        headers: dict[str, str] | None = None,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
         plain = _ADDRESS.sub("", message)
         self.message = plain if len(plain) <= _MOST else plain[:_MOST] + "..."
         super().__init__(self.message)
-        self.outcome, self.headers = outcome, headers or {}
+        self.outcome, self.headers, self.code, self.param = outcome, headers or {}, code or outcome, param
 
     @property
     def status(self) -> int:
@@ -45,8 +53,25 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        kind = "invalid_request_error" if self.status < 429 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.outcome}}
+        kind = "rate_limit_error" if self.status == 429 else "server_error"
+        kind = kind if self.status >= 429 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class BadRequest(ApiError):
+    """A request that cannot be answered as it is: status 400."""
+
+    def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__("bad_request", message, code=code, param=param)
+
+
+class ContextExceeded(BadRequest):
+    """A prompt, or a prompt and its answer, of more tokens than fit."""
+
+    def __init__(self, given: str, context: int) -> None:
+        # clients that fall back to another model look for this code, or for these words
+        text = f"{given}. This model's maximum context length is {context} tokens."
+        super().__init__(text, "context_length_exceeded")
 
 
 def shutting_down() -> ApiError:
@@ -54,6 +79,6 @@ def shutting_down() -> ApiError:
     return ApiError("shutting_down", "the server is shutting down; try another one or come back later.")
 
 
-def late(seconds: float) -> ApiError:
+def deadline_passed(seconds: float) -> ApiError:
     """What a request gets that is not answered in time."""
     return ApiError("deadline", f"not finished within {seconds:g} s.")

@@ -8,7 +8,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import BadRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,8 +28,7 @@ def decode(url: str, max_pixels: float) -> Image:
 
     head, _, data = url.partition(",")
     if head.lower() not in _FORMATS:
-        raise ApiError(
-            "bad_request",
+        raise BadRequest(
             "images come as data:image/png;base64,... (or jpeg, webp); the server fetches nothing from elsewhere.",
         )
     try:
@@ -37,9 +36,7 @@ def decode(url: str, max_pixels: float) -> Image:
             warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit here is the one that counts
             image = pillow.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=[_FORMATS[head.lower()]])
         if image.width * image.height > max_pixels:
-            raise ApiError(
-                "bad_request", f"an image has {image.width} x {image.height} pixels; {max_pixels:.0f} are allowed."
-            )
+            raise BadRequest(f"an image has {image.width} x {image.height} pixels; {max_pixels:.0f} are allowed.")
         return ImageOps.exif_transpose(image).convert("RGB")
     except (binascii.Error, OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise ApiError("bad_request", f"an image cannot be decoded ({type(error).__name__}).") from error
+        raise BadRequest(f"an image cannot be decoded ({type(error).__name__}).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,122 +14,177 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError
 from torch import Tensor
 
-from llm_accel.serve.errors import ApiError
+from llm_accel.serve.errors import BadRequest, ContextExceeded
 from llm_accel.serve.images import decode
 from llm_accel.serve.loading import Served
-from llm_accel.serve.protocol import Message, TextPart
+from llm_accel.serve.messages import Chat, Message
 from llm_accel.serve.settings import ServeSettings
 
 Result = TypeVar("Result")
 
 CHARACTERS = 16  # of a token, on average over a prompt, at most: several times what texts and code have
+# what messages and options that a template does not expect make of it
+_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and for images what the model needs beside them."""
+    """Token ids, the text that they stand for, and for images what the model needs beside them."""
 
     ids: tuple[int, ...]
+    text: str = ""
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Reader:
+class PromptReader:
     """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads.
 
     Args:
+        context: tokens that the model takes.
         limit: tokens of a prompt at most.
         vocabulary: token ids are below it.
     """
 
-    def __init__(self, served: Served, settings: ServeSettings, limit: int, vocabulary: int) -> None:
+    def __init__(self, served: Served, settings: ServeSettings, context: int, limit: int, vocabulary: int) -> None:
         self._processor = copy.deepcopy(served.processor)
         self.tokenizer: Any = copy.deepcopy(served.tokenizer) if self._processor is None else self._processor.tokenizer
-        self._settings, self._limit, self._vocabulary = settings, limit, vocabulary
+        self._settings, self._context, self._limit, self._vocabulary = settings, context, limit, vocabulary
         ids = {getattr(served.model.config, name, None) for name in _PLACEHOLDERS}
         self._placeholders = {number for number in ids if isinstance(number, int)}
         self._thread = ThreadPoolExecutor(1, "llm-accel-read")
 
-    async def texts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
-        """Prompts as they are, with the special tokens that the tokenizer puts around texts."""
+    async def texts(self, prompts: Sequence[str | list[int]], special: bool = True) -> list[Prompt]:
+        """Prompts as they are; ``special``: with the special tokens that the tokenizer puts around texts."""
         for prompt in prompts:
             self._check_size(len(prompt), CHARACTERS if isinstance(prompt, str) else 1)
-        return await self._apart(lambda: [Prompt(self._ids(one)) for one in prompts])
+        return await self._apart(lambda: [self._prompt(one, special) for one in prompts])
 
-    async def chat(self, messages: Sequence[Message]) -> Prompt:
-        """A chat in the model's template, ready for the answer.
+    async def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self._check_ids(ids)
+        return await self._apart(lambda: self._decode(ids))
+
+    async def chat(self, chat: Chat) -> Prompt:
+        """A chat in the model's template.
 
         Raises:
             ApiError: no template, a chat that it does not take, or images that cannot be used.
         """
         template = getattr(self._processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if not template:
-            raise ApiError("bad_request", "this model has no chat template; use /v1/completions.")
-        said = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
-        self._check_size(said, CHARACTERS)
-        return await self._apart(lambda: self._chat(messages))
+            raise BadRequest("this model has no chat template; use /v1/completions.")
+        self._check_size(sum(message.characters for message in chat.messages), CHARACTERS)
+        return await self._apart(lambda: self._chat(chat))
 
     def _check_size(self, size: int, per_token: int = 1) -> None:
         """Refuses a prompt of more tokens than are allowed, or more characters than so many tokens can have."""
         if size <= self._limit * per_token:
             return
         unit = "tokens" if per_token == 1 else f"characters, which is over {per_token} for each token that may be"
-        raise ApiError("bad_request", f"the prompt has {size} {unit}; {self._limit} are allowed.")
+        raise ContextExceeded(f"the prompt has {size} {unit}; {self._limit} are allowed", self._context)
 
-    def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
-        return self._checked(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+    def _prompt(self, prompt: str | list[int], special: bool) -> Prompt:
+        if not isinstance(prompt, str):
+            return Prompt(self._checked(prompt), self._decode(prompt))
+        return Prompt(self._checked(self.tokenizer(prompt, add_special_tokens=special)["input_ids"]), prompt)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        self._check_size(len(ids))
+        if max(ids, default=0) >= self._vocabulary:
+            raise BadRequest(f"token ids are below {self._vocabulary}.")
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt without images that the model can read."""
         if len(ids) == 0:
-            raise ApiError("bad_request", "the prompt is empty.")
-        self._check_size(len(ids))
-        if max(ids) >= self._vocabulary:
-            raise ApiError("bad_request", f"token ids are below {self._vocabulary}.")
+            raise BadRequest("the prompt is empty.")
+        self._check_ids(ids)
         if not self._placeholders.isdisjoint(ids):
-            raise ApiError(
-                "bad_request", "a token of the prompt stands for an image or the like; send images in a chat."
-            )
+            raise BadRequest("a token of the prompt stands for an image or the like; send images in a chat.")
         return tuple(ids)
 
     async def _apart(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _chat(self, messages: Sequence[Message]) -> Prompt:
-        urls = [url for message in messages for url in message.images]
+    def _chat(self, chat: Chat) -> Prompt:
+        urls = [url for message in chat.messages for url in message.images]
         if len(urls) > self._settings.max_images:
-            raise ApiError("bad_request", f"{len(urls)} images; {self._settings.max_images} are allowed in a request.")
+            raise BadRequest(f"{len(urls)} images; {self._settings.max_images} are allowed in a request.")
         if self._processor is None:
             if urls:
-                raise ApiError("bad_request", "this model reads text only; leave the images out.")
-            text = self._render(self.tokenizer, [message.plain() for message in messages])
+                raise BadRequest("this model reads text only; leave the images out.")
+            text = self._render(self.tokenizer, [message.plain() for message in chat.messages], chat)
         else:
-            self._check_placeholders(messages)
-            text = self._render(self._processor, [message.mixed() for message in messages])
+            self._check_placeholders(chat.messages)
+            text = self._render(self._processor, [message.mixed() for message in chat.messages], chat)
         self._check_size(len(text), CHARACTERS)
         if not urls:
-            return Prompt(self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+            return Prompt(self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"]), text)
         images = [decode(url, self._settings.max_image_pixels) for url in urls]
         try:
             made = dict(self._processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False))
         except ValueError as error:
-            raise ApiError("bad_request", "the model's processor does not take these images.") from error
+            raise BadRequest("the model's processor does not take these images.") from error
         made.pop("attention_mask", None)
         ids = tuple(made.pop("input_ids")[0].tolist())
         self._check_size(len(ids))
-        return Prompt(ids, made)
+        return Prompt(ids, text, made)
 
     def _check_placeholders(self, messages: Sequence[Message]) -> None:
         """A placeholder in a text would be taken for an image that is not there."""
         mark = getattr(self._processor, "image_token", None)
         if mark and any(mark in part.text for message in messages for part in message.parts if part.type == "text"):
-            raise ApiError("bad_request", f"a text holds {mark!r}, which stands for an image; send images as parts.")
+            raise BadRequest(f"a text holds {mark!r}, which stands for an image; send images as parts.")
 
-    def _render(self, reader: Any, messages: list[dict[str, Any]]) -> str:
+    def _render(self, reader: Any, messages: list[dict[str, Any]], chat: Chat) -> str:
+        known = inspect.signature(reader.apply_chat_template).parameters
+        taken = [name for name in chat.template_options if name in known or name == "messages"]
+        if taken:
+            raise BadRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be set there.")
+
+        def render(turns: list[dict[str, Any]]) -> str:
+            text: str = reader.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                **chat.template_options,
+            )
+            return text
+
         try:
-            text: str = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
+            text = render(messages)
+            for other in _other_tool_turns(messages):
+                if render(other) == text:
+                    raise BadRequest("the model's chat template leaves turns with tools out; send none.")
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             # what a template says itself is meant for whoever sent the messages; other errors speak of its insides
             told = f": {error}" if type(error) is TemplateError else "."
-            raise ApiError("bad_request", f"the model's chat template does not take these messages{told}") from error
+            raise BadRequest(f"the model's chat template does not take these messages{told}") from error
         return text
+
+
+def _other_tool_turns(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages with other names of called tools, and with other results: a template that reads them differs."""
+    others = (
+        [_with_other_names(message) if "tool_calls" in message else message for message in messages],
+        [message | {"content": "another result"} if message["role"] == "tool" else message for message in messages],
+    )
+    return [other for other in others if other != messages]
+
+
+def _with_other_names(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [call | {"function": call["function"] | {"name": "another"}} for call in message["tool_calls"]]
+    return message | {"tool_calls": calls}

@@ -1,109 +1,64 @@
-"""What requests may say. Anything that would change the answer and is not supported is refused, not ignored."""
+"""What requests may contain. What would change the answer and is not supported is refused; other unknown fields are
+ignored and reported, or refused too where the operator says so (``--strict-fields``)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm_accel.methods.base import INT64
+from llm_accel.serve.fields import (
+    Alternatives,
+    Body,
+    Count,
+    Id,
+    Name,
+    Penalty,
+    Share,
+    Stop,
+    by_form,
+    form,
+    max_entries,
+    neutral_values,
+    text_or_list,
+)
+from llm_accel.serve.messages import MOST_MESSAGES, Chat, Message
 
-# Fields of OpenAI's API that are not supported, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "functions": ([],),
+# What is a large engine's work, and other fields that are not supported: name -> the values that ask for nothing.
+LARGE_ENGINE: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
+    "structured_outputs": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-_NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = LARGE_ENGINE | {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+}
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # on the answer: other values are treated like unknown fields
+    "parallel_tool_calls": (True, False),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+
+_MOST_METADATA, _MOST_BIASES, _MOST_STOP_IDS = 16, 1024, 64
 
 
-MOST_MESSAGES, MOST_PARTS_OF_A_MESSAGE = 4096, 1024
-_MOST_FIELDS = 64  # of an object
-_MOST_METADATA = 16
-
-Count = Annotated[int, Field(ge=1, le=INT64)]
-Id = Annotated[int, Field(ge=0)]
-Stop = Annotated[str, Field(min_length=1, max_length=500)]
-
-
-def _form(value: Any) -> str | None:
-    """Which alternative of a field is meant: a text, or a list by its first item."""
-    if isinstance(value, list):
-        first = value[0] if value else ""
-        return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else "list"
-    return "text" if isinstance(value, str) else None
-
-
-def _text_or_list(value: Any) -> str | None:
-    """The same where all lists are of one kind."""
-    return "list" if isinstance(value, list) else _form(value)
-
-
-def _by_form(form: Callable[[Any], str | None], allowed: str) -> Discriminator:
-    """Each value is tried for the one alternative that it means, so that there is one complaint."""
-    return Discriminator(form, custom_error_type="told_form", custom_error_message=f"give {allowed}")
-
-
-def _few(value: Any) -> Any:
-    """Before anything in it is looked at."""
-    if isinstance(value, dict) and len(value) > _MOST_METADATA:
-        raise PydanticCustomError("told_size", "give at most {most} entries", {"most": _MOST_METADATA})
-    return value
-
-
-def _same(value: Any, other: Any) -> bool:
-    """As JSON sees it: to Python, false is 0."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
-
-
-def _tell(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
-    """Adds to a JSON schema what :func:`_without_neutral` takes."""
-
-    def add(schema: dict[str, Any]) -> None:
-        required, properties = schema.get("required", ()), schema["properties"]
-        for name, one in properties.items():
-            if name not in required and {"type": "null"} not in one.get("anyOf", ()):
-                properties[name] = {"anyOf": [one, {"type": "null"}]}
-        properties |= {name: {"enum": [None, *values]} for name, values in neutral.items()}
-
-    return add
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, data: Any) -> Any:
-        """Null is the same as not given, and so is a value that asks for nothing."""
-        if not isinstance(data, dict):
-            return data
-        if len(data) > _MOST_FIELDS:
-            raise PydanticCustomError("told_size", "give at most {most} fields", {"most": _MOST_FIELDS})
-        return {
-            key: value
-            for key, value in data.items()
-            if value is not None and not any(_same(value, nothing) for nothing in cls.neutral.get(key, ()))
-        }
-
-
-class Extension(_Body):
+class Extension(Body):
     """The field ``llm_accel`` of a request.
 
     Attributes:
@@ -118,41 +73,70 @@ class Extension(_Body):
     deadline_s: Annotated[float, Field(gt=0)] | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """How a stream ends."""
 
     include_usage: bool = False
 
 
-class Request(_Body):
-    """What both endpoints share."""
+class ModelRequest(Body):
+    """A request for a model, by its name or for the one that is served."""
 
-    model_config = ConfigDict(json_schema_extra=_tell(_NEUTRAL))
-    neutral = _NEUTRAL
+    model: Annotated[str, Field(max_length=500)] | None = None
+    llm_accel: Extension = Extension()
+
+
+class Request(ModelRequest):
+    """What chats and completions share."""
+
+    model_config = ConfigDict(json_schema_extra=neutral_values(_UNSUPPORTED | _WITHOUT_EFFECT))
+    unsupported, without_effect = _UNSUPPORTED, _WITHOUT_EFFECT
 
     model: Annotated[str, Field(max_length=500)]
     n: Count = 1
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64)] = 0
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None
+    min_p: Share = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        max_entries(_MOST_BIASES),
+        Field(max_length=_MOST_BIASES),
+    ] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[
         Annotated[Stop, Tag("text")] | Annotated[list[Stop], Field(max_length=16, fail_fast=True), Tag("list")],
-        _by_form(_text_or_list, "a text or a list of texts"),
-    ] = []
+        by_form(text_or_list, "a text or a list of texts"),
+    ] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Id], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] = Field(default_factory=list)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: Alternatives | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: Annotated[str, Field(max_length=512)] | None = None
+    user: Name | None = None
     metadata: (
         Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            dict[Annotated[str, Field(max_length=64)], Name],
+            max_entries(_MOST_METADATA),
             Field(max_length=_MOST_METADATA),
-            BeforeValidator(_few),
         ]
         | None
     ) = None
-    llm_accel: Extension = Extension()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unused_tools(cls, data: Any) -> Any:
+        """Tools that may not be called are none."""
+        unused = {"tools": "tool_choice", "functions": "function_call"}
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if data.get(unused.get(key, "")) != "none"}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -160,77 +144,12 @@ class Request(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class TextPart(_Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(_Body):
-    """Where an image is: inside the URL itself."""
-
-    url: str
-    detail: Literal["auto"] = "auto"
-
-
-class ImagePart(_Body):
-    """An image of a message."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class Message(_Body):
-    """One turn of a chat."""
-
-    model_config = ConfigDict(json_schema_extra=_tell(_NEUTRAL_IN_MESSAGES))
-    neutral = _NEUTRAL_IN_MESSAGES
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[
-            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-            Field(max_length=MOST_PARTS_OF_A_MESSAGE, fail_fast=True),
-            Tag("list"),
-        ],
-        _by_form(_text_or_list, "a text or a list of parts"),
-    ]
-    name: Annotated[str, Field(max_length=512)] | None = None
-
-    @property
-    def parts(self) -> Sequence[TextPart | ImagePart]:
-        """The content as parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-    @property
-    def images(self) -> list[str]:
-        """URLs of its images, in order."""
-        return [part.image_url.url for part in self.parts if isinstance(part, ImagePart)]
-
-    def plain(self) -> dict[str, Any]:
-        """As the chat templates of text models take it."""
-        return self._turn("\n".join(part.text for part in self.parts if isinstance(part, TextPart)))
-
-    def mixed(self) -> dict[str, Any]:
-        """As the chat templates of vision-language models take it."""
-        return self._turn(
-            [{"type": "image"} if isinstance(part, ImagePart) else part.model_dump() for part in self.parts]
-        )
-
-    def _turn(self, content: Any) -> dict[str, Any]:
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": "system" if self.role == "developer" else self.role, "content": content, **named}
-
-
-class ChatRequest(Request):
+class ChatRequest(Chat, Request):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Alternatives | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -240,7 +159,7 @@ class ChatRequest(Request):
     @property
     def limit(self) -> int | None:
         """Tokens of the answer, where the request names a number."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class CompletionRequest(Request):
@@ -255,9 +174,10 @@ class CompletionRequest(Request):
             Field(min_length=1, fail_fast=True),
             Tag("id lists"),
         ],
-        _by_form(_form, "a text, a list of token ids, or a list of texts or of such lists"),
+        by_form(form, "a text, a list of token ids, or a list of texts or of such lists"),
     ]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    logprobs: Alternatives | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -275,3 +195,23 @@ class CompletionRequest(Request):
         given: Any = self.prompt
         single = isinstance(given, str) or isinstance(given[0], int)
         return [given] if single else given
+
+
+class TokenizeRequest(ModelRequest, Chat):
+    """``POST /tokenize``, with a text or a chat."""
+
+    messages: Annotated[list[Message], Field(max_length=MOST_MESSAGES, fail_fast=True)] = Field(default_factory=list)
+    prompt: str | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise PydanticCustomError("custom_either", "give either 'prompt' or 'messages'")
+        return self
+
+
+class DetokenizeRequest(ModelRequest):
+    """``POST /detokenize``."""
+
+    tokens: Annotated[list[Id], Field(fail_fast=True)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,25 +12,74 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request wants its tokens chosen.
+    """How one request wants its tokens chosen; the names are those of the API.
 
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: the likeliest tokens that together reach this probability, in (0, 1].
-        top_k: that many of the likeliest tokens; None for all.
+        top_k: that many of the likeliest tokens; 0 and less for all.
+        min_p: tokens stay that have at least this share of the likeliest token's probability.
+        presence_penalty, frequency_penalty: taken off the logit of each generated token, once and for each time.
+        repetition_penalty: divides the positive logits of tokens in prompt and answer, multiplies negative ones.
+        logit_bias: token id -> what is added to its logit.
+        stop_token_ids: tokens that end the answer, beside the model's own.
+        ignore_eos: the model's own end tokens do not.
+        min_tokens: so many tokens come before anything ends the answer.
         seed: the same seed gives the same random numbers, whatever else is in the batch; None for fresh ones.
         logprobs: how many alternatives to report for each token; None to report no probabilities.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
     seed: int | None = None
     logprobs: int | None = None
 
     def source(self, index: int) -> random.Random:
         """The random numbers of answer number ``index``."""
         return random.SystemRandom() if self.seed is None else random.Random(f"{self.seed}/{index}")
+
+    def ends(self, model_ends: set[int]) -> frozenset[int]:
+        """The tokens that end an answer of a model with these end tokens."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | model_ends
+
+    def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], model_ends: set[int]) -> Tensor:
+        """Logits after penalties, bias and minimum length, in the order of vLLM.
+
+        Args:
+            logits: float [V], after the prompt and so many ``tokens`` of the answer; stays as it is.
+        """
+        logits = logits.float().clone()
+        if len(tokens) < self.min_tokens:
+            ends = [token for token in self.ends(model_ends) if token < len(logits)]
+            logits[_ids(ends, logits)] = -torch.inf
+        if self.logit_bias:
+            logits[_ids(self.logit_bias, logits)] += logits.new_tensor(list(self.logit_bias.values()))
+        if self.repetition_penalty != 1:
+            seen = _ids({*prompt, *tokens}, logits)
+            chosen = logits[seen]
+            logits[seen] = torch.where(chosen > 0, chosen / self.repetition_penalty, chosen * self.repetition_penalty)
+        said, times = _ids(tokens, logits).unique(return_counts=True)
+        logits[said] -= self.presence_penalty + self.frequency_penalty * times
+        return logits
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether :meth:`adjusted` may change anything."""
+        penalised = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        return penalised or bool(self.logit_bias) or self.min_tokens > 0
+
+
+def _ids(tokens: Iterable[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(tokens), dtype=torch.long, device=like.device)
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
@@ -50,19 +99,25 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     chosen = [settings[row] for row in rows]
     column = torch.tensor(
         [
-            (setting.temperature, setting.top_p, min(setting.top_k or logits.shape[-1], logits.shape[-1]), draws[row])
+            (
+                setting.temperature,
+                setting.top_p,
+                setting.top_k if setting.top_k > 0 else logits.shape[-1],
+                setting.min_p,
+                draws[row],
+            )
             for setting, row in zip(chosen, rows, strict=True)
         ],
         dtype=torch.float64,
         device=device,
     )
-    temperature, top_p, top_k, draw = column[:, :, None].unbind(1)
+    temperature, top_p, top_k, min_p, draw = column[:, :, None].unbind(1)
     behind = logits[rows].double() - logits[rows].amax(-1, keepdim=True)  # no temperature makes infinities of 0
     scaled, order = (behind / temperature).sort(dim=-1, descending=True, stable=True)
     likely = scaled.softmax(-1)
     before = likely.cumsum(-1) - likely
     rank = torch.arange(likely.shape[-1], device=device)
-    inside = (before < top_p) & (rank < top_k)
+    inside = (before < top_p) & (rank < top_k) & (likely >= min_p * likely[:, :1])
     inside[:, 0] = True
     reached = (likely * inside).cumsum(-1)
     place = torch.searchsorted(reached, draw * reached[:, -1:], right=True)

@@ -32,7 +32,7 @@ class ServeSettings(ModelOptions):
         group="model",
     )
     allow_methods: str | None = option(
-        "methods that requests may use beside that of --method and dense (default: none); all: every one",
+        "methods that requests may use besides --method and dense (default: none); 'all' allows every method",
         None,
         metavar="NAME,...",
         group="model",
@@ -48,7 +48,7 @@ class ServeSettings(ModelOptions):
     host: str = option(
         "address to listen on; anything but loopback needs a key", "127.0.0.1", metavar="ADDRESS", group="address"
     )
-    port: int = option("0 takes a free one", 8000, least=0, group="address")
+    port: int = option("0 picks a free port", 8000, least=0, group="address")
     api_key_file: str | None = option(
         f"file with one bearer key per line (or one key in the environment variable {KEY_VARIABLE})",
         None,
@@ -56,12 +56,12 @@ class ServeSettings(ModelOptions):
         group="address",
     )
 
-    max_batch: int = option("rows of a batch", 8, least=1, group="queue")
+    max_batch: int = option("sequences in a batch", 8, least=1, group="queue")
     max_batch_tokens: int = option(
-        "rows times longest prompt and answer; a request that is larger runs alone", 65536, least=1, group="queue"
+        "sequences times longest prompt and answer; a larger request runs alone", 65536, least=1, group="queue"
     )
     window_ms: float = option("how long a request waits for others to share its batch", 5.0, least=0, group="queue")
-    max_queue: int = option("requests that may wait; further ones get status 429", 64, least=1, group="queue")
+    max_queue: int = option("requests that may wait; any more get status 429", 64, least=1, group="queue")
     deadline_s: float = option(
         "time that a request has, reading and waiting included; requests may ask for less",
         120.0,
@@ -70,19 +70,25 @@ class ServeSettings(ModelOptions):
     )
     drain_s: float = option("time that accepted requests have to finish after SIGTERM", 30.0, least=0, group="queue")
 
-    max_body_mib: float = option("size of a request", 8.0, least=0.001, group="limits")
+    max_body_mib: float = option("largest request body", 8.0, least=0.001, group="limits")
     max_prompt_tokens: int | None = option(
         "tokens of a prompt (default: what the model's context holds)", None, least=1, group="limits"
     )
-    max_new_tokens: int = option(
-        "tokens of an answer, and those of a request that names no number", 1024, least=1, group="limits"
+    max_new_tokens: int | None = option(
+        "tokens of an answer (default: what the context leaves)", None, least=1, group="limits"
+    )
+    strict_fields: bool = option(
+        "refuse requests with unknown fields instead of ignoring the fields", False, group="limits"
     )
     max_images: int = option("images of a request, for vision-language models", 8, least=1, group="limits")
     max_image_pixels: float = option("pixels of an image", 16e6, least=1, group="limits")
     max_sessions: int = option(
-        "conversations that keep their cache; the one unused longest goes first", 64, least=0, group="conversations"
+        "conversations whose cache is kept; the one unused longest is dropped first",
+        64,
+        least=0,
+        group="conversations",
     )
-    max_session_mib: float = option("bytes of all kept caches together", 1024.0, least=0, group="conversations")
+    max_session_mib: float = option("size of all kept caches together", 1024.0, least=0, group="conversations")
 
     def validate(self) -> None:
         if self.port > 65535:

@@ -129,7 +129,7 @@ def test_whole_models_run_cheapest_first_and_what_there_is_no_time_for_is_named(
     for step in planned:
         if step.module == "llm_accel":
             settings = bench_settings(step.arguments[1:])
-            assert settings.shape == "llama-3.1-8b" and settings.contestants[0].name == "dense"
+            assert settings.shape == "llama-3.1-8b" and settings.candidates[0].name == "dense"
     assert sum(step.seconds for step in planned[:3]) < 600
 
 

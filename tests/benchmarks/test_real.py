@@ -25,7 +25,7 @@ from llm_accel.common.loading import load_text_model
 from llm_accel.errors import ConfigError
 from llm_accel.serve.loading import load
 from llm_accel.serve.settings import ServeSettings
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 
 NAME = "smollm2-135m"
 

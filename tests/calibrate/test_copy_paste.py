@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llm_accel import ConfigError
-from llm_accel.calibrate.heads.copy_paste import Copies, mean_share, value_span, watch_copies
+from llm_accel.calibrate.heads.copy_paste import Copies, find_copies, mean_share, value_span
 from llm_accel.patches.probe import Callback, Observed
 from llm_accel.patches.wiring import Wiring
 
@@ -57,13 +57,13 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_head_that_copies_each_token_scores_one_and_others_nothing() -> None:
-    copies = watch_copies(Scripted(), PROMPT, [(2, 5)], steps=20, ends=[1])
+    copies = find_copies(Scripted(), PROMPT, [(2, 5)], steps=20, ends=[1])
     assert copies.answer == (21, 22, 23, 22)
     assert mean_share([copies], 1, 4).tolist() == [[1.0, 0.0, 0.0, pytest.approx(1 / 3)]]
 
 
 def test_repeated_copies_count_only_where_asked_for() -> None:
-    copies = watch_copies(Scripted(), PROMPT, [(2, 5)], steps=20, ends=[1])
+    copies = find_copies(Scripted(), PROMPT, [(2, 5)], steps=20, ends=[1])
     assert mean_share([copies], 1, 4, compat=True)[0, 0] == pytest.approx(4 / 3)
 
 

@@ -15,7 +15,7 @@ from llm_accel.calibrate.dyvte import calibrate_dyvte, train
 from llm_accel.calibrate.dyvte.observe import observe, safe_exits
 from llm_accel.calibrate.dyvte.train import router_votes, train_routers
 from llm_accel.methods import load_exit_profile, load_routers
-from llm_accel.methods.exit_profile import calibrated_exit
+from llm_accel.methods.visual.exit_profile import calibrated_exit
 from llm_accel.patches.families import FAMILIES
 from tests.tiny import tiny_model
 from tests.tiny_vlm import IMAGE, Scene, decode, inputs, tiny_vlm
@@ -122,7 +122,7 @@ def test_a_run_goes_on_where_it_stopped(few_steps: None, tmp_path: Path) -> None
     calibrate_dyvte(model, samples, **options, out=tmp_path / "parts")
     for name in ("dyvte.json", "routers.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    with pytest.raises(ConfigError, match=r"sample 0: .* holds another one"):
+    with pytest.raises(ConfigError, match=r"sample 0: .* holds another sample"):
         calibrate_dyvte(model, samples[1:], **options, out=tmp_path / "parts")
     with pytest.raises(ConfigError, match="other settings"):
         calibrate_dyvte(model, samples, **options | {"max_new_tokens": 4}, out=tmp_path / "parts")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from llm_accel.cli import main
-from llm_accel.common.launch import Launch, started_alone
+from llm_accel.common.launch import DistributedRun, started_alone
 from llm_accel.errors import LlmAccelError
 from llm_accel.eval.records import RunDir
 from llm_accel.eval.tasks.needle.task import NeedleTask
 from llm_accel.eval.tasks.vision.task import VisionTask
-from tests.eval.needle_kit import tiny_model, tokenizer
-from tests.eval.vision_kit import save_tiny, vision
+from tests.eval.needle_helpers import tiny_model, tokenizer
+from tests.eval.vision_helpers import save_tiny, vision
 
 ROOT = Path(__file__).parents[2]
 GRID = ["--lengths", "192,256", "--depths", "3", "--method", "dense", "--method", "snapkv:budget=64"]
@@ -68,12 +68,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """This process becomes one of two that wait for nobody."""
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(Launch, "meet", lambda launch: None)
+    monkeypatch.setattr(DistributedRun, "barrier", lambda launch: None)
 
 
 def test_images_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     path = save_tiny(tmp_path / "model")
-    argv = ["--method", "dense", "--method", "random_tokens:target=9", "--tasks", "colour,count", "--json-only"]
+    argv = ["--method", "dense", "--method", "random_tokens:budget=9", "--tasks", "colour,count", "--json-only"]
     assert vision(path, tmp_path / "single", *argv) == 0
     wanted = json.loads(capsys.readouterr().out)
     for rank in (1, 0):
@@ -93,12 +93,12 @@ def test_images_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_process_that_dies_leaves_no_complete_result(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def nobody_comes(launch: Launch) -> None:
+    def nobody_comes(run: DistributedRun) -> None:
         if (tmp_path / "cells.jsonl").exists():
             raise LlmAccelError("another process of this run ended early.")
 
     in_process(monkeypatch, 0)
-    monkeypatch.setattr(Launch, "meet", nobody_comes)
+    monkeypatch.setattr(DistributedRun, "barrier", nobody_comes)
     assert main(["needle", "--model", model, *GRID, "--out", str(tmp_path), "--no-plot"]) == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert not summary["complete"] and summary["missing"] == 6
@@ -108,9 +108,9 @@ def test_a_process_that_dies_leaves_no_complete_result(
 
 def test_parts_of_parts() -> None:
     """Two processes on each of three shards are six shards."""
-    parts = [Launch(rank, 2).part((index, 3)) for index in (1, 2, 3) for rank in (0, 1)]
+    parts = [DistributedRun(rank, 2).part((index, 3)) for index in (1, 2, 3) for rank in (0, 1)]
     assert sorted(parts) == [(index, 6) for index in range(1, 7)]
-    assert Launch().part((2, 4)) == (2, 4)
+    assert DistributedRun().part((2, 4)) == (2, 4)
 
 
 @pytest.mark.parametrize("command", ["bench", "heads", "calibrate dyvte", "serve"])

@@ -13,15 +13,12 @@ from llm_accel import ConfigError
 from llm_accel.calibrate.dyvte.command import CalibrateOptions
 from llm_accel.calibrate.heads.command import HeadsOptions
 from llm_accel.common.options import Options, option
-from llm_accel.eval.tasks.bench.settings import BenchRunOptions
-from llm_accel.eval.tasks.bench.settings import Settings as BenchSettings
-from llm_accel.eval.tasks.needle.settings import Settings as NeedleSettings
-from llm_accel.eval.tasks.ruler.settings import RulerRunOptions
-from llm_accel.eval.tasks.ruler.settings import Settings as RulerSettings
-from llm_accel.eval.tasks.vision.settings import Settings as VisionSettings
-from llm_accel.eval.tasks.vision.settings import VisionRunOptions
+from llm_accel.eval.tasks.bench.settings import BenchRunOptions, BenchSettings
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
+from llm_accel.eval.tasks.ruler.settings import RulerRunOptions, RulerSettings
+from llm_accel.eval.tasks.vision.settings import VisionRunOptions, VisionSettings
 from llm_accel.serve.settings import ServeSettings
-from tests.common.options_kit import from_words
+from tests.common.options_helpers import from_words
 
 Colour = Literal["red", "blue"]
 ALL = (

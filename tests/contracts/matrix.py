@@ -114,7 +114,7 @@ def check_kept(method: str, kept: torch.Tensor, entries: int) -> list[set[int]]:
 def always_kept(config: ScoreAndKeep, seen: int, depth: Depth) -> set[int]:
     """Positions of a row of ``seen`` tokens that a method says it always keeps, in every head."""
     none, key = torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, seen, 4)
-    stated = config.always_keep(PromptView(none, key, 1, None, 1.0, None, None, layer=0, layers=1, depth=depth))
+    stated = config.always_keep(PromptView(none, key, 1, scaling=1.0, layer=0, layers=1, depth=depth))
     return set() if stated is None else set(stated.reshape(-1, seen).all(0).nonzero()[:, 0].tolist())
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import llm_accel
-from llm_accel.patches.layers import room
+from llm_accel.cache import headroom
 from llm_accel.registry import configure, parse_all
 from tests.contracts.laws import EXACT
 from tests.contracts.variants import every_variant
@@ -80,7 +80,7 @@ def test_caches_with_room_for_more(method: str, order: tuple[str, ...], monkeypa
     model = tiny_model("llama")
     with applied(model, method) as handle:
         plain = talk(model, handle.new_cache(), (60, 41), PLAIN)
-        monkeypatch.setattr(room, "LONG", 32)
+        monkeypatch.setattr(headroom, "LONG", 32)
         check_same(talk(model, handle.new_cache(), (60, 41), order), plain)
 
 

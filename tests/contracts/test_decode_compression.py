@@ -70,7 +70,9 @@ class Recorder(MaskedOracle):
         columns = torch.where(visible, torch.arange(visible.shape[-1]), -1).sort(-1).values[..., -slots:]
         key = self.keys[layer].gather(2, columns.clamp(min=0)[..., None].expand(-1, -1, -1, self.keys[layer].shape[-1]))
         start = slots - counts if bool((counts != slots).any()) else None
-        view = PromptView(self.queries[layer], key, visible.shape[1], start, self.scaling, None, None, layer, 3)
+        view = PromptView(
+            self.queries[layer], key, visible.shape[1], start=start, scaling=self.scaling, layer=layer, layers=3
+        )
         return replace(view, depth=depth, slack=EVERY), columns
 
 

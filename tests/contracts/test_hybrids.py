@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, Handle
+from llm_accel.cache.linear import states_of
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.compiled import call
 from llm_accel.patches.compiled.eligible import COMPILED
-from llm_accel.patches.layers.hybrid import states_of
 from tests.families.build import text_model
 from tests.tiny import left_padded, prompt
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import llm_accel
+from llm_accel.cache import RaggedLayer
 from llm_accel.methods import Depth
-from llm_accel.patches.layers import RaggedLayer
 from tests.contracts.laws import (
     EXACT,
     check_going_past_raises,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import HiP, SnapKV
-from llm_accel.methods import hip
+from llm_accel.methods.sparse import hip
 from tests.contracts.matrix import LONG, NEW, Batch, every_family, every_shape, generate, make_batch
 from tests.tiny import FAMILIES, prompt, tiny_model
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from llm_accel import ConfigError, Dense, cli
+from llm_accel.eval.cost import ModelCost
 from llm_accel.eval.tasks.bench import command
-from llm_accel.eval.tasks.bench.bounds import Bounds, Work
+from llm_accel.eval.tasks.bench.bounds import Bounds
+from llm_accel.eval.tasks.bench.candidates import CandidateRunner, make_inputs, share_weights
 from llm_accel.eval.tasks.bench.compare import check, load, render_comparison
-from llm_accel.eval.tasks.bench.contestants import Runner, make_inputs, twin
 from llm_accel.eval.tasks.bench.memory import TensorBytes, largest_batch
-from llm_accel.eval.tasks.bench.runner import largest
-from llm_accel.eval.tasks.bench.settings import Contestant, Settings, parse_batches, parse_bytes
+from llm_accel.eval.tasks.bench.runner import largest_fitting
+from llm_accel.eval.tasks.bench.settings import BenchSettings, Candidate, parse_batches, parse_bytes
 from llm_accel.eval.tasks.bench.shapes import SHAPES, build, shape_config
 
 SIZES = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4", "vocab_size=64")
@@ -63,7 +64,7 @@ def test_cells_are_measured_and_worked_out(result: dict[str, Any]):
 def test_the_result_says_what_it_was_measured_on(result: dict[str, Any]):
     assert {"torch", "transformers", "git_commit"} <= result["versions"].keys()
     assert {"torch_threads", "load_before", "load_after"} <= result["hardware"].keys()
-    assert Settings.from_dict(result["settings"]).methods == ("dense", METHOD)
+    assert BenchSettings.from_dict(result["settings"]).methods == ("dense", METHOD)
     assert "not seen" in result["memory_source"]
 
 
@@ -99,30 +100,33 @@ def test_two_results_side_by_side(result: dict[str, Any], tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert "2.00" in printed and "differs: versions.torch" in printed and "differs: hardware" not in printed
     other["cells"] = []
-    with pytest.raises(ConfigError, match="share no"):
+    with pytest.raises(ConfigError, match="in common"):
         render_comparison(result, other)
-    with pytest.raises(ConfigError, match="no result"):
+    with pytest.raises(ConfigError, match="not a result"):
         paths[0].write_text("{}")
         load(paths[0])
 
 
 def test_twins_share_weights_and_nothing_else():
     model = build(shape_config("small", SIZES), torch.float32, torch.device("cpu"), None, 0)
-    method = Runner(model, Contestant(METHOD))
+    method = CandidateRunner(model, Candidate(METHOD))
     for mine, yours in zip(model.parameters(), method.model.parameters(), strict=True):
         assert mine is yours
     assert method.model.model.layers[0] is not model.model.layers[0]
     assert "generate" not in model.__dict__ and not model.model._forward_pre_hooks
     inputs = make_inputs(model, 24, 2, seed=0)
-    assert Runner(twin(model), Contestant("dense")).run(inputs, 6).kv_bytes > method.run(inputs, 6).kv_bytes
+    assert (
+        CandidateRunner(share_weights(model), Candidate("dense")).run(inputs, 6).kv_bytes
+        > method.run(inputs, 6).kv_bytes
+    )
 
 
-def test_compiled_contestants_and_what_dense_means_among_them():
-    contestants = Settings(methods=("dense", METHOD), decodes=("eager", "compiled", "auto")).contestants
+def test_compiled_candidates_and_what_dense_means_among_them():
+    candidates = BenchSettings(methods=("dense", METHOD), decodes=("eager", "compiled", "auto")).candidates
     names = ["dense", METHOD, "dense (compiled)", f"{METHOD} (compiled)", f"{METHOD} (auto)", "dense (static)"]
-    assert [one.name for one in contestants] == names
+    assert [one.name for one in candidates] == names
     model = build(shape_config("small", SIZES), torch.float32, torch.device("cpu"), None, 0)
-    ours, theirs = Runner(model, contestants[2]), Runner(model, contestants[-1])
+    ours, theirs = CandidateRunner(model, candidates[2]), CandidateRunner(model, candidates[-1])
     assert ours.handle is not None and ours.handle.config == Dense() and theirs.handle is None
     assert "cache_implementation" in theirs._options and "cache_implementation" not in ours._options
 
@@ -148,13 +152,13 @@ def test_largest_batch_by_arithmetic():
 
 @pytest.mark.parametrize(("limit", "guess"), [(0, 1), (1, 1), (37, 1), (37, 37), (37, 64)])
 def test_largest_finds_the_limit_from_any_guess(limit: int, guess: int):
-    assert largest(lambda count: count <= limit, guess) == limit
+    assert largest_fitting(lambda count: count <= limit, guess) == limit
 
 
 def test_work_of_a_known_geometry():
     config = shape_config("llama-3.1-8b", ["num_hidden_layers=2"])
     model = build(config, torch.bfloat16, torch.device("meta"), None, 0)
-    work = Work.of(model)
+    work = ModelCost.of(model)
     layer = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336 + 2 * 4096
     assert work.step_bytes == 2 * (2 * layer + 4096 + 128256 * 4096)
     assert work.weight_bytes == work.step_bytes + 2 * 128256 * 4096

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_accel.assets import NEEDLE
-from llm_accel.eval.tasks.needle.settings import Settings as NeedleSettings
-from llm_accel.eval.tasks.needle.task import NeedleTask, make_prompts
-from llm_accel.eval.tasks.vision.settings import Settings as VisionSettings
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
+from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
+from llm_accel.eval.tasks.vision.settings import VisionSettings
 from llm_accel.eval.tasks.vision.task import VisionTask, make_source
 
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -24,8 +24,8 @@ HASHES = ("prompt_hash", "weights_hash")
 @cache
 def needle_digest(text: str) -> str:
     settings = NeedleSettings.from_dict(json.loads(text))
-    maker, same = make_prompts(settings, AutoTokenizer.from_pretrained(NEEDLE, local_files_only=True))
-    assert same == settings
+    maker = NeedleMaker.load(settings, AutoTokenizer.from_pretrained(NEEDLE, local_files_only=True))
+    assert maker.settings == settings
     return maker.digest(settings.lengths, settings.depths)
 
 

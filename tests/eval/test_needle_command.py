@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llm_accel.cli import main
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model_path, tmp_path, c
     assert first.count("\n") == 1
     assert _needle(model_path, tmp_path, "--method", "dense", "--json-only") == 0
     again = capsys.readouterr()
-    assert again.out == first and "4 records are there, 0 to do" in again.err and "other versions" not in again.err
+    assert again.out == first and "4 records found, 0 to do" in again.err and "other versions" not in again.err
     monkeypatch.setattr("llm_accel.eval.runner.versions", lambda: {"torch": "1.0"})
     _needle(model_path, tmp_path, "--method", "dense", "--no-plot")
     assert "made with other versions" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_an_interrupted_run_still_leaves_a_summary(model_path, tmp_path, monkeyp
     from llm_accel.eval import engine
 
     calls = []
-    real = engine.Engine.run
+    real = engine.TextEngine.run
 
     def stop_later(self, prompts, config):
         calls.append(prompts)
@@ -119,7 +119,7 @@ def test_an_interrupted_run_still_leaves_a_summary(model_path, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(self, prompts, config)
 
-    monkeypatch.setattr(engine.Engine, "run", stop_later)
+    monkeypatch.setattr(engine.TextEngine, "run", stop_later)
     assert _needle(model_path, tmp_path) == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["complete"] is False and 0 < summary["records"] < 16

@@ -10,15 +10,25 @@ from transformers import DynamicCache
 
 import llm_accel
 from llm_accel.common.generation import cache_bytes, cut
-from llm_accel.eval.engine import Engine
-from llm_accel.eval.grid import Place
+from llm_accel.eval.engine import TextEngine
+from llm_accel.eval.grid import GridPoint
 from llm_accel.registry import parse_all
-from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
+from tests.eval.needle_helpers import make_maker, tiny_model, tokenizer
+
+
+class FakeHandle(SimpleNamespace):
+    """Removes on exit, as a handle does."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        self.remove()
 
 
 def _prompts(length=300, count=2, new_tokens=6):
     maker = make_maker(chat_template=True, max_new_tokens=new_tokens)
-    return [maker.make(Place(length, 50.0, sample)) for sample in range(count)]
+    return [maker.make(GridPoint(length, 50.0, sample)) for sample in range(count)]
 
 
 def _entry_bytes() -> int:
@@ -26,7 +36,7 @@ def _entry_bytes() -> int:
 
 
 def _engine(agnostic=False, **kwargs):
-    engine = Engine(tiny_model(), tokenizer(), agnostic, **kwargs)
+    engine = TextEngine(tiny_model(), tokenizer(), agnostic, **kwargs)
     engine.ends = set()
     engine._options["eos_token_id"] = None  # a random model ends where it likes; here it never does
     return engine
@@ -67,7 +77,7 @@ def test_rows_of_a_batch_answer_as_alone():
 
 def test_the_plugin_goes_even_if_generation_fails():
     events = []
-    handle = SimpleNamespace(remove=lambda: events.append("removed"), new_cache=DynamicCache)
+    handle = FakeHandle(remove=lambda: events.append("removed"), new_cache=DynamicCache)
 
     def apply(model, config):
         events.append("applied")
@@ -82,7 +92,7 @@ def test_the_plugin_goes_even_if_generation_fails():
 
 def test_a_fake_method_is_measured_through_its_report():
     report = SimpleNamespace(kv_bytes=10, dense_kv_bytes=30)
-    handle = SimpleNamespace(remove=lambda: None, new_cache=DynamicCache, report=lambda: report)
+    handle = FakeHandle(remove=lambda: None, new_cache=DynamicCache, report=lambda: report)
     outcome = _engine(apply=lambda model, config: handle).run(_prompts(count=2), parse_all("snapkv:budget=64"))
     assert (outcome.kv_bytes, outcome.dense_kv_bytes) == (5, 15)
 

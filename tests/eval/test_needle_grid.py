@@ -1,4 +1,4 @@
-"""Places, batches and cost."""
+"""Points of a grid, their batches and cost."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ from collections import Counter
 
 import pytest
 
-from llm_accel.eval.grid import Place, Speed, batches, cost, duration, places
+from llm_accel.eval.grid import GridPoint, Speed, batches, cost, duration, points
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_shards_are_disjoint_complete_and_even(count):
     lengths = (512, 1024, 2048)
-    whole = places(lengths, (0.0, 25.0, 50.0, 100.0), 3)
+    whole = points(lengths, (0.0, 25.0, 50.0, 100.0), 3)
     assert len(whole) == len(set(whole)) == 36
     shards = [whole[i::count] for i in range(count)]  # what the runner takes
-    assert Counter(place for shard in shards for place in shard) == Counter(whole)
+    assert Counter(point for shard in shards for point in shard) == Counter(whole)
     for length in lengths:
-        shares = [sum(place.length == length for place in shard) for shard in shards]
+        shares = [sum(point.length == length for point in shard) for shard in shards]
         assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
 def test_batches_hold_what_is_alike_and_everything_once(size):
-    wanted = places((512, 1024), (0.0, 50.0, 100.0), 3)
-    rows = list(batches(reversed(wanted), size, lambda place: place.length))
-    assert [place for row in rows for place in row] == wanted
-    assert all(len({place.length for place in row}) == 1 and len(row) <= size for row in rows)
+    wanted = points((512, 1024), (0.0, 50.0, 100.0), 3)
+    rows = list(batches(reversed(wanted), size, lambda point: point.length))
+    assert [point for row in rows for point in row] == wanted
+    assert all(len({point.length for point in row}) == 1 and len(row) <= size for row in rows)
 
 
 def test_cost_counts_what_is_left():
-    pending = [(Place(512, 0.0, 0), 512, 10, 2), (Place(512, 0.0, 1), 512, 10, 1), (Place(1024, 0.0, 0), 1024, 20, 1)]
+    pending = [
+        (GridPoint(512, 0.0, 0), 512, 10, 2),
+        (GridPoint(512, 0.0, 1), 512, 10, 1),
+        (GridPoint(1024, 0.0, 0), 1024, 20, 1),
+    ]
     said = cost(pending, Speed(0.01, 0.0, 0.1))
     assert said.startswith("2 cells, 4 prompts, 2,560 prompt tokens, at most 50 new tokens; about 31 s at")
 

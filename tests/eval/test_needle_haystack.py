@@ -10,10 +10,10 @@ from itertools import islice
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.grid import Place
+from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.prompts.encoding import Encoder
 from llm_accel.eval.prompts.haystack import load_haystack
-from tests.eval.needle_kit import make_maker, tokenizer
+from tests.eval.needle_helpers import make_maker, tokenizer
 
 TEXT = 'The river was old.  A dog\nwatched it! Was it "red"? No.\n\nThe end came quickly.'
 SENTENCES = ["The river was old.", "A dog watched it!", 'Was it "red"?', "No.", "The end came quickly."]
@@ -51,7 +51,7 @@ def test_a_prompt_of_a_short_file_repeats_it(tmp_path):
     drawn = [maker.encoder.decode(ids).strip() for ids in islice(maker.haystack.draw(random.Random(1)), 12)]
     start = SENTENCES.index(drawn[0])
     assert drawn == [SENTENCES[(start + i) % 5] for i in range(12)]
-    assert len(maker.make(Place(2048, 50, 0)).ids) == 2048
+    assert len(maker.make(GridPoint(2048, 50, 0)).ids) == 2048
     assert maker.haystack.tokens < 200
 
 

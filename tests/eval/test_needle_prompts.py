@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_accel import ConfigError
-from llm_accel.eval.grid import Place
+from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.prompts import grammar
 from llm_accel.eval.prompts.encoding import PLACEHOLDER, Encoder, make_frame
 from llm_accel.eval.prompts.needles import NeedleBuilder
-from llm_accel.eval.tasks.needle.settings import TASKS, Settings
-from tests.eval.needle_kit import haystack, make_maker, tokenizer
+from llm_accel.eval.tasks.needle.settings import TASKS, NeedleSettings
+from tests.eval.needle_helpers import haystack, make_maker, tokenizer
 
 KINDS = ("bundled", "spaces", "joined")
 
@@ -36,7 +36,7 @@ def test_lengths_are_exact_and_needles_are_whole(kind, chat, task):
             chat_template=chat,
         )
         for length, depth in ((1531, 0.0), (2048, 37.5), (1800, 100.0)):
-            prompt = maker.make(Place(length, depth, 0))
+            prompt = maker.make(GridPoint(length, depth, 0))
             assert len(prompt.ids) == length
             text = maker.encoder.tokenizer.decode(prompt.ids)
             assert len(prompt.expected) == (1 if task in ("single", "multikey") else needles)
@@ -57,17 +57,17 @@ def test_lengths_are_exact_and_needles_are_whole(kind, chat, task):
 )  # fmt: skip
 def test_any_length_is_exact(length, depth, sample, seed, needles, prefix, chat):
     maker = make_maker(needles=needles, seed=seed, answer_prefix=prefix, chat_template=chat)
-    prompt = maker.make(Place(length, depth, sample))
+    prompt = maker.make(GridPoint(length, depth, sample))
     assert len(prompt.ids) == length
     assert 0 < prompt.context_length < length
-    assert prompt == maker.make(Place(length, depth, sample))
+    assert prompt == maker.make(GridPoint(length, depth, sample))
 
 
 def test_depth_is_the_share_of_haystack_before_the_needle():
     maker = make_maker()
     for depth in range(0, 101, 10):
         for sample in range(5):
-            prompt = maker.make(Place(4096, depth, sample))
+            prompt = maker.make(GridPoint(4096, depth, sample))
             before = prompt.needles[0]
             before -= 21 * sum(start < prompt.needles[0] for start in prompt.others)  # about a needle's length
             assert before / prompt.context_length == pytest.approx(depth / 100, abs=0.02)
@@ -76,7 +76,7 @@ def test_depth_is_the_share_of_haystack_before_the_needle():
 def test_first_and_last_depth_are_the_outermost_places():
     maker = make_maker()
     for sample in range(20):
-        first, last = maker.make(Place(1024, 0, sample)), maker.make(Place(1024, 100, sample))
+        first, last = maker.make(GridPoint(1024, 0, sample)), maker.make(GridPoint(1024, 100, sample))
         assert first.needles[0] < 30
         assert all(start > first.needles[0] for start in first.others)
         assert all(start < last.needles[0] for start in last.others)
@@ -87,7 +87,7 @@ def test_first_and_last_depth_are_the_outermost_places():
 
 
 def test_further_asked_needles_are_spread_over_what_is_left():
-    prompt = make_maker(task="multiquery", needles=4).make(Place(4096, 20, 0))
+    prompt = make_maker(task="multiquery", needles=4).make(GridPoint(4096, 20, 0))
     shares = [start / prompt.context_length for start in prompt.needles]
     assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8], abs=0.03)
 
@@ -95,15 +95,15 @@ def test_further_asked_needles_are_spread_over_what_is_left():
 def test_prompts_differ_by_place_and_seed_and_not_by_order():
     maker, other = make_maker(), make_maker(seed=1)
     places = [(512, 0.0, 0), (512, 0.0, 1), (512, 50.0, 0), (1024, 0.0, 0)]
-    hashes = [maker.make(Place(*place)).digest() for place in places]
+    hashes = [maker.make(GridPoint(*place)).digest() for place in places]
     assert len(set(hashes)) == len(places)
-    assert [maker.make(Place(*place)).digest() for place in reversed(places)] == hashes[::-1]
-    assert other.make(Place(*places[0])).digest() != hashes[0]
+    assert [maker.make(GridPoint(*place)).digest() for place in reversed(places)] == hashes[::-1]
+    assert other.make(GridPoint(*places[0])).digest() != hashes[0]
 
 
 def test_the_question_is_what_a_query_agnostic_context_lacks():
     maker = make_maker(chat_template=True)
-    prompt = maker.make(Place(700, 40, 0))
+    prompt = maker.make(GridPoint(700, 40, 0))
     context, rest = prompt.ids[: prompt.context_length], prompt.ids[prompt.context_length :]
     decode = maker.encoder.tokenizer.decode
     assert "What is" not in decode(context) and decode(context).startswith("<|bos|><|user|>")
@@ -114,7 +114,7 @@ def test_the_question_is_what_a_query_agnostic_context_lacks():
 
 def test_bundled_prompt_equals_the_joined_text_encoded_at_once():
     maker = make_maker(chat_template=False)
-    prompt = maker.make(Place(600, 50, 3))
+    prompt = maker.make(GridPoint(600, 50, 3))
     text = maker.encoder.decode(prompt.ids)
     assert maker.encoder.tokenizer.encode(text) == list(prompt.ids)
 
@@ -122,39 +122,39 @@ def test_bundled_prompt_equals_the_joined_text_encoded_at_once():
 def test_too_short_a_length_names_what_is_needed():
     maker = make_maker(needles=8)
     with pytest.raises(ConfigError, match=r"--lengths 64: .* at least (\d+)") as error:
-        maker.make(Place(64, 0, 0))
+        maker.make(GridPoint(64, 0, 0))
     least = int(str(error.value).split("at least ")[1].rstrip("."))
-    assert len(maker.make(Place(least, 0, 0)).ids) == least
+    assert len(maker.make(GridPoint(least, 0, 0)).ids) == least
     with pytest.raises(ConfigError):
-        maker.make(Place(least - 1, 0, 0))
+        maker.make(GridPoint(least - 1, 0, 0))
 
 
 @pytest.mark.parametrize("value_kind", grammar.KEY_KINDS)
 @pytest.mark.parametrize("key_kind", grammar.KEY_KINDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_keys_and_values_are_all_different(task, key_kind, value_kind):
-    settings = Settings(
+    settings = NeedleSettings(
         task=task, needles=1 if task == "single" else 5, distractors=6, key_kind=key_kind, value_kind=value_kind
     )
     builder = NeedleBuilder(settings.hidden, "bundled", Encoder(tokenizer()), haystack("bundled", "grammar"))
     for seed in range(40):
-        puzzle = builder.draw_at(random.Random(seed), 50.0)
-        sentences = [builder.encoder.decode(ids).strip() for ids in puzzle.asked + puzzle.others]
+        template = builder.draw_at(random.Random(seed), 50.0)
+        sentences = [builder.encoder.decode(ids).strip() for ids in template.asked + template.others]
         assert len(set(sentences)) == len(sentences) == settings.needles + 6
         keys = [sentence.split(" for ")[1].split(" is: ")[0] for sentence in sentences]
         values = [sentence.split(" is: ")[1].rstrip(".") for sentence in sentences]
         assert len(set(values)) == len(values)
         assert len(set(keys)) == (7 if task == "multivalue" else len(keys))
-        assert set(values[: len(puzzle.asked)]) == set(puzzle.answers)
-        assert all(key in puzzle.question for key in keys[: len(puzzle.asked)])
-        assert not any(f" {key}" in puzzle.question for key in keys[len(puzzle.asked) :])
+        assert set(values[: len(template.asked)]) == set(template.answers)
+        assert all(key in template.question for key in keys[: len(template.asked)])
+        assert not any(f" {key}" in template.question for key in keys[len(template.asked) :])
 
 
 def test_pools_too_small_are_refused():
     with pytest.raises(ConfigError, match="--key-kind number"):
-        Settings(needles=40)
+        NeedleSettings(needles=40)
     with pytest.raises(ConfigError, match="--value-kind number"):
-        Settings(needles=2, distractors=60, key_kind="number", value_kind="word")
+        NeedleSettings(needles=2, distractors=60, key_kind="number", value_kind="word")
 
 
 def test_spaces_of_the_tokenizer_are_not_doubled():

@@ -9,12 +9,14 @@ import pytest
 
 from llm_accel import ConfigError
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.runner import run_places
-from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.runner import run_items
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
 from llm_accel.eval.tasks.needle.task import NeedleTask
-from tests.eval.needle_kit import ToldEngine, make_maker, tiny_model, tokenizer
+from tests.eval.needle_helpers import ToldEngine, make_maker, tiny_model, tokenizer
 
-SETTINGS = Settings(lengths=(256, 512), depths=(0.0, 50.0, 100.0), samples=2, methods=("dense", "random:budget=64"))
+SETTINGS = NeedleSettings(
+    lengths=(256, 512), depths=(0.0, 50.0, 100.0), samples=2, methods=("dense", "random:budget=64")
+)
 
 
 def _directory(path) -> RunDir:
@@ -23,12 +25,12 @@ def _directory(path) -> RunDir:
 
 def _run(path, engine, shard=(1, 1), **changed):
     maker = make_maker(**{**SETTINGS.__dict__, **changed})
-    task = NeedleTask(maker.settings, tiny_model(), tokenizer(), maker)
+    task = NeedleTask(tiny_model(), tokenizer(), maker)
     task.engine = engine
     run_dir = _directory(path)
     done = run_dir.open(maker.settings.to_dict(), {})
     said: list[str] = []
-    run_places(task, run_dir, done, shard, said.append, shown=False)
+    run_items(task, run_dir, done, shard, said.append, shown=False)
     return run_dir.records(), said
 
 
@@ -37,7 +39,7 @@ def _key(record):
 
 
 def test_every_method_gets_the_same_prompts_and_every_record_is_whole(tmp_path):
-    engine = ToldEngine(right=lambda method, prompt: method == "dense" or prompt.place.row == 100)
+    engine = ToldEngine(right=lambda method, prompt: method == "dense" or prompt.point.row == 100)
     records, said = _run(tmp_path, engine, batch_size=4, query_agnostic=True)
     assert len(records) == len({_key(r) for r in records}) == 24
     by_method = {m: {r["prompt_hash"] for r in records if r["method"] == m} for m in SETTINGS.methods}
@@ -62,7 +64,7 @@ def test_a_crash_loses_nothing_and_the_run_goes_on(tmp_path, batch_size):
     records, said = _run(tmp_path / "torn", engine, batch_size=batch_size)
     key = lambda r: (_key(r), r["exact"], r["prompt_hash"])  # noqa: E731
     assert sorted(map(key, records)) == sorted(map(key, whole))
-    assert engine.calls < ToldEngine().calls + 24 and "records are there" in said[0]
+    assert engine.calls < ToldEngine().calls + 24 and "records found" in said[0]
     lines = cells.read_text().splitlines()
     assert len(lines) == 25 and kept[:-25].decode().splitlines()[-1] in lines  # the torn line still stands apart
 
@@ -71,7 +73,7 @@ def test_a_finished_run_runs_nothing(tmp_path):
     _run(tmp_path, ToldEngine())
     engine = ToldEngine()
     records, said = _run(tmp_path, engine)
-    assert engine.calls == 0 and len(records) == 24 and said == [f"{tmp_path}: 24 records are there, 0 to do"]
+    assert engine.calls == 0 and len(records) == 24 and said == [f"{tmp_path}: 24 records found, 0 to do"]
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

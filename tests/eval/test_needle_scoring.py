@@ -8,10 +8,9 @@ import pytest
 
 from llm_accel.common.statistics import wilson
 from llm_accel.eval.tasks.needle.scoring import rouge1_recall, score
-from llm_accel.eval.tasks.needle.settings import Settings
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
 from llm_accel.eval.tasks.needle.task import NeedleTask
-from llm_accel.eval.text_task import cell_means
-from tests.eval.needle_kit import make_maker, tiny_model, tokenizer
+from tests.eval.needle_helpers import make_maker, tiny_model, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -48,11 +47,11 @@ def test_wilson_interval():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-SETTINGS = Settings(methods=("dense", "random:budget=128"), lengths=(512, 1024), depths=(0.0, 100.0), samples=2)
+SETTINGS = NeedleSettings(methods=("dense", "random:budget=128"), lengths=(512, 1024), depths=(0.0, 100.0), samples=2)
 
 
 def _task() -> NeedleTask:
-    return NeedleTask(SETTINGS, tiny_model(), tokenizer(), make_maker())
+    return NeedleTask(tiny_model(), tokenizer(), make_maker(**SETTINGS.to_dict()))
 
 
 def _record(method: str, length: int, depth: float, sample: int, exact: float) -> dict[str, object]:
@@ -83,7 +82,7 @@ def test_summary_counts_and_compares_what_both_have():
 
 
 def test_cells_are_depths_by_lengths():
-    assert cell_means(_task(), _records(), "random:budget=128") == [[0.0, None], [0.5, None]]
+    assert _task().cell_means(_records(), "random:budget=128") == [[0.0, None], [0.5, None]]
 
 
 def test_table_shows_every_method_and_what_is_missing():

@@ -7,16 +7,16 @@ import pytest
 from llm_accel import ConfigError, LlmAccelError
 from llm_accel.common.arguments import parse_shard
 from llm_accel.eval.lengths import length_label, parse_lengths
-from llm_accel.eval.tasks.needle.settings import DEFAULT_METHODS, Settings, parse_depths
-from tests.common.options_kit import from_words
+from llm_accel.eval.tasks.needle.settings import DEFAULT_METHODS, NeedleSettings, parse_depths
+from tests.common.options_helpers import from_words
 
 
-def _settings(*argv: str) -> Settings:
-    return from_words(Settings, argv)
+def _settings(*argv: str) -> NeedleSettings:
+    return from_words(NeedleSettings, argv)
 
 
 def test_defaults_of_the_command_are_the_defaults_of_the_settings():
-    assert _settings() == Settings()
+    assert _settings() == NeedleSettings()
 
 
 def test_lengths():

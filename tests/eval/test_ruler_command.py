@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llm_accel.cli import main
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_run_leaves_all_files_and_goes_on_where_it_stopped(model_path, tmp_pat
 
     assert _ruler(model_path, tmp_path, *methods, "--samples", "2", "--batch-size", "2", "--json-only") == 0
     again = capsys.readouterr()
-    assert again.out == last + "\n" and "16 records are there, 0 to do" in again.err
+    assert again.out == last + "\n" and "16 records found, 0 to do" in again.err
     assert _ruler(model_path, tmp_path, *methods, "--batch-size", "2") == 2
     assert "samples: 2 there, 1 now" in capsys.readouterr().err
 

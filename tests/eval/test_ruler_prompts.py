@@ -10,15 +10,14 @@ from functools import cache
 import pytest
 
 from llm_accel import ConfigError
-from llm_accel.eval.grid import Place
+from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.prompts.encoding import Encoder, make_frame
-from llm_accel.eval.prompts.words import SINGLE, pair
+from llm_accel.eval.prompts.words import SINGLE, word_pair
 from llm_accel.eval.tasks.ruler.documents import load_questions
-from llm_accel.eval.tasks.ruler.scoring import score
-from llm_accel.eval.tasks.ruler.settings import Settings, parse_tasks
+from llm_accel.eval.tasks.ruler.settings import RulerSettings, parse_tasks
 from llm_accel.eval.tasks.ruler.task import RulerMaker, RulerTask
 from llm_accel.eval.tasks.ruler.tasks import BUNDLED, TASKS, WITHOUT_DATA
-from tests.eval.needle_kit import haystack, tiny_model, tokenizer
+from tests.eval.needle_helpers import haystack, tiny_model, tokenizer
 
 ROWS = [
     {"question": f"Who made {i}?", "answers": [f"maker {i}"], "documents": [f"It was maker {i} who made {i}. " * 5]}
@@ -30,7 +29,7 @@ ROWS = [
 def make_maker(kind: str = "bundled", chat: bool = True, **options) -> RulerMaker:
     options = {"tasks": WITHOUT_DATA, "wording": "ruler", **options}
     encoder = Encoder(tokenizer(kind))
-    return RulerMaker(encoder, make_frame(encoder, chat), haystack(kind, "grammar"), Settings(**options))
+    return RulerMaker(encoder, make_frame(encoder, chat), haystack(kind, "grammar"), RulerSettings(**options))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,9 @@ def questions(tmp_path_factory):
 def test_prompt_and_answer_fill_the_length_exactly(kind, task, questions):
     for chat, length in ((True, 2048), (False, 3001)):
         maker = make_maker(kind, chat, tasks=(task,), qa_1=questions, qa_2=questions)
-        prompt = maker.make(Place(length, task, 3))
+        prompt = maker.make(GridPoint(length, task, 3))
         assert len(prompt.ids) + TASKS[task].new_tokens == length
-        assert prompt == maker.make(Place(length, task, 3)) != maker.make(Place(length, task, 4))
+        assert prompt == maker.make(GridPoint(length, task, 3)) != maker.make(GridPoint(length, task, 4))
         context = maker.encoder.decode(prompt.ids[: prompt.context_length])  # "spaces" has no token for a newline
         assert any(answer in context for answer in prompt.expected) and (context.endswith("\n") or kind == "spaces")
 
@@ -56,7 +55,7 @@ def test_prompt_and_answer_fill_the_length_exactly(kind, task, questions):
 def test_the_bundled_tokenizer_reads_the_text_as_the_same_tokens(task, questions):
     for wording in ("ruler", "bundled"):
         maker = make_maker(tasks=(task,), wording=wording, qa_1=questions, qa_2=questions)
-        prompt = maker.make(Place(2048, task, 0))
+        prompt = maker.make(GridPoint(2048, task, 0))
         assert maker.encoder.start(maker.encoder.tokenizer.decode(prompt.ids)) == list(prompt.ids)
 
 
@@ -65,7 +64,7 @@ def test_the_bundled_tokenizer_reads_the_text_as_the_same_tokens(task, questions
 def test_needles_are_whole_and_keys_are_asked_for_once(task, wording):
     maker, spec = make_maker(wording=wording), TASKS[task].needles
     for sample in range(2):
-        prompt = maker.make(Place(1531, task, sample))
+        prompt = maker.make(GridPoint(1531, task, sample))
         context, tail = (
             maker.encoder.decode(part)
             for part in (prompt.ids[: prompt.context_length], prompt.ids[prompt.context_length :])
@@ -81,7 +80,7 @@ def test_needles_are_whole_and_keys_are_asked_for_once(task, wording):
 
 
 def test_chains_lead_from_the_value_to_every_name():
-    prompt = make_maker().make(Place(3000, "vt", 0))
+    prompt = make_maker().make(GridPoint(3000, "vt", 0))
     text = make_maker().encoder.decode(prompt.ids)
     value = re.findall(r"assigned the value (\d+)", text)[-1]
     names = re.findall(rf"VAR (\w+) = {value}\n", text)
@@ -95,7 +94,7 @@ def test_chains_lead_from_the_value_to_every_name():
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_common_words_are_the_ten_that_stand_most_often(length):
     maker = make_maker()
-    prompt = maker.make(Place(length, "cwe", 0))
+    prompt = maker.make(GridPoint(length, "cwe", 0))
     listed = maker.encoder.decode(prompt.ids).split("Memorize the ones that appear most often.")[-1]
     counts = Counter(re.findall(r"\d+\. ([a-z-]+)", listed.split("Question")[0]))
     top = counts.most_common(11)
@@ -106,7 +105,7 @@ def test_common_words_are_the_ten_that_stand_most_often(length):
 
 def test_frequent_words_are_the_three_behind_the_dots():
     maker = make_maker()
-    prompt = maker.make(Place(4096, "fwe", 0))
+    prompt = maker.make(GridPoint(4096, "fwe", 0))
     context = maker.encoder.decode(prompt.ids[: prompt.context_length]).split("coded words.")[-1]
     (dots, _), *top = Counter(context.split()).most_common(4)
     assert dots == "..." and tuple(word for word, _ in top) == prompt.expected
@@ -115,7 +114,7 @@ def test_frequent_words_are_the_three_behind_the_dots():
 def test_documents_that_hold_the_answer_stay_whole(questions):
     maker = make_maker(tasks=("qa_1",), qa_1=questions)
     for sample in range(25):  # more than there are questions
-        prompt = maker.make(Place(2048, "qa_1", sample))
+        prompt = maker.make(GridPoint(2048, "qa_1", sample))
         row = ROWS[sample % len(ROWS)]
         text = maker.encoder.decode(prompt.ids)
         assert row["documents"][0] in text and prompt.expected == tuple(row["answers"])
@@ -146,18 +145,18 @@ def test_squad_and_hotpot_rows_are_read(tmp_path):
 def test_no_word_contains_another_one():
     assert len(SINGLE) > 300
     assert not [(a, b) for a in SINGLE for b in SINGLE if a != b and a in b]
-    assert len({pair(i) for i in range(2000)}) == 2000
+    assert len({word_pair(i) for i in range(2000)}) == 2000
 
 
 def test_scores_are_rulers():
-    assert score(TASKS["vt"], "they are ab, CD.", ("AB", "CD", "EF", "GH")) == 0.5
-    assert score(TASKS["qa_1"], "It was Rome", ("paris", "rome")) == 1.0 and score(TASKS["qa_2"], "x", ("y",)) == 0.0
+    assert TASKS["vt"].score("they are ab, CD.", ("AB", "CD", "EF", "GH")) == 0.5
+    assert TASKS["qa_1"].score("It was Rome", ("paris", "rome")) == 1.0 and TASKS["qa_2"].score("x", ("y",)) == 0.0
 
 
 def test_places_and_batches():
     maker = make_maker(lengths=(1024, 2048), tasks=("vt", "niah_single_1"), samples=5, batch_size=3)
-    task = RulerTask(maker.settings, tiny_model(), tokenizer(), maker)
-    every = list(task.places())
+    task = RulerTask(tiny_model(), tokenizer(), maker)
+    every = list(task.items())
     assert sorted(every) == every and len(every) == 20
     rows = list(task.batches(reversed(every)))
     assert [place for row in rows for place in row] == every
@@ -165,27 +164,27 @@ def test_places_and_batches():
 
 
 def test_tasks_by_name():
-    assert Settings().tasks == BUNDLED and Settings(tasks=("all",)).tasks == WITHOUT_DATA
-    assert Settings(model="x", qa_2="file.json").tasks == (*WITHOUT_DATA, "qa_2")
-    assert (Settings().wording, Settings(model="x").wording) == ("bundled", "ruler")
+    assert RulerSettings().tasks == BUNDLED and RulerSettings(tasks=("all",)).tasks == WITHOUT_DATA
+    assert RulerSettings(model="x", qa_2="file.json").tasks == (*WITHOUT_DATA, "qa_2")
+    assert (RulerSettings().wording, RulerSettings(model="x").wording) == ("bundled", "ruler")
     assert parse_tasks("vt, niah_single_1") == ("niah_single_1", "vt") and parse_tasks("all") == ("all",)
     with pytest.raises(ConfigError, match="niah_single_1"):
         parse_tasks("niah_singel_1")
     with pytest.raises(ConfigError, match="--qa-1"):
-        Settings(tasks=("qa_1",))
+        RulerSettings(tasks=("qa_1",))
 
 
 def test_a_length_without_room_names_a_longer_one():
     for task in WITHOUT_DATA:
         with pytest.raises(ConfigError, match=rf"--lengths 160: {task} needs more; give at least (\d+)"):
-            make_maker().make(Place(160, task, 0))
+            make_maker().make(GridPoint(160, task, 0))
 
 
 def test_needles_stand_at_all_depths():
     maker = make_maker(wording="bundled")
     shares = []
     for sample in range(40):
-        prompt = maker.make(Place(2048, "niah_single_2", sample))
+        prompt = maker.make(GridPoint(2048, "niah_single_2", sample))
         text = maker.encoder.decode(prompt.ids)
         shares.append(text.index("One of the special magic") / len(text))
     assert min(shares) < 0.1 and max(shares) > 0.9

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llm_accel.cli import main
 from llm_accel.eval.tasks.vision import engine
-from tests.eval.vision_kit import records, save_tiny, vision
+from tests.eval.vision_helpers import records, save_tiny, vision
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 
 def test_a_run_leaves_all_files_and_the_summary_on_the_last_line(model, tmp_path, capsys):
-    methods = ["dense", "blank", "flowcut", "oracle:keep_ratio=0.33", "fastv", "flowcut+dyvte:exit=1"]
+    methods = ["dense", "blank", "flowcut", "oracle:ratio=0.33", "fastv", "flowcut+dyvte:exit=1"]
     argv = [part for method in methods for part in ("--method", method)]
     assert vision(model, tmp_path, *argv, "--keep", "0.1,1") == 0
     tables, last = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
@@ -28,26 +28,26 @@ def test_a_run_leaves_all_files_and_the_summary_on_the_last_line(model, tmp_path
     assert summary["complete"] and summary["samples"] == 2 and summary["records"] == len(records(tmp_path))
     rows = summary["methods"]
     assert list(rows) == [
-        "dense", "blank", "flowcut:keep_ratio=0.1", "flowcut:keep_ratio=1.0", "oracle:keep_ratio=0.33",
-        "fastv:keep_ratio=0.1", "fastv:keep_ratio=1.0", "flowcut:keep_ratio=0.1+dyvte:exit=1.0",
-        "flowcut:keep_ratio=1.0+dyvte:exit=1.0", "blind",
+        "dense", "blank", "flowcut:ratio=0.1", "flowcut:ratio=1.0", "oracle:ratio=0.33",
+        "fastv:ratio=0.1", "fastv:ratio=1.0", "flowcut:ratio=0.1+dyvte:exit=1.0",
+        "flowcut:ratio=1.0+dyvte:exit=1.0", "blind",
     ]  # fmt: skip
     assert all(name in tables for name in rows) and "CHAIR_i" in tables and "adversarial" in tables
     seen = {name: (row["visual_before"], row["visual_after"], row["visual_per_layer"]) for name, row in rows.items()}
-    assert seen["dense"] == seen["blank"] == seen["flowcut:keep_ratio=1.0"] == (100, 100, 100)
-    assert seen["flowcut:keep_ratio=0.1"] == (100, 10, 10) and seen["blind"] == (0, 0, 0)
-    assert seen["fastv:keep_ratio=0.1"] == (100, 10, 55)  # two of four layers see everything
-    assert seen["flowcut:keep_ratio=0.1+dyvte:exit=1.0"] == (100, 0, 5)
-    assert rows["oracle:keep_ratio=0.33"]["patch_recall"] == rows["dense"]["patch_recall"] == 1
-    assert rows["flowcut:keep_ratio=0.1+dyvte:exit=1.0"]["patch_recall"] == 0 and rows["blind"]["patch_recall"] is None
-    assert rows["flowcut:keep_ratio=0.1"]["flops_vs_dense"] < rows["fastv:keep_ratio=0.1"]["flops_vs_dense"] < 1
+    assert seen["dense"] == seen["blank"] == seen["flowcut:ratio=1.0"] == (100, 100, 100)
+    assert seen["flowcut:ratio=0.1"] == (100, 10, 10) and seen["blind"] == (0, 0, 0)
+    assert seen["fastv:ratio=0.1"] == (100, 10, 55)  # two of four layers see everything
+    assert seen["flowcut:ratio=0.1+dyvte:exit=1.0"] == (100, 0, 5)
+    assert rows["oracle:ratio=0.33"]["patch_recall"] == rows["dense"]["patch_recall"] == 1
+    assert rows["flowcut:ratio=0.1+dyvte:exit=1.0"]["patch_recall"] == 0 and rows["blind"]["patch_recall"] is None
+    assert rows["flowcut:ratio=0.1"]["flops_vs_dense"] < rows["fastv:ratio=0.1"]["flops_vs_dense"] < 1
     dense, whole = (
         [record["answer"] for record in records(tmp_path) if record["method"] == name]
-        for name in ("dense", "fastv:keep_ratio=1.0")
+        for name in ("dense", "fastv:ratio=1.0")
     )
     assert dense == whole  # nothing to cut, nothing changed
     pictures = {file.name for file in tmp_path.glob("*.png")}
-    assert {"curves.png", "kept-oracle-keep_ratio-0.33.png", "kept-flowcut-keep_ratio-0.1.png"} <= pictures
+    assert {"curves.png", "kept-oracle-ratio-0.33.png", "kept-flowcut-ratio-0.1.png"} <= pictures
     assert not {"kept-dense.png", "kept-blind.png"} & pictures
     for name in pictures:
         with Image.open(tmp_path / name) as image:
@@ -59,7 +59,7 @@ def test_a_run_leaves_all_files_and_the_summary_on_the_last_line(model, tmp_path
 def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys, monkeypatch):
     argv = ["--method", "dense", "--method", "random_tokens", "--no-blind", "--tasks", "colour,count", "--json-only",
             "--no-plot"]  # fmt: skip
-    real, calls = engine.Engine.run, []
+    real, calls = engine.VisionEngine.run, []
 
     def stop_later(self, *args):
         calls.append(args)
@@ -67,7 +67,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(engine.Engine, "run", stop_later)
+    monkeypatch.setattr(engine.VisionEngine, "run", stop_later)
     assert vision(model, tmp_path, *argv) == 130
     half = records(tmp_path)
     assert len(half) == 4 and json.loads((tmp_path / "summary.json").read_text())["missing"] == 4
@@ -75,7 +75,7 @@ def test_the_same_command_goes_on_and_another_is_refused(model, tmp_path, capsys
     assert vision(model, tmp_path, *argv) == 0
     assert len(calls) == 5 and records(tmp_path)[:4] == half and len(records(tmp_path)) == 8
     printed = capsys.readouterr()
-    assert printed.out.count("\n") == 1 and "4 records are there" in printed.err
+    assert printed.out.count("\n") == 1 and "4 records found" in printed.err
     assert vision(model, tmp_path, *argv, "--seed", "1") == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
     assert vision(model, tmp_path, *argv, "--seed", "1", "--overwrite") == 0
@@ -111,13 +111,13 @@ def test_pope_from_a_file(model, tmp_path, capsys):
         {"image": "b.png", "question": "is there a dog ?", "answer": "Yes", "category": "popular"},
     ]
     file = _write_rows(tmp_path / "data", "coco_pope_adversarial.jsonl", rows)
-    argv = ["--method", "dense", "--method", "flowcut:target=20", "--json-only", "--data", f"pope:{file}"]
+    argv = ["--method", "dense", "--method", "flowcut:budget=20", "--json-only", "--data", f"pope:{file}"]
     assert vision(model, tmp_path / "run", *argv, "--prompt", "a thing <image> {question}") == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["samples"] == 2 and summary["records"] == 9 and summary["complete"]
-    pope = summary["methods"]["flowcut:target=20"]["pope"]
+    pope = summary["methods"]["flowcut:budget=20"]["pope"]
     assert {split: part["n"] for split, part in pope.items()} == {"popular": 1, "adversarial": 2}
-    assert summary["methods"]["flowcut:target=20"]["patch_recall"] is None
+    assert summary["methods"]["flowcut:budget=20"]["patch_recall"] is None
     assert json.loads((tmp_path / "run" / "run.json").read_text())["prompt"] == "a thing <image> {question}"
     assert "single word" in records(tmp_path / "run")[0]["question"]
 
@@ -146,10 +146,10 @@ def test_chair_from_a_dataset_on_disk(model, tmp_path, capsys):
 
 
 def test_the_bundled_model_sees_and_the_blind_one_guesses(tmp_path, capsys):
-    argv = ["vision", "--samples", "6", "--tasks", "colour,shape", "--method", "dense", "--method", "oracle:target=40"]
+    argv = ["vision", "--samples", "6", "--tasks", "colour,shape", "--method", "dense", "--method", "oracle:budget=40"]
     assert main([*argv, "--out", str(tmp_path), "--json-only", "--no-plot"]) == 0
     rows = json.loads(capsys.readouterr().out)["methods"]
-    assert rows["dense"]["exact"] > 0.9 and rows["oracle:target=40"]["exact"] > 0.9 > 0.5 > rows["blind"]["exact"]
+    assert rows["dense"]["exact"] > 0.9 and rows["oracle:budget=40"]["exact"] > 0.9 > 0.5 > rows["blind"]["exact"]
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -159,14 +159,14 @@ def test_the_bundled_model_sees_and_the_blind_one_guesses(tmp_path, capsys):
     (["--tasks", "colour,shapes"], "Did you mean 'shape'"),
     (["--tasks", ","], "--tasks is empty"),
     (["--keep", "0.1,2"], "at most 1"),
-    (["--method", "dense", "--keep", "0.1"], "takes no share"),
-    (["--method", "flowcut:target=8+snapvk:budget=8"], "Did you mean 'snapkv'"),
+    (["--method", "dense", "--keep", "0.1"], "takes a ratio of visual tokens"),
+    (["--method", "flowcut:budget=8+snapvk:budget=8"], "Did you mean 'snapkv'"),
     (["--method", "oracle+flowcut"], "both decide which visual tokens"),
     (["--method", "blind+flowcut"], "cannot be joined"),
     (["--method", "dyvte:exit=9"], "layers 0 to 3"),
     (["--data", "vqa:x"], "pope:SOURCE"),
     (["--data", "pope:nowhere.jsonl"], "no such file"),
-    (["--data", "pope:x.jsonl", "--split", "dense"], "--split belongs to drawn scenes"),
+    (["--data", "pope:x.jsonl", "--split", "dense"], "--split belongs to generated scenes"),
     (["--prompt", "{question}"], "<image>"),
     (["--shard", "3/2"], "--shard"),
 ])  # fmt: skip
@@ -189,4 +189,4 @@ def test_rows_that_are_no_pope(model, tmp_path, capsys, row, message):
 def test_objects_that_are_no_coco_categories(model, tmp_path, capsys):
     file = _write_rows(tmp_path / "data", "rows.jsonl", [{"image": "a.png", "objects": ["dog", "puppy"]}])
     assert vision(model, tmp_path / "run", "--data", f"chair:{file}") == 2
-    assert "'puppy' is no COCO category" in capsys.readouterr().err
+    assert "'puppy' is not a COCO category" in capsys.readouterr().err

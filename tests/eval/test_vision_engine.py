@@ -13,20 +13,21 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_accel.errors import ConfigError
-from llm_accel.eval.tasks.vision.controls import OracleTokens, bound
-from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.cost import prefill_flops
+from llm_accel.eval.tasks.vision.controls import OracleTokens, with_patch_order
+from llm_accel.eval.tasks.vision.engine import VisionEngine
 from llm_accel.eval.tasks.vision.examples import SceneSource
-from llm_accel.eval.tasks.vision.reader import Reader, blank
+from llm_accel.eval.tasks.vision.prefill import kept_patches
+from llm_accel.eval.tasks.vision.processor import VisionProcessor, blank
 from llm_accel.eval.tasks.vision.settings import parse_method, sweep
 from llm_accel.eval.tasks.vision.sources import load_rows
-from llm_accel.eval.tasks.vision.watch import kept_patches, prefill_flops
-from tests.eval.vision_kit import tiny_model
+from tests.eval.vision_helpers import tiny_model
 from training.vision_init import build_processor
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(tiny_model(), Reader(build_processor()), max_new_tokens=3)
+    return VisionEngine(tiny_model(), VisionProcessor(build_processor()), max_new_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def examples():
 
 
 @pytest.mark.parametrize(
-    "method", ["dense", "flowcut:target=20", "fastv:target=9", "random_tokens:target=7+dyvte:exit=2"]
+    "method", ["dense", "flowcut:budget=20", "fastv:budget=9", "random_tokens:budget=7+dyvte:exit=2"]
 )
 def test_a_padded_batch_answers_and_counts_as_alone(engine, examples, method):
     together = engine.run(examples[-4:], parse_method(method))
@@ -49,15 +50,15 @@ def test_a_padded_batch_answers_and_counts_as_alone(engine, examples, method):
 
 def test_the_oracle_keeps_what_things_cover(engine, examples):
     covered = examples[0].patches.ravel()
-    some = engine.run(examples[:3], (OracleTokens(target=int(covered.sum()) - 2),))
+    some = engine.run(examples[:3], (OracleTokens(budget=int(covered.sum()) - 2),))
     for kept in some.kept:
         assert sum(kept) == covered.sum() - 2 and not (np.array(kept) > covered).any()
-    more = engine.run(examples[:1], (OracleTokens(target=int(covered.sum()) + 5),))
+    more = engine.run(examples[:1], (OracleTokens(budget=int(covered.sum()) + 5),))
     assert (np.array(more.kept[0]) >= covered).all() and sum(more.kept[0]) == covered.sum() + 5
-    with pytest.raises(ConfigError, match="does not say where things are"):
-        bound((OracleTokens(),), None, 0)
+    with pytest.raises(ConfigError, match="does not say where objects are"):
+        with_patch_order((OracleTokens(),), None, 0)
     with pytest.raises(ConfigError, match=r"100 visual tokens.* 4 patches"):
-        engine.run([replace(examples[0], patches=np.ones((2, 2), bool))], (OracleTokens(target=3),))
+        engine.run([replace(examples[0], patches=np.ones((2, 2), bool))], (OracleTokens(budget=3),))
 
 
 def test_blind_has_no_image_and_blank_a_grey_one(engine, examples):
@@ -81,11 +82,11 @@ def test_operations_equal_those_of_a_counter_but_for_the_causal_half():
 
 
 def test_a_sweep_gives_shares_to_methods_without_one():
-    specs = ("dense", "flowcut", "fastv:keep_ratio=0.5", "dyvte", "snapkv:budget=64+stride_tokens", "oracle:target=9")
+    specs = ("dense", "flowcut", "fastv:ratio=0.5", "dyvte", "snapkv:budget=64+stride_tokens", "oracle:budget=9")
     assert sweep(specs, (0.1, 0.2)) == (
-        "dense", "flowcut:keep_ratio=0.1", "flowcut:keep_ratio=0.2", "fastv:keep_ratio=0.5", "dyvte",
-        "snapkv:budget=64+stride_tokens:keep_ratio=0.1", "snapkv:budget=64+stride_tokens:keep_ratio=0.2",
-        "oracle:target=9",
+        "dense", "flowcut:ratio=0.1", "flowcut:ratio=0.2", "fastv:ratio=0.5", "dyvte",
+        "snapkv:budget=64+stride_tokens:ratio=0.1", "snapkv:budget=64+stride_tokens:ratio=0.2",
+        "oracle:budget=9",
     )  # fmt: skip
 
 
@@ -107,12 +108,12 @@ def test_prompts_of_a_chat_template_begin_once():
         "<bos>{% for part in messages[0].content %}{% if part.type == 'image' %}<image>"
         "{% else %}{{ part.text }}{% endif %}{% endfor %}"
     )
-    reader = Reader(processor)
+    reader = VisionProcessor(processor)
     assert reader.text("describe the image.") == "<image>describe the image."
     ids = reader.encode([reader.text("describe the image.")], [np.zeros((80, 80, 3), np.uint8)])["input_ids"]
     assert (ids == processor.tokenizer.bos_token_id).sum() == 1 and ids.shape == (1, 1 + 100 + 4)
     with pytest.raises(ConfigError, match="vision-language"):
-        Reader(processor.tokenizer)
+        VisionProcessor(processor.tokenizer)
 
 
 def test_tokens_of_the_answer_are_no_patches():

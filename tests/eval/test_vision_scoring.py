@@ -6,8 +6,8 @@ import pytest
 
 from llm_accel.common.statistics import bootstrap, share_of_sums, wilson
 from llm_accel.eval.tasks.vision.coco import categories, objects_in
-from llm_accel.eval.tasks.vision.scoring import Confusion, exact, pairs, score, yes_no
-from llm_accel.eval.tasks.vision.settings import Settings
+from llm_accel.eval.tasks.vision.scoring import exact, pairs, pope_scores, score, yes_no
+from llm_accel.eval.tasks.vision.settings import VisionSettings
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.eval.tasks.vision.table import render, void_tasks
 
@@ -40,15 +40,15 @@ def test_exact_match_and_yes_no():
 def test_pope_by_hand():
     right = ["yes", "yes", "yes", "yes", "no", "no", "no", "no"]
     said = ["yes", "yes", "no", None, "yes", "no", "no", None]
-    counts = Confusion.of(list(zip(said, right, strict=True)))
-    assert counts.n == 8 and counts.right == 4 and counts.neither == 2 and counts.missed == 1
-    assert counts.precision == pytest.approx(2 / 3)  # two of three yes
-    assert counts.recall == pytest.approx(2 / 4)  # two of four that are there
-    assert counts.f1 == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
-    assert counts.yes_ratio == pytest.approx(3 / 8)
-    never = Confusion.of([("no", "yes"), ("no", "no")])
-    assert never.precision is None and never.recall == 0 and never.f1 == 0
-    assert Confusion.of([]).f1 is None
+    scores = pope_scores(list(zip(said, right, strict=True)))
+    assert scores["n"] == 8 and scores["correct"] == 4 and scores["neither"] == 2
+    assert scores["precision"] == pytest.approx(2 / 3)  # two of three yes
+    assert scores["recall"] == pytest.approx(2 / 4)  # two of four that are there
+    assert scores["f1"] == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
+    assert scores["yes_ratio"] == pytest.approx(3 / 8)
+    never = pope_scores([("no", "yes"), ("no", "no")])
+    assert never["precision"] is None and never["recall"] == 0 and never["f1"] == 0
+    assert pope_scores([])["f1"] is None
 
 
 def test_chair_of_one_caption():
@@ -97,7 +97,7 @@ def _records(method, hits, captions=()):
 
 
 def test_summary_by_hand():
-    settings = Settings(methods=("dense", "flowcut", "blind"))
+    settings = VisionSettings(methods=("dense", "flowcut", "blind"))
     records = [
         *_records("dense", [1, 1, 1, 0]),
         *_records("flowcut", [1, 0, 1, 0], [(4, 1, 2, 4), (2, 0, 2, 2), (0, 0, 0, 2)]),

@@ -1,35 +1,25 @@
-"""The methods that the sweep applies to every family, with budgets below and above its prompts."""
+"""The methods that the sweep applies to every family: all that are known by name and run on text models, with budgets
+below its prompts as in :mod:`tests.contracts.matrix`, and above them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
-from llm_accel import H2O, AdaKV, Dense, HiP, PyramidKV, RandomKV, RetrievalHeads, SnapKV, StreamingLLM
-from llm_accel.methods import MethodConfig, hip
+from llm_accel import HiP, RetrievalHeads, list_methods
+from llm_accel.methods import MethodConfig, ScoreAndKeep
+from llm_accel.methods.sparse import hip
+from tests.contracts import matrix
 
-BUDGET = 24
 ABOVE = 512
 SINKS, RECENT = 3, 12
 
-BELOW: dict[str, Callable[[], MethodConfig]] = {
-    "snapkv": lambda: SnapKV(budget=BUDGET, window=8),
-    "h2o": lambda: H2O(budget=BUDGET),
-    "streaming_llm": lambda: StreamingLLM(budget=BUDGET),
-    "adakv": lambda: AdaKV(budget=BUDGET, window=8, page=8),
-    "pyramidkv": lambda: PyramidKV(budget=BUDGET, window=8, beta=2, kernel=5),
-    "random": lambda: RandomKV(budget=BUDGET, window=8),
-}
-WHOLE: dict[str, Callable[[], MethodConfig]] = {
-    "snapkv": lambda: SnapKV(budget=ABOVE),
-    "h2o": lambda: H2O(budget=ABOVE),
-    "streaming_llm": lambda: StreamingLLM(budget=ABOVE),
-    "adakv": lambda: AdaKV(budget=ABOVE),
-    "pyramidkv": lambda: PyramidKV(budget=ABOVE),
-    "random": lambda: RandomKV(budget=ABOVE),
-    "retrieval_heads": lambda: RetrievalHeads(full=1.0, sinks=SINKS, recent=RECENT),
-    "hip": lambda: HiP(
+# methods without a budget, or whose options decide whether they act on prompts as short as these
+OWN: dict[str, MethodConfig] = {
+    "retrieval_heads": RetrievalHeads(full=1.0, sinks=SINKS, recent=RECENT),
+    "hip": HiP(
         sink=8,
         window=17,
         budget=256,
@@ -39,9 +29,19 @@ WHOLE: dict[str, Callable[[], MethodConfig]] = {
         refresh=(4, 2),
         min_prefill_len=0,
     ),
-    "dense": lambda: Dense(),
 }
-METHODS = (*BELOW, "retrieval_heads", "hip", "dense")
+
+
+def _whole(kind: type[MethodConfig]) -> MethodConfig:
+    """A method that keeps all of the prompts: by a budget above them where it decides which KV entries stay."""
+    return kind(budget=ABOVE) if issubclass(kind, ScoreAndKeep) else OWN.get(kind.name) or kind()
+
+
+BELOW: Mapping[str, Callable[[], MethodConfig]] = matrix.METHODS
+WHOLE: dict[str, Callable[[], MethodConfig]] = {
+    name: partial(_whole, kind) for name, kind in list_methods().items() if "text" in kind.info.kinds
+}
+METHODS = tuple(WHOLE)
 
 
 def split_heads(kv_heads: Mapping[int, int], prefill: Literal["dense", "lambda"]) -> RetrievalHeads:

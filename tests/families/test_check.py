@@ -13,6 +13,7 @@ from llm_accel.report import Report
 from tests.families import check
 from tests.families.build import text_model
 from tests.families.check import judge
+from tests.families.methods import METHODS
 from tests.families.oracle import Kept, kept_now
 from tests.families.stock import Stock
 from tests.families.sweep import Worker
@@ -24,7 +25,7 @@ def stock() -> Stock:
     return Stock.of(text_model("llama"))
 
 
-@pytest.mark.parametrize("method", ["snapkv", "h2o", "streaming_llm", "adakv", "retrieval_heads", "hip", "dense"])
+@pytest.mark.parametrize("method", METHODS)
 def test_what_is_right_is_right(stock: Stock, method: str) -> None:
     verdict = judge(stock, method)
     assert (verdict.status, verdict.notes) == (RIGHT, [])

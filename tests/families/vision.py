@@ -24,11 +24,11 @@ from tests.vision_oracle import decoder_inputs
 KV = ("snapkv", "h2o", "streaming_llm", "adakv")
 SHARE = 0.5
 TOKENS: dict[str, Callable[[float], MethodConfig]] = {
-    "stride_tokens": lambda share: StrideTokens(keep_ratio=share),
-    "random_tokens": lambda share: RandomTokens(keep_ratio=share),
-    "fastv": lambda share: FastV(keep_ratio=share),
-    "flowcut": lambda share: FlowCut(keep_ratio=share),
-    "visionzip": lambda share: VisionZip(keep_ratio=share),
+    "stride_tokens": lambda share: StrideTokens(ratio=share),
+    "random_tokens": lambda share: RandomTokens(ratio=share),
+    "fastv": lambda share: FastV(ratio=share),
+    "flowcut": lambda share: FlowCut(ratio=share),
+    "visionzip": lambda share: VisionZip(ratio=share),
     "dyvte": lambda share: DyVTE(exit=1),
     "vasparse": lambda share: VASparse(prune_every=2),
 }
@@ -126,13 +126,13 @@ def _rows_alone(trial: Trial, name: str, config: MethodConfig) -> None:
 def _by_removal(trial: Trial, name: str) -> None:
     """The first logits against the decoder called without the rows that are not evenly spaced."""
     stock, row = trial.stock, trial.stock.single
-    with llm_accel.apply(stock.model, StrideTokens(keep_ratio=SHARE)):
+    with llm_accel.apply(stock.model, StrideTokens(ratio=SHARE)):
         ours = two_turns(stock.model, row, turns=1)
     given = decoder_inputs(stock.model, {"input_ids": row.ids, "attention_mask": torch.ones_like(row.ids), **row.extra})
     visual = (row.ids[0] == image_token(stock.model.config)).nonzero()[:, 0]
     kept = torch.ones(row.width, dtype=torch.bool)
     kept[visual] = False
-    kept[visual[evenly_spaced(len(visual), StrideTokens(keep_ratio=SHARE).tokens(len(visual)), visual.device)]] = True
+    kept[visual[evenly_spaced(len(visual), StrideTokens(ratio=SHARE).tokens(len(visual)), visual.device)]] = True
     given["inputs_embeds"] = given["inputs_embeds"][:, kept]
     given["position_ids"] = given["position_ids"][..., kept]
     if "visual_pos_masks" in given:

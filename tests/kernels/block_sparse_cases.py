@@ -11,6 +11,46 @@ from llm_accel.kernels.block_list import BlockList, aligned_window, block_positi
 from llm_accel.kernels.block_sparse import block_sparse_attention
 
 
+def blocks_from_mask(listed: Tensor, positions: Tensor, *, block_q: int, block_k: int) -> BlockList:
+    """From the blocks themselves, bool [B, HL, n, blocks of keys], without sink and window segment; causality still
+    holds within them. Waits for the device.
+
+    Args:
+        positions: first position of each query block, int64 [B, n].
+    """
+    ends = torch.arange(1, listed.shape[-1] + 1, device=listed.device) * block_k
+    whole = listed & (ends <= positions[:, None, :, None] + 1)
+    # the whole blocks of a list first, then the others, both ascending
+    order = torch.where(whole, 0, torch.where(listed, 1, 2)).sort(dim=-1, stable=True).indices
+    n_listed = listed.sum(-1)
+    taken = torch.arange(listed.shape[-1], device=listed.device) < n_listed[..., None]
+    ptr = (n_listed.flatten().cumsum(0) - n_listed.flatten()).view(n_listed.shape)
+    begin = torch.full_like(ptr, torch.iinfo(torch.int32).max).int()
+    return BlockList(block_q, block_k, ptr, whole.sum(-1).int(), n_listed.int(), order[taken].int(), 0, begin)
+
+
+def mask_of(blocks: BlockList, queries: int, slots: int, start: Tensor | None = None) -> Tensor:
+    """bool [B, HL, T, S]: which slots each query sees."""
+    batch, heads, count = blocks.ptr.shape
+    mask = torch.zeros(batch, heads, queries, slots, dtype=torch.bool, device=blocks.ptr.device)
+    slot, row = torch.arange(slots, device=mask.device), torch.arange(queries, device=mask.device)
+    for b in range(batch):
+        first = 0 if start is None else int(start[b])
+        position, own = slot - first, row + slots - queries - first
+        number = (row - max(0, first - (slots - queries))) // blocks.block_q
+        causal = (position >= 0) & (position <= own[:, None])
+        for head in range(heads):
+            for m in range(count):
+                ptr, begin = int(blocks.ptr[b, head, m]), int(blocks.window_start[b, head, m])
+                listed = blocks.idx[ptr : ptr + int(blocks.n_listed[b, head, m])]
+                near = (position >= begin).expand(queries, -1)
+                if blocks.window is not None:
+                    near = near & (position > own[:, None] - blocks.window)
+                seen = near | (position < blocks.sink) | torch.isin(position // blocks.block_k, listed)
+                mask[b, head] |= causal & seen & (number == m)[:, None]
+    return mask
+
+
 @dataclass
 class Case:
     """Random tensors and random lists; padding slots hold large values that must not be seen."""
@@ -81,7 +121,7 @@ class Case:
     def _dense_mask(self, positions: Tensor, lists: int) -> BlockList:
         shape = (positions.shape[0], lists, positions.shape[1], -(-self.slots // self.block_k))
         listed = torch.rand(shape, generator=self.random) < 0.4
-        return BlockList.from_dense_mask(listed, positions, block_q=self.block_q, block_k=self.block_k)
+        return blocks_from_mask(listed, positions, block_q=self.block_q, block_k=self.block_k)
 
     def _dense(self, positions: Tensor, lists: int) -> BlockList:
         blocks = self._sink_window(positions, lists)
@@ -101,7 +141,7 @@ class Case:
 
     def mask(self) -> Tensor:
         """bool [B, Hq, T, S]."""
-        mask = self.blocks.to_dense_mask(self.queries, self.slots, self.first)
+        mask = mask_of(self.blocks, self.queries, self.slots, self.first)
         return mask.repeat_interleave(self.query.shape[1] // mask.shape[1], 1)
 
     def oracle(self) -> tuple[Tensor, Tensor]:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_accel.kernels import aot
-from llm_accel.kernels.aot import Usage
 from llm_accel.kernels.dispatch import all_ops, interpreting
 from llm_accel.kernels.launch import SHARED_MEMORY
+from tests.kernels import aot
+from tests.kernels.aot import Usage
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")
 
 
 def test_every_operation_with_a_triton_backend_ships_configurations() -> None:
     written = {name for name, op in all_ops().items() if op.backends[0].name == "triton"}
-    assert {op for op, _ in aot.shipped()} == written
+    assert {op for op, _ in aot.compiled()} == written
 
 
 def test_plans_allocate_nothing() -> None:
-    for launches in aot.shipped().values():
+    for launches in aot.compiled().values():
         given = [value for launch in launches for value in launch.arguments.values()]
         assert {value.device.type for value in given if isinstance(value, torch.Tensor)} == {"meta"}
 
 
 def test_arguments_are_specialised_as_at_a_launch() -> None:
-    (launch,) = aot.shipped()["gather_entries", "128 16-bit"]
+    (launch,) = aot.compiled()["gather_entries", "128 16-bit"]
     signature, constants, attributes = aot._source(launch)
     names = [parameter.name for parameter in launch.kernel.params]
     assert signature["indices"] == "*i64" and signature["keys"] == "*i16"
@@ -35,15 +35,15 @@ def test_arguments_are_specialised_as_at_a_launch() -> None:
 
 
 def test_equal_code_has_one_fingerprint() -> None:
-    plans = aot.shipped()
+    plans = aot.compiled()
     scored, plain = plans["gather_entries", "128 16-bit with scores"], plans["gather_entries", "128 16-bit"]
-    assert aot.fingerprint(plain[0]) == aot.fingerprint(aot.shipped()["gather_entries", "128 16-bit"][0])
+    assert aot.fingerprint(plain[0]) == aot.fingerprint(aot.compiled()["gather_entries", "128 16-bit"][0])
     assert aot.fingerprint(scored[0]) != aot.fingerprint(plain[0])
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_a_kernel_compiles_without_a_gpu(arch: int) -> None:
-    usage = aot.compile_for(aot.shipped()["gather_entries", "128 16-bit"][0], arch)
+    usage = aot.compile_for(aot.compiled()["gather_entries", "128 16-bit"][0], arch)
     assert 16 <= usage.registers <= 255
     assert usage.complaint(arch) is None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_accel.kernels.pair_probabilities import pair_probabilities, reference
+from llm_accel.kernels.column_votes import reference
+from llm_accel.kernels.pair_probabilities import pair_probabilities
 
 
 def oracle(

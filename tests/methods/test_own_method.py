@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_accel import ConfigError, SnapKV
 from llm_accel.methods import Depth, MethodInfo, PromptCompression, PromptView, ScoreAndKeep, catalog
 from llm_accel.methods.base import option
-from llm_accel.methods.snapkv import pooled_votes
+from llm_accel.methods.kv.snapkv import pooled_votes
 from llm_accel.registry import parse
 from tests.methods.views import Problem, check_laws, kept_sets, problems, row_of, view_of
 from tests.pages import tutorial_method
@@ -44,7 +44,7 @@ def given_scores(scores: Tensor, budget: int, **more: Tensor) -> Given:
 
 def plain(rows: int = 1, heads: int = 1, slots: int = 6) -> PromptView:
     key = torch.ones(rows, heads, slots, 4)
-    return PromptView(key[:, :, :0], key, heads, None, 1.0, None, None, layer=0, layers=1)
+    return PromptView(key[:, :, :0], key, heads, scaling=1.0, layer=0, layers=1)
 
 
 def smallest_norms(view: PromptView, count: int) -> list[set[int]]:
@@ -89,7 +89,7 @@ def test_negative_scores_ties_and_what_always_stays() -> None:
 
 def test_more_that_always_stays_than_the_budget_holds_is_refused() -> None:
     mine = given_scores(torch.zeros(1, 1, 6), 2, stay=torch.arange(6)[None] > 2)
-    with pytest.raises(ConfigError, match=r"always keeps 3 entries, more than there is room for.*`reserved` is 0"):
+    with pytest.raises(ConfigError, match=r"always keeps 3 entries, more than the budget of row 0: `reserved` is 0"):
         mine.select(plain())
 
 

@@ -115,14 +115,14 @@ def test_without_finds_rows_that_lost_an_entry() -> None:
 
 
 def test_ranks_and_lengths_count_from_the_first_real_slot() -> None:
-    view = PromptView(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 3, 4), 2, None, 1.0, None, None, layer=0, layers=1)
-    assert view.ranks.tolist() == [[0, 1, 2]]
+    view = PromptView(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 3, 4), 2, scaling=1.0, layer=0, layers=1)
+    assert view.cache_positions.tolist() == [[0, 1, 2]]
     assert view.lengths.tolist() == [3, 3]
     rows = replace(view, start=torch.tensor([0, 2]))
-    assert rows.ranks.tolist() == [[0, 1, 2], [-2, -1, 0]]
+    assert rows.cache_positions.tolist() == [[0, 1, 2], [-2, -1, 0]]
     assert rows.lengths.tolist() == [3, 1]
     heads = replace(view, start=torch.tensor([[0, 1], [2, 3]]))
-    assert heads.ranks.tolist() == [[[0, 1, 2], [-1, 0, 1]], [[-2, -1, 0], [-3, -2, -1]]]
+    assert heads.cache_positions.tolist() == [[[0, 1, 2], [-1, 0, 1]], [[-2, -1, 0], [-3, -2, -1]]]
     assert heads.lengths.tolist() == [[3, 2], [1, 0]]
 
 

@@ -53,8 +53,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 VASPARSE: dict[str, Any] = {"beta": 0.3, "lam": 400.0, "keep": 0.5, "prune_every": 3, "protect_last": 1}
 VISUAL: dict[str, dict[str, Any]] = {
-    "fastv": {"layer": 1, "target": 5},
-    "flowcut": {"target": 3, "llm_stage": "on"},
+    "fastv": {"layer": 1, "budget": 5},
+    "flowcut": {"budget": 3, "llm_stage": "on"},
     "vasparse": VASPARSE | {"merge": 2},
     "vasparse, mean": VASPARSE | {"saliency_head": "mean"},
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, Dense, UnsupportedModelError
+from llm_accel.cache.fixed import FixedForm
+from llm_accel.patches.compiled import cache as graph_cache
 from llm_accel.patches.compiled import call, pool
 from llm_accel.patches.hook import DecoderHook
 from llm_accel.registry import parse, parse_all
@@ -180,7 +181,7 @@ def test_a_cache_serves_several_turns_and_may_be_looked_at_between_steps(method:
 
 
 def test_buffers_grow_when_more_is_decoded_than_was_said(monkeypatch: pytest.MonkeyPatch, counting: Counting) -> None:
-    monkeypatch.setattr(call, "ROOM", 64)
+    monkeypatch.setattr(graph_cache, "HEADROOM", 64)
     logits = []
     for model in pair(SNAPKV):
         cache = handle_of(model).new_cache()
@@ -318,13 +319,16 @@ def test_a_first_step_that_fails_costs_auto_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_unused_buffers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FixedForm({"keys": torch.zeros(15)})
     monkeypatch.setattr(pool, "IDLE", 100)
     kept = pool.Pool()
-    leases = [SimpleNamespace(key=name, cache=SimpleNamespace(nbytes=lambda: 60)) for name in "abc"]
-    for lease in leases:
-        kept.put(lease)
-    assert kept.take("a") is None
-    assert kept.take("b") is leases[1].cache and kept.take("b") is None and kept.take("c") is leases[2].cache
+    taken = {name: kept.take(name, lambda: [form]) for name in "abc"}
+    for buffers in taken.values():
+        kept.put(buffers)
+    assert len({buffers.kind for buffers in taken.values()}) == 3 and buffers.nbytes == 60
+    assert kept.take("a", lambda: [form]) is not taken["a"]
+    assert kept.take("b", list) is taken["b"] and kept.take("c", list) is taken["c"]
+    assert kept.take("b", lambda: [form]) is not taken["b"]
 
 
 def test_a_step_that_fails_half_way_is_found_out(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

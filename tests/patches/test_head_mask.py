@@ -10,6 +10,7 @@ import torch
 
 import llm_accel
 from llm_accel import RetrievalHeads
+from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.sink_window import sink_window_attention
 from tests.contracts import matrix
 from tests.contracts.matrix import every_shape, generate
@@ -130,7 +131,7 @@ def test_window_masks_see_what_a_streaming_head_sees(shape: str) -> None:
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (0, 300), (4, 1), (4, 100), (300, 300)])
 def test_sink_window_attention_equals_an_explicit_mask(sinks: int, recent: int) -> None:
     torch.manual_seed(1)
-    module = tiny_model("llama").model.layers[0].self_attn
+    attention = ModelAttention("sdpa", tiny_model("llama").model.layers[0].self_attn, {"scaling": 0.25})
     query, key, value = torch.randn(2, 4, 500, 16), torch.randn(2, 2, 600, 16), torch.randn(2, 2, 600, 16)
     start = torch.tensor([0, 130])
     own, column = torch.arange(100, 600)[:, None], torch.arange(600)
@@ -139,6 +140,6 @@ def test_sink_window_attention_equals_an_explicit_mask(sinks: int, recent: int) 
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=visible[:, None], scale=0.25, enable_gqa=True
     ).transpose(1, 2)
-    ours = sink_window_attention("sdpa", module, query, key, value, start, sinks, recent, scaling=0.25)
+    ours = sink_window_attention(attention, query, key, value, start, sinks, recent)
     padding = (own[:, 0] < start[:, None])[..., None, None]
     assert (ours - expected).masked_fill(padding, 0).abs().max() < 1e-5

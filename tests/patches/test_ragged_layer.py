@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import AdaKV, EvictionError, UnsupportedCallError
-from llm_accel.patches.layers import RaggedLayer
+from llm_accel.cache import RaggedLayer
+from llm_accel.cache.layer import CallStage
+from llm_accel.methods import WHOLE
 from tests.contracts.matrix import pages_held
 from tests.patches.calls import IDS, MASK
 from tests.tiny import prompt, tiny_model
@@ -24,11 +26,11 @@ KEPT: Rows = [[[0, 3, 9], [1, 2, 5, 7, 8, 9, 10, 11, 12]], [[4, 5, 6, 7, 8, 9, 1
 
 def filled(count: int = 13, batch: int = 2, heads: int = 2, start: Tensor | None = None) -> RaggedLayer:
     """A layer with random entries, seen by attention; the first feature of a key counts its slots."""
-    layer = RaggedLayer(PAGE)
-    layer.expected = True
+    layer = RaggedLayer(PAGE, WHOLE)
+    layer.stage = CallStage.AWAITED
     layer.update(*new(count, batch, heads))
     layer.keys[..., 0] = torch.arange(count).float()
-    layer.attended, layer.start = True, start
+    layer.stage, layer.start = CallStage.IDLE, start
     return layer
 
 
@@ -46,9 +48,9 @@ def indices(rows: Rows) -> Tensor:
 
 def append(layer: RaggedLayer, count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     given = new(count, layer.table.shape[0], layer.kv_heads, seed)
-    layer.expected = True
+    layer.stage = CallStage.AWAITED
     layer.update(*given)
-    layer.attended = True
+    layer.stage = CallStage.IDLE
     return given
 
 
@@ -108,9 +110,9 @@ def test_a_token_goes_to_its_place_without_moving_the_others() -> None:
     for step in range(1, 3 * PAGE + 1):
         before = (layer.keys.data_ptr(), layer.values.data_ptr())
         pages = layer.keys.shape[0]
-        layer.expected = True
+        layer.stage = CallStage.AWAITED
         key, _ = layer.update(*(more := new(1, seed=step)))
-        layer.attended = True
+        layer.stage = CallStage.IDLE
         expected = longer(expected, more)
         assert key is more[0]
         check(layer, expected)
@@ -194,7 +196,7 @@ def test_reset_starts_over() -> None:
     layer.keep(indices(KEPT), trace=False)
     layer.reset()
     assert layer.table is None and layer.get_seq_length() == layer.physical_length() == layer.nbytes() == 0
-    layer.expected = True
+    layer.stage = CallStage.AWAITED
     assert layer.update(*new(3))[0].shape == (2, 2, 3, DIM)
 
 
@@ -209,7 +211,7 @@ def test_a_single_head_stays_dense() -> None:
     layer = filled(heads=1)
     layer.keep(indices([[[1, 2, 12]], [[0, 5, 12]]]), trace=False)
     assert layer.table is None and layer.keys.shape == (2, 1, 3, DIM)
-    layer.expected = True
+    layer.stage = CallStage.AWAITED
     assert layer.update(*new(1, heads=1))[0].shape == (2, 1, 4, DIM)
 
 

@@ -73,10 +73,10 @@ def state(model: PreTrainedModel) -> list[object]:
 
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Any, dict[str, Any]]] = {
     "text": (lambda: tiny_model("llama"), SnapKV(budget=8, window=2), {"mlp_chunk": 3, "decode": "compiled"}),
-    "tower and cut": (tiny_vlm, [FlowCut(target=4), DyVTE(exit=1)], {}),
+    "tower and cut": (tiny_vlm, [FlowCut(budget=4), DyVTE(exit=1)], {}),
     "several beside each other": (
         lambda: tiny_vlm("qwen2_vl"),
-        [StrideTokens(target=2), SnapKV(budget=8, window=2)],
+        [StrideTokens(budget=2), SnapKV(budget=8, window=2)],
         {"mlp_chunk": 3},
     ),
     "decode steps": (lambda: tiny_vlm("video_llava"), VASparse(), {}),

@@ -101,7 +101,7 @@ class Running:
         return bool(self.server.engine._running)
 
     def idle(self) -> None:
-        wait_for(lambda: not self.busy() and len(self.server.engine.queue) == 0)
+        wait_for(lambda: not self.busy() and len(self.server.engine.scheduler) == 0)
 
     def stop(self) -> None:
         self.http.close()

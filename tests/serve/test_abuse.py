@@ -118,6 +118,11 @@ def many(one: str, count: int) -> str:
     return "[" + ",".join([one] * count) + "]"
 
 
+def calls(arguments: str) -> str:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}])
+
+
 def method(spec: str) -> tuple[str, bytes]:
     return complete(more=f',"llm_accel":{{"method":"{spec}"}}')
 
@@ -157,6 +162,14 @@ ABUSES = {
     "a prompt of 4 million words": lambda: complete('"' + "a " * 4_000_000 + '"'),
     "a prompt of 4 million escapes": lambda: complete('"' + '\\"' * 4_000_000 + '"'),
     "a chat of 4 million words": lambda: chat('[{"role":"user","content":"' + "a " * 4_000_000 + '"}]'),
+    "1024 times the prompt's log-probabilities": lambda: complete(more=',"n":1024,"echo":true,"logprobs":20'),
+    "1024 long answers with log-probabilities": lambda: (
+        "/v1/completions",
+        b'{"model":"needle","prompt":"x","max_tokens":9999,"n":1024,"logprobs":20}',
+    ),
+    "2000 biases": lambda: complete(more=',"logit_bias":{' + ",".join(f'"{token}":1' for token in range(2000)) + "}"),
+    "a million stop tokens": lambda: complete(more=',"stop_token_ids":' + many("1", 1_000_000)),
+    "arguments of 7 million characters": lambda: chat(calls("[" + "1," * 3_500_000 + "1]")),
     "kernel=10**9+1": lambda: method("snapkv:kernel=1000000001,budget=64"),
     "window=10**9": lambda: method("snapkv:window=1000000000,budget=2000000000"),
     "page=10**9": lambda: method("adakv:page=1000000000,budget=64"),

@@ -11,8 +11,8 @@ import torch
 
 import llm_accel
 from llm_accel import cli
-from llm_accel.eval.grid import Place
-from tests.eval.needle_kit import make_maker
+from llm_accel.eval.grid import GridPoint
+from tests.eval.needle_helpers import make_maker
 from tests.serve.kit import Running
 
 QUESTION: Any = [{"role": "user", "content": "The special magic number"}]
@@ -20,7 +20,7 @@ QUESTION: Any = [{"role": "user", "content": "The special magic number"}]
 
 def needle_prompts() -> list[list[int]]:
     maker = make_maker()
-    return [list(maker.make(Place(length, 50.0, sample)).ids) for sample, length in enumerate((300, 512, 431, 640))]
+    return [list(maker.make(GridPoint(length, 50.0, sample)).ids) for sample, length in enumerate((300, 512, 431, 640))]
 
 
 def generated(needle: tuple[Any, Any], ids: list[int], method: str | None, tokens: int) -> str:
@@ -56,7 +56,7 @@ def test_needle_answers_equal_those_of_the_command_line(running: Running, tmp_pa
     assert cli.main(["needle", *grid, "--out", str(tmp_path)]) == 0
     records = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     maker = make_maker(lengths=(300, 500))
-    prompts = [list(maker.make(Place(one["length"], one["depth"], one["sample"])).ids) for one in records]
+    prompts = [list(maker.make(GridPoint(one["length"], one["depth"], one["sample"])).ids) for one in records]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda ids: running.complete(ids, max_tokens=maker.max_new_tokens).json(), prompts))
     assert [one["choices"][0]["text"] for one in answers] == [one["answer"] for one in records]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_accel.serve.body import MOST_PARTS, Census, parse_body
+from llm_accel.serve.body import MOST_PARTS, ValueCounter, parse_body
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, Request
 
@@ -36,23 +36,23 @@ def test_what_is_counted_is_what_the_json_holds_however_it_is_cut(
     value: Any, ascii_only: bool, cuts: list[int]
 ) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
-    census, begin = Census(10**9), 0
+    counter, begin = ValueCounter(10**9), 0
     for cut in [*sorted(cuts), len(body)]:
-        census.add(body[begin : max(begin, cut)])
+        counter.add(body[begin : max(begin, cut)])
         begin = max(begin, cut)
-    assert (census._openings + census._quotes // 2, census._commas) == counts(value)
+    assert (counter._openings + counter._quotes // 2, counter._commas) == counts(value)
 
 
 @pytest.mark.parametrize("one", ["{}", "[]", '""', '"\\""', '"\\\\"'])
 def test_more_parts_than_any_request_needs(one: str) -> None:
     body = ("[" + ",".join([one] * MOST_PARTS)).encode()
-    census = Census(10**9)
-    census.add(body[: -2 * len(one)])
+    counter = ValueCounter(10**9)
+    counter.add(body[: -2 * len(one)])
     with pytest.raises(ApiError, match=f"JSON has over {MOST_PARTS} texts, lists and objects"):
-        census.add(body[-2 * len(one) :])
+        counter.add(body[-2 * len(one) :])
     with pytest.raises(ApiError, match="JSON has over 7 values"):
-        Census(7).add(b"[1,2,3,4,5,6,7,8,9]")
-    Census(7).add(b'[1,2,3,4,5,6,7,"8,9,10,11"]')
+        ValueCounter(7).add(b"[1,2,3,4,5,6,7,8,9]")
+    ValueCounter(7).add(b'[1,2,3,4,5,6,7,"8,9,10,11"]')
 
 
 USER = {"role": "user", "content": "x"}
@@ -80,7 +80,7 @@ WRONG: list[tuple[Any, str]] = [
     (CHAT | {"messages": [USER] * 5000}, "messages: give at most 4096 items."),
     (
         CHAT | {"messages": [USER | {"role": "x"}]},
-        "messages.0.role: give 'system', 'developer', 'user' or 'assistant'.",
+        "messages.0.role: give 'system', 'developer', 'user', 'assistant' or 'tool'.",
     ),
     (CHAT | {"messages": [USER | {"content": 4}]}, "messages.0.content: give a text or a list of parts."),
     (CHAT | {"messages": [USER | {"content": None}]}, "messages.0.content: is missing."),
@@ -122,6 +122,24 @@ WRONG: list[tuple[Any, str]] = [
     (CHAT | {"metadata": {str(number): 1 for number in range(9000)}}, "metadata: give at most 16 entries."),
     (CHAT | {"metadata": {"a": "x" * 600}}, "metadata.a: give at most 512 characters."),
     (CHAT | {str(number): 1 for number in range(9000)}, "the body: give at most 64 fields."),
+    (CHAT | {"logit_bias": {"x": 1}}, "logit_bias.x: give token ids as its keys."),
+    (CHAT | {"logit_bias": {"5": 101}}, "logit_bias.5: give at most 100.0."),
+    (CHAT | {"logit_bias": {str(number): 1 for number in range(9000)}}, "logit_bias: give at most 1024 entries."),
+    (CHAT | {"repetition_penalty": 0}, "repetition_penalty: give at least 0.01."),
+    (CHAT | {"frequency_penalty": 2.5}, "frequency_penalty: give at most 2.0."),
+    (CHAT | {"min_p": 1.5}, "min_p: give at most 1.0."),
+    (CHAT | {"stop_token_ids": [-1]}, "stop_token_ids.0: give at least 0."),
+    (CHAT | {"best_of": 2}, "best_of: unknown, or not supported with this value."),
+    (
+        CHAT | {"tools": [{"type": "function"}]},
+        "tools: tools and structured output are not served here; vLLM with the llm_accel plug-in has them.",
+    ),
+    (
+        CHAT | {"response_format": {"type": "json_object"}},
+        "response_format: tools and structured output are not served here; vLLM with the llm_accel plug-in has them.",
+    ),
+    (CHAT | {"messages": [{"role": "tool"}]}, "messages.0.content: is missing."),
+    (CHAT | {"messages": [USER | {"tool_calls": [{}]}]}, "messages.0.tool_calls.0.function: is missing."),
     (CHAT | {"x" * 5000: 1}, "x" * 40 + "...: unknown, or not supported with this value."),
     (CHAT | {"llm_accel": {"session": ""}}, "llm_accel.session: give at least 1 characters."),
     (CHAT | {"llm_accel": {"deadline_s": 10**400}}, "llm_accel.deadline_s: give a number."),

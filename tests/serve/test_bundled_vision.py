@@ -12,16 +12,16 @@ from PIL import Image
 
 from llm_accel.common.bundled import load_vision_model
 from llm_accel.errors import ConfigError
-from llm_accel.eval.tasks.vision.engine import Engine
+from llm_accel.eval.tasks.vision.engine import VisionEngine
 from llm_accel.eval.tasks.vision.examples import SceneSource
+from llm_accel.eval.tasks.vision.processor import VisionProcessor
 from llm_accel.eval.tasks.vision.questions import TASKS
-from llm_accel.eval.tasks.vision.reader import Reader
 from llm_accel.registry import parse_all
 from llm_accel.serve.loading import load
 from llm_accel.serve.settings import ServeSettings
 from tests.serve.kit import Running, start
 
-METHOD = "flowcut:keep_ratio=0.33"
+METHOD = "flowcut:ratio=0.33"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def as_url(image: Image.Image) -> str:
 def test_answers_are_those_of_the_evaluation(seeing: Running, method: str) -> None:
     model, processor = load_vision_model()
     source = SceneSource(3, 5, "standard", TASKS)
-    engine = Engine(model, Reader(processor), source.max_new_tokens, 0)
+    engine = VisionEngine(model, VisionProcessor(processor), source.max_new_tokens, 0)
     client, right = seeing.client(), 0
     for sample in range(3):
         examples = source.examples(sample)

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from llm_accel import ConfigError, cli
-from llm_accel.serve import connections, gate, loading
+from llm_accel.serve import connections, loading, middleware
 from llm_accel.serve.connections import bind, listen
 from llm_accel.serve.settings import KEY_VARIABLE
 from tests.serve.kit import ALICE, Running, wait_for
@@ -165,7 +165,7 @@ def test_a_request_that_waits_for_its_answer_is_not_half_open(
 def test_a_body_that_does_not_end_is_answered_and_its_connection_closed(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "_BODY_SECONDS", SOON)
+    monkeypatch.setattr(middleware, "_BODY_SECONDS", SOON)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\nContent-Length: 9999\r\n\r\n"
     with connected(running) as connection:
         connection.sendall(head.encode() + b"{")

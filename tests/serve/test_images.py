@@ -77,7 +77,7 @@ def chat(running: Running, *parts: Any, **fields: Any) -> Any:
     return running.post("/v1/chat/completions", body | fields)
 
 
-@pytest.mark.parametrize("method", ["dense", "flowcut:target=5+dyvte:exit=1"])
+@pytest.mark.parametrize("method", ["dense", "flowcut:budget=5+dyvte:exit=1"])
 def test_answers_equal_plain_generate(seeing: Running, processor: LlavaProcessor, method: str) -> None:
     model = tiny_vlm()
     image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")

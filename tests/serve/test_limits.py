@@ -12,7 +12,7 @@ import pytest
 
 from llm_accel import ConfigError, UnknownMethodError
 from llm_accel.serve.settings import ServeSettings
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import Running, start, wait_for
 
 
@@ -61,11 +61,14 @@ def refusal(response: httpx.Response, status: int = 400) -> str:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"n": 3}, "3 answers at once; 2 are allowed"),
-        ({"n": 10**12}, "1000000000000 answers at once; 2 are allowed"),
-        ({"n": 2, "prompt": ["slow", "slow"]}, "4 answers at once"),
-        ({"prompt": ["slow"] * 5000}, "5000 answers at once"),
+        ({"n": 1025}, "1025 answers in one request; 1024 are allowed"),
+        ({"n": 10**12}, "1000000000000 answers in one request; 1024 are allowed"),
+        ({"n": 513, "prompt": ["slow", "slow"]}, "1026 answers in one request"),
+        ({"prompt": ["slow"] * 5000}, "5000 answers in one request"),
         ({"max_tokens": 5}, "max_tokens=5: at most 4"),
+        ({"min_tokens": 5}, "max_tokens=5: at most 4"),
+        ({"max_tokens": 0}, "max_tokens: give at least 1"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias: token ids are below"),
         ({"prompt": "slow " * 200}, "1000 characters, which is over 16 for each token that may be; 50 are allowed"),
         ({"prompt": [1] * 51}, "51 tokens; 50 are allowed"),
         ({"prompt": [[1], [1] * 51]}, "51 tokens; 50 are allowed"),
@@ -79,7 +82,7 @@ def refusal(response: httpx.Response, status: int = 400) -> str:
         ({"prompt": "slow", "llm_accel": {"method": "random"}}, "random cannot be chosen by requests to this server"),
         ({"prompt": "slow", "llm_accel": {"method": "fastv+snapkv"}}, "fastv cannot be chosen"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_costs_nothing_to_refuse_is_refused_unread(
     server: tuple[Running, Slow], fields: dict[str, Any], says: str
@@ -125,7 +128,7 @@ def test_reading_takes_places_in_the_queue_and_time_of_the_deadline(server: tupl
             first = pool.submit(running.complete, "slow", llm_accel={"deadline_s": 0.4})
             wait_for(lambda: len(slow.texts) == before + 1)  # the one thread that reads is busy
             others = [pool.submit(running.complete, "The dog") for _ in range(2)]
-            wait_for(lambda: running.server.engine.queue._reading == 3)
+            wait_for(lambda: running.server.engine.scheduler._reading == 3)
             full = running.complete("The dog")
             assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
             assert refusal(first.result(), 504) == "not finished within 0.4 s."
@@ -135,7 +138,7 @@ def test_reading_takes_places_in_the_queue_and_time_of_the_deadline(server: tupl
             slow.go.set()
         assert [one.result().status_code for one in others] == [200, 200]
     running.idle()
-    assert running.server.engine.queue._reading == 0
+    assert running.server.engine.scheduler._reading == 0
     assert len(slow.texts) == before + 3, "what was given up before it was read is not read"
 
 

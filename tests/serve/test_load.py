@@ -22,7 +22,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def queued(running: Running, count: int) -> None:
-    wait_for(lambda: running.busy() and len(running.server.engine.queue) == count)
+    wait_for(lambda: running.busy() and len(running.server.engine.scheduler) == count)
 
 
 def test_a_full_queue_says_when_to_come_back(running: Running) -> None:
@@ -45,7 +45,7 @@ def test_deadlines_hold_in_the_queue_the_prompt_and_the_stream(running: Running)
         wait_for(lambda: running.brake.permits == 0)
         stuck = running.complete(**soon)
         assert stuck.status_code == 504 and "0.3 s" in stuck.text
-        assert len(running.server.engine.queue) == 0
+        assert len(running.server.engine.scheduler) == 0
         running.brake.set(None)
         assert late.result().status_code == 200
     with running.held():

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from llm_accel.methods import MethodConfig, SnapKV
-from llm_accel.serve.jobs import Job
-from llm_accel.serve.queue import JobQueue
+from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.sampling import Sampling, choose
+from llm_accel.serve.scheduler import Scheduler
+from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings
-from llm_accel.serve.text import TextStream
-from tests.eval.needle_kit import tokenizer
+from tests.eval.needle_helpers import tokenizer
 
 
 @pytest.mark.parametrize("kind", ["bundled", "spaces"])
@@ -25,7 +25,7 @@ def test_pieces_join_to_the_decoded_text(kind: str) -> None:
     for _ in range(60):
         ids = coder.encode("".join(rng.choices(texts, k=6)), add_special_tokens=False)
         ids += [rng.randrange(len(coder)) for _ in range(rng.randrange(6))]
-        stream = TextStream(coder)
+        stream = Detokenizer(coder)
         pieces = [stream.push(token) for token in ids] + [stream.flush()]
         expected = coder.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert "".join(pieces) == expected
@@ -38,7 +38,7 @@ def test_pieces_join_to_the_decoded_text(kind: str) -> None:
 def test_text_ends_before_the_first_stop(stops: list[str]) -> None:
     coder = tokenizer("bundled")
     text = "The dog watched the old rivers. The end is near."
-    stream, said = TextStream(coder, stops), ""
+    stream, said = Detokenizer(coder, stops), ""
     for token in coder.encode(text, add_special_tokens=False):
         said += stream.push(token)
         assert text.startswith(said)
@@ -82,11 +82,11 @@ def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) 
 
 
 async def _batches(*jobs: tuple[MethodConfig | None, int, int, Any]) -> list[list[int]]:
-    queue = JobQueue(ServeSettings(window_ms=0, max_batch=4, max_batch_tokens=100))
+    queue = Scheduler(ServeSettings(window_ms=0, max_batch=4, max_batch_tokens=100))
     made = []
     for method, rows, length, session in jobs:
         prompts = [(1,) * length] * rows
-        made.append(Job(prompts, (method and (method,)) or (), Sampling(), 10, 1.0, lambda: TextStream(None), session))
+        made.append(Job(prompts, (method and (method,)) or (), Sampling(), 10, 1.0, lambda: Detokenizer(None), session))
         queue.put(made[-1])
     queue.close()
     return [[made.index(job) for job in batch] for batch in iter(queue.take, [])]

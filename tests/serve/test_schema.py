@@ -14,17 +14,17 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import ALICE, Running, start
 
 HEADERS = {"Authorization": f"Bearer {ALICE}"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=[True, False], ids=["strict", "lenient"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = Path(tmp_path_factory.mktemp("keys")) / "keys"
     keys.write_text(ALICE)
-    running = start(tiny_model(), tokenizer(), api_key_file=str(keys), window_ms=0, max_new_tokens=4, max_batch=4)
+    running = start(tiny_model(), tokenizer(), api_key_file=str(keys), strict_fields=request.param, max_new_tokens=4)
     yield running
     running.stop()
 
@@ -37,6 +37,9 @@ def schema(server: Running) -> Any:
 OPERATIONS = {
     "POST /v1/chat/completions": 40,
     "POST /v1/completions": 40,
+    "POST /tokenize": 20,
+    "POST /detokenize": 20,
+    "GET /version": 1,
     "GET /v1/models": 1,
     "GET /v1/models/{model_name}": 10,
     "GET /health": 1,
@@ -49,7 +52,7 @@ def test_the_description_is_complete_and_needs_a_key(schema: Any, server: Runnin
     assert httpx.get(f"{server.url}/openapi.json").status_code == 401
     chat = schema.raw_schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert chat["model"] == {"enum": ["needle"]} and chat["tools"] == {"enum": [None, []]}
-    assert {"maximum": 4, "minimum": 1, "type": "integer"} in chat["max_tokens"]["anyOf"]
+    assert {"maximum": 4, "minimum": 0, "type": "integer"} in chat["max_tokens"]["anyOf"]
     assert chat["messages"]["maxItems"] == 4096 and chat["seed"]["anyOf"][0]["maximum"] == 2**63 - 1
     extension = schema.raw_schema["components"]["schemas"]["Extension"]["properties"]
     assert extension["method"]["description"].endswith(": dense")

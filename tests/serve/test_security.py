@@ -14,7 +14,7 @@ import torch
 from llm_accel import ConfigError
 from llm_accel.serve.loading import load
 from llm_accel.serve.settings import ServeSettings
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import ALICE, Running, wait_for
 
 MIB = 2**20

@@ -10,12 +10,12 @@ import torch
 from transformers import DynamicCache
 
 import llm_accel
+from llm_accel.cache.linear import states_of
 from llm_accel.methods import MethodConfig, SnapKV
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.layers.hybrid import states_of
-from llm_accel.serve.batch import Runner
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.metrics import Metrics
+from llm_accel.serve.model_runner import ModelRunner
 from tests.families.build import text_model
 from tests.serve.kit import ALICE, BOB, Running
 from tests.serve.test_answers import needle_prompts
@@ -83,13 +83,13 @@ def test_bounds_in_bytes() -> None:
 @pytest.mark.parametrize("methods", [(SnapKV(budget=40),), ()], ids=["snapkv", "dense"])
 def test_states_of_linear_attention_count_among_the_bytes(methods: tuple[MethodConfig, ...]) -> None:
     model, conversations = text_model("qwen3_next"), Conversations(limit=10, byte_limit=2**30)
-    runner = Runner(model, SimpleNamespace(), conversations, Metrics(), "eager")
+    runner = ModelRunner(model, SimpleNamespace(), conversations, Metrics(), "eager")
     handle = runner.use(methods)
     cache: Any = DynamicCache(config=model.config) if handle is None else handle.new_cache()
     prompt = left_padded([60])[0]
     model.generate(prompt, **{CACHE: cache}, max_new_tokens=2, do_sample=False)
     row = SimpleNamespace(prompt=tuple(prompt[0].tolist()), tokens=[1, 2])
-    job: Any = SimpleNamespace(session=("", "a"), rows=[row], methods=methods)
+    job: Any = SimpleNamespace(session=("", "a"), sequences=[row], methods=methods)
     runner._keep_cache(job, handle, cache)
     tensors = [t for layer in cache.layers for t in (*states_of(layer).values(), *entries_of(layer))]
     assert conversations.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -16,7 +16,7 @@ import pytest
 from llm_accel.common.bundled import load_needle_model
 from llm_accel.patches.install import hook_of
 from llm_accel.serve.settings import KEY_VARIABLE
-from tests.eval.needle_kit import tiny_model, tokenizer
+from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import PATIENCE, start, wait_for
 
 
@@ -29,7 +29,7 @@ def test_stopping_finishes_or_fails_what_was_accepted(drain_s: float, monkeypatc
     with ThreadPoolExecutor(3) as pool:
         with running.held(permits=2):
             futures = [pool.submit(running.complete, max_tokens=20) for _ in range(3)]
-            wait_for(lambda: running.brake.permits == 0 and len(running.server.engine.queue) == 2)
+            wait_for(lambda: running.brake.permits == 0 and len(running.server.engine.scheduler) == 2)
             running.server.should_exit = True
             wait_for(lambda: running.server.engine.status == "shutting down")
             if drain_s > 1:  # there is time: whoever comes now is told, and so is a load balancer
@@ -54,7 +54,7 @@ def test_a_stopped_server_gives_its_model_back(method: str, monkeypatch: pytest.
         futures = [pool.submit(running.complete)]
         wait_for(running.busy)
         futures += [pool.submit(running.complete, prompt=prompt) for prompt in ("The dog", "The dog watched")]
-        wait_for(lambda: len(running.server.engine.queue) == 2)
+        wait_for(lambda: len(running.server.engine.scheduler) == 2)
         running.brake.set(None)  # the two run together: the dense model reads them through a method as well
         assert [future.result().status_code for future in futures] == [200] * 3
     assert hook_of(model) is not None

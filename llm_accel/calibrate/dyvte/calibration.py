@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from llm_accel.calibrate.dyvte.observe import safe_exits
-from llm_accel.calibrate.dyvte.runs import Run, Sample
+from llm_accel.calibrate.dyvte.runs import CalibrationRun, Sample
 from llm_accel.calibrate.dyvte.train import Trained
 from llm_accel.common.environment import packages
 from llm_accel.errors import ConfigError
 from llm_accel.eval.records import Record
 from llm_accel.methods import CutModel, DyVTE, ExitProfile, Routers
-from llm_accel.methods.exit_profile import LayerExit, calibrated_exit
-from llm_accel.methods.routers import RouterInfo
+from llm_accel.methods.visual.exit_profile import LayerExit, calibrated_exit
+from llm_accel.methods.visual.routers import RouterInfo
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.install import make_plan, unwrapped
 from llm_accel.patches.vision.cut_plan import cut_model
@@ -32,17 +32,11 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        profile: the measurements and the calibrated layer.
-        routers: the trained routers, or None where none were wanted.
-        routed: see :class:`llm_accel.calibrate.dyvte.train.Trained`.
-    """
-
-    profile: ExitProfile
-    routers: Routers | None = None
-    routed: tuple[float, float] | None = None
+    profile: ExitProfile  # the measurements and the calibrated layer
+    routers: Routers | None = None  # the trained routers, or None where none were wanted
+    routed: tuple[float, float] | None = None  # see :class:`llm_accel.calibrate.dyvte.train.Trained`
 
     def save(self, folder: str | Path) -> None:
         """Writes ``dyvte.json`` and, where there are routers, ``routers.safetensors``."""
@@ -76,9 +70,9 @@ def calibrate_dyvte(
 
     Args:
         model: a vision-language model without a plug-in.
-        samples: what the processor made of one image and prompt, one row without padding; or that beside the ids of
-            the answer. Without an answer it is the model's own, decoded greedily: a label is agreement with the full
-            model.
+        samples: what the processor made of one image and prompt, one row without padding; or a tuple of that and the
+            ids of the answer. By default the answer is the model's own, decoded greedily: a label is agreement with the
+            full model.
         num_samples: read no more than so many; None: all.
         epsilon: share of the samples that may change their answer.
         slack: nats per token by which the loss may always grow. 0 as in the paper; a model whose own answers have next
@@ -87,8 +81,8 @@ def calibrate_dyvte(
         router_dim: their width r; 2048 in the paper, which makes 2 C r + 2 r weights per layer.
         max_new_tokens: of the model's own answers.
         seed: of the routers.
-        out: folder for records, features and results; a run that stopped goes on there. None: nothing is written.
-        overwrite: start anew in ``out``.
+        out: folder for records, features and results; an interrupted run is resumed there. None: nothing is written.
+        overwrite: start over in ``out``.
         name: what files call the model; its path by default.
 
     Raises:
@@ -96,22 +90,17 @@ def calibrate_dyvte(
         UnsupportedModelError: visual tokens cannot leave between the layers of this model.
         AlreadyAppliedError: the model carries a plug-in.
     """
-    for option, value in {
-        "num_samples": num_samples,
-        "router_dim": router_dim,
-        "max_new_tokens": max_new_tokens,
-    }.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{option}={value} is not allowed; give an integer of at least 1.")
+    counts = {"num_samples": num_samples, "router_dim": router_dim, "max_new_tokens": max_new_tokens}
+    for option, value, least in [*((name, value, 1) for name, value in counts.items()), ("slack", slack, 0)]:
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{option}={value} is not allowed; give a finite number of at least {least}.")
     if not 0.0 <= epsilon < 1.0:
         raise ConfigError(f"epsilon={epsilon} is not allowed; give a number in [0, 1).")
-    if not 0.0 <= slack < math.inf:
-        raise ConfigError(f"slack={slack} is not allowed; give nats per token, 0 or more.")
     model = unwrapped(model)
     family = _family(model)
     about = cut_model(model, family)
     settings = {"max_new_tokens": max_new_tokens, "weights_hash": about.weights_hash}
-    run = Run(model, family, max_new_tokens, routers, None if out is None else Path(out))
+    run = CalibrationRun(model, family, max_new_tokens, routers, None if out is None else Path(out))
     run.open(settings, overwrite)
     total = num_samples if num_samples is not None or not isinstance(samples, Sized) else len(samples)
     run.observe(islice(samples, num_samples), total)

@@ -10,14 +10,14 @@ from typing import Any
 from llm_accel.calibrate.dyvte import Calibration, calibrate_dyvte
 from llm_accel.calibrate.dyvte.calibration import EPSILON, MAX_NEW_TOKENS, ROUTER_DIM
 from llm_accel.calibrate.dyvte.runs import FIELDS
-from llm_accel.calibrate.dyvte.samples import processed, read_pairs
-from llm_accel.calibrate.dyvte.scenes import scene_pairs
+from llm_accel.calibrate.dyvte.samples import process_pairs, read_pairs, scene_pairs
 from llm_accel.common.arguments import ModelOptions, OutputOptions
 from llm_accel.common.loading import load_vision_model
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.eval.records import RunDir
-from llm_accel.eval.runner import tell
+from llm_accel.eval.runner import print_summary
+from llm_accel.eval.table import aligned, number
 from llm_accel.eval.tasks.vision.settings import SCENES
 from llm_accel.eval.tasks.vision.task import model_name
 
@@ -31,20 +31,20 @@ class CalibrateOptions(OutputOptions, ModelOptions):
     model: str | None = option("HuggingFace model (default: the bundled vision model)", None, metavar="ID|PATH")
     attn: str | None = option("", None, flag="")
     data: str | None = option(
-        'JSON Lines: {"image": PATH, "prompt": TEXT, "answer": TEXT}, answer optional; or drawn scenes (the bundled '
-        "model's default)",
+        'JSON Lines: {"image": PATH, "prompt": TEXT, "answer": TEXT}, answer optional; or generated scenes (the '
+        "bundled model's default)",
         None,
         metavar="FILE|scenes",
     )
-    num_samples: int = option("samples at most", 256, least=1)
-    epsilon: float = option("share of the samples that may change their answer", EPSILON, metavar="X")
-    slack: float = option("nats per token by which a loss may always grow", 0.0, metavar="X")
+    num_samples: int = option("maximum number of samples", 256, least=1)
+    epsilon: float = option("fraction of the samples whose answer may change", EPSILON, metavar="X")
+    slack: float = option("increase of the loss that is always allowed, in nats per token", 0.0, metavar="X")
     routers: bool = option("train routers as well", True)
     router_dim: int = option("width of a router", ROUTER_DIM)
-    max_new_tokens: int = option("of the model's own answers, where none is given", MAX_NEW_TOKENS)
-    seed: int = option("of routers and scenes", 0, least=0)
+    max_new_tokens: int = option("length of the model's own answers, where none is given", MAX_NEW_TOKENS)
+    seed: int = option("seed of routers and scenes", 0, least=0)
     out: str | None = option("default: runs/dyvte-<model>", None, metavar="DIR", group="output")
-    overwrite: bool = option("start anew in --out instead of going on", False, group="output")
+    overwrite: bool = option("start over in --out instead of resuming", False, group="output")
     plot: bool = option("", False, flag="")
 
     def validate(self) -> None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wanted = options.num_samples if pairs is None else min(options.num_samples, len(pairs))
     found = calibrate_dyvte(
         model,
-        processed(processor, scene_pairs(wanted, options.seed) if pairs is None else pairs),
+        process_pairs(processor, scene_pairs(wanted, options.seed) if pairs is None else pairs),
         num_samples=wanted,
         epsilon=options.epsilon,
         slack=options.slack,
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     summary = _summary(found, out)
     RunDir(out, FIELDS).write_summary(summary)
-    tell(summary, None if options.json_only else _table(found))
+    print_summary(summary, None if options.json_only else _table(found))
     return summary
 
 
@@ -109,17 +109,17 @@ def _summary(found: Calibration, out: Path) -> dict[str, Any]:
 
 
 def _table(found: Calibration) -> str:
-    """What happened behind each layer."""
+    """Results per exit layer."""
     profile = found.profile
     scores = {score.layer: score for score in profile.routers}
-    head = "layer  safe    same tokens  loss"
-    lines = [head + ("     router: exits  precision  recall" if scores else "")]
+    header = ["layer", "safe", "same tokens", "loss", *(["router: exits", "precision", "recall"] if scores else [])]
+    rows = [header]
     for one in profile.per_layer:
-        line = f"{one.layer:>5}  {one.safe_rate:6.1%}  {one.agreement:11.1%}  {one.loss:<7.4f}"
-        if one.layer in scores:
-            score = scores[one.layer]
-            line += f"  {score.exits:13.1%}  {_percent(score.precision)}  {_percent(score.recall)}"
-        lines.append(line)
+        routed = scores.get(one.layer)
+        shares = [] if routed is None else [routed.exits, routed.precision, routed.recall]
+        measured = [str(one.layer), f"{one.safe_rate:.1%}", f"{one.agreement:.1%}", f"{one.loss:.4f}"]
+        rows.append([*measured, *(number(share, ".1%") for share in shares)])
+    lines = aligned(rows)
     last = profile.exit == profile.layers - 1
     chosen = (
         "no layer is safe enough: visual tokens stay" if last else f"visual tokens leave after layer {profile.exit}"
@@ -131,7 +131,3 @@ def _table(found: Calibration) -> str:
     if found.routed is not None:
         lines.append(f"routers together: {found.routed[0]:.1%} safe, exit after layer {found.routed[1]:.1f} on average")
     return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "      none" if share is None else f"{share:10.1%}"

@@ -1,8 +1,8 @@
 """One sample: what its answer becomes when visual tokens leave after each layer, from one forward pass.
 
-The text rows that a layer puts out go through the layers behind it once more, alone and at their positions. For text
-that is the same as hiding the keys of visual rows in those layers, at the cost of T * L (L - 1) / 2 token-layers for T
-text rows: less than two forward passes where an image is 576 tokens beside 80 of text.
+The text rows that a layer outputs run through the following layers once more, alone and at their positions. For text
+this is the same as masking the keys of visual rows in those layers, at the cost of T * L (L - 1) / 2 token-layers for T
+text rows: less than two forward passes where an image has 576 tokens and the text 80.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.methods.routers import text_features
+from llm_accel.methods.visual.routers import text_features
 from llm_accel.patches.families import VisionFamily
 
 AGREE = 0.99  # share of the answer's tokens that must stay the most likely ones: all, in answers under 100 tokens
@@ -27,19 +27,12 @@ _ROW_PER_TOKEN = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids":
 
 @dataclass(frozen=True)
 class Observation:
-    """One sample.
+    """One sample."""
 
-    Attributes:
-        loss: mean loss of the answer in the full model, nats per token.
-        losses: the same when visual tokens leave after each layer, from the first allowed one to the last but one.
-        agreement: share of the answer's tokens that stay the most likely ones, of the same layers.
-        features: what routers look at behind these layers, fp32 [layers, 2 C].
-    """
-
-    loss: float
-    losses: tuple[float, ...]
-    agreement: tuple[float, ...]
-    features: Tensor
+    loss: float  # mean loss of the answer in the full model, nats per token
+    losses: tuple[float, ...]  # the same by exit layer, from the first allowed one to the last but one
+    agreement: tuple[float, ...]  # share of the answer's tokens that stay the most likely ones, of the same layers
+    features: Tensor  # the inputs of the routers after these layers, fp32 [layers, 2 C]
 
 
 def safe_exits(
@@ -121,7 +114,7 @@ def _with_answer(inputs: Mapping[str, Tensor], answer: Tensor) -> dict[str, Tens
 
 
 class _Seen:
-    """What a forward pass of the decoder went through: its position ids, and the text rows each layer put out."""
+    """What a forward pass of the decoder used: its position ids, and the text rows that each layer output."""
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
@@ -132,15 +125,15 @@ class _Seen:
 def _recording(decoder: Any, text: Tensor) -> Iterator[_Seen]:
     seen = _Seen()
 
-    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.positions = kwargs.get("position_ids")
 
-    def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def record_rows(module: Any, args: tuple[Any, ...], output: Any) -> None:
         rows = output[0] if isinstance(output, tuple) else output
         seen.outputs.append(rows[:, text.to(rows.device)])
 
-    hooks = [decoder.register_forward_pre_hook(enter, with_kwargs=True)]
-    hooks += [layer.register_forward_hook(leave) for layer in decoder.layers]
+    hooks = [decoder.register_forward_pre_hook(record_positions, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(record_rows) for layer in decoder.layers]
     try:
         yield seen
     finally:
@@ -150,7 +143,7 @@ def _recording(decoder: Any, text: Tensor) -> Iterator[_Seen]:
 
 @contextmanager
 def _only_behind(decoder: Any, layer: int) -> Iterator[None]:
-    """The decoder runs the layers behind one alone: masks, rotary phases and the last norm stay its own affair."""
+    """The decoder runs only the layers after ``layer``; masks, rotary embeddings and the last norm stay its own."""
     stock = decoder.layers
     decoder.layers = stock[layer + 1 :]
     try:

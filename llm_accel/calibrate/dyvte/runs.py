@@ -1,10 +1,11 @@
-"""The samples of one calibration: observed once each, written at once, found again by a run that goes on."""
+"""The samples of one calibration: each is observed once and written at once, and a resumed run reads it back."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from llm_accel.calibrate.dyvte.observe import Observation, observe
 from llm_accel.calibrate.dyvte.train import Trained, train_routers
 from llm_accel.common.environment import versions
-from llm_accel.common.progress import bar
+from llm_accel.common.progress import iterate
 from llm_accel.errors import ConfigError
 from llm_accel.eval.records import Record, RunDir
 from llm_accel.methods import CutModel
@@ -25,46 +26,45 @@ Inputs = Mapping[str, Tensor]
 Sample = Inputs | tuple[Inputs, Tensor | Sequence[int] | None]
 
 
-FIELDS = ("sample",)  # what tells the records of a calibration apart
+FIELDS = ("sample",)  # identify a record of a calibration
 
 
-class Run:
-    """The samples of one calibration, in memory and, where ``out`` is given, on disk."""
+@dataclass
+class CalibrationRun:
+    """The samples of one calibration, in memory and, where ``out`` is given, on disk. ``tokens``: length of the model's
+    own answers; ``routers``: whether features for routers are recorded."""
 
-    def __init__(self, model: Any, family: VisionFamily, tokens: int, routers: bool, out: Path | None) -> None:
-        self.model = model
-        self.family = family
-        self.tokens = tokens
-        self.routers = routers
-        self.out = out
-        self.run_dir = None if out is None else RunDir(out, FIELDS)
-        self.records: list[Record] = []
-        self.features: list[Tensor] = []
-        self._done: dict[int, Record] = {}
+    model: Any
+    family: VisionFamily
+    tokens: int
+    routers: bool
+    out: Path | None
+    records: list[Record] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    _done: dict[int, Record] = field(default_factory=dict)
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Finds what an earlier run has done."""
-        if self.run_dir is None:
+        """Reads the records of an earlier run."""
+        if self.out is None:
             return
         about = {"command": "calibrate dyvte", "versions": versions(), "argv": sys.argv[1:]}
-        self._done = {record["sample"]: record for record in self.run_dir.open(settings, about, overwrite)}
+        done = RunDir(self.out, FIELDS).open(settings, about, overwrite)
+        self._done = {record["sample"]: record for record in done}
         if self._done:
-            print(f"{self.out}: {len(self._done)} samples are there already", file=sys.stderr)
+            print(f"{self.out}: {len(self._done)} samples are already done", file=sys.stderr)
 
     def observe(self, samples: Iterable[Sample], total: int | None) -> None:
-        """Observes what is not there yet, and writes each sample at once.
+        """Observes samples without a record, and writes each at once.
 
         Raises:
             ConfigError: a sample cannot be used, or is another one than in the earlier run.
         """
-        with bar(total, "sample") as counter:
-            for index, sample in enumerate(samples):
-                inputs, answer = sample if isinstance(sample, tuple) else (sample, None)
-                try:
-                    self._one(index, inputs, answer)
-                except ConfigError as error:
-                    raise ConfigError(f"sample {index}: {error}") from error
-                counter.update(1)
+        for index, sample in enumerate(iterate(samples, "sample", total)):
+            inputs, answer = sample if isinstance(sample, tuple) else (sample, None)
+            try:
+                self._one(index, inputs, answer)
+            except ConfigError as error:
+                raise ConfigError(f"sample {index}: {error}") from error
         if not self.records:
             raise ConfigError("there is no sample; give at least one.")
 
@@ -72,16 +72,13 @@ class Run:
         digest, record = _digest(inputs, answer), self._done.get(index)
         if record is not None and record["prompt"] != digest:
             raise ConfigError(
-                f"{str(self.out)!r} holds another one in this place; give the samples of that run, another folder, or "
-                "overwrite it."
+                f"{str(self.out)!r} holds another sample at this index; give the samples of that run or another "
+                "folder, or overwrite it."
             )
         file = None if self.out is None else self.out / "features" / f"{index:06d}.safetensors"
-        if record is not None and not self.routers:
+        if record is not None and file is not None and (not self.routers or file.is_file()):
             self.records.append(record)
-            return
-        if record is not None and file is not None and file.is_file():
-            self.records.append(record)
-            self.features.append(load_file(file)["features"])
+            self.features += [load_file(file)["features"]] if self.routers else []
             return
         inputs = {key: value.to(self.model.device) for key, value in inputs.items() if torch.is_tensor(value)}
         ids = _greedy(self.model, inputs, self.tokens) if answer is None else torch.as_tensor(answer).flatten()
@@ -95,25 +92,16 @@ class Run:
             save_file({"features": features}, partial)
             partial.replace(file)
         new = _record(index, inputs, ids, digest, seen, answer is not None)
-        if self.run_dir is not None and record is None:
-            self.run_dir.append([new])
+        if self.out is not None and record is None:
+            RunDir(self.out, FIELDS).append([new])
         self.records.append(new if record is None else record)
         if self.routers:
             self.features.append(features)
 
     def train(self, about: CutModel, labels: Sequence[Sequence[bool]], dim: int, seed: int) -> Trained:
         """Routers of all layers; ``labels``: of each sample and layer."""
-        layers = range(about.first, about.layers - 1)
-        with bar(len(layers), "router") as counter:
-            return train_routers(
-                torch.stack(self.features),
-                torch.tensor(labels),
-                layers,
-                dim,
-                seed,
-                self.model.device,
-                tick=counter.update,
-            )
+        features, layers = torch.stack(self.features), range(about.first, about.layers - 1)
+        return train_routers(features, torch.tensor(labels), layers, dim, seed, self.model.device)
 
 
 @torch.no_grad()

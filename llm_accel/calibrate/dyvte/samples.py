@@ -1,19 +1,26 @@
-"""Images with prompts from a JSON Lines file, made into what a model takes by its processor."""
+"""Samples: images with prompts, from a file or drawn, and what a processor makes of them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_accel.calibrate.dyvte.runs import Sample
 from llm_accel.errors import ConfigError
-from llm_accel.eval.tasks.vision.reader import Reader
-from llm_accel.eval.tasks.vision.sources import opened
+from llm_accel.eval.rows import read_file
+from llm_accel.eval.tasks.vision.processor import VisionProcessor
+from llm_accel.eval.tasks.vision.questions import TASKS, questions
+from llm_accel.eval.tasks.vision.scenes import SPLITS, draw_scene
+from llm_accel.eval.tasks.vision.sources import open_image
 
-_FORM = 'one object per line: {"image": PATH, "prompt": TEXT, "answer": TEXT}, the answer may be left out'
+_FORM = 'JSON lines: {"image": PATH, "prompt": TEXT, "answer": TEXT}, the answer may be left out'
+
+APART = 2**20  # first word of the seed of scenes; training and evaluation begin theirs with small numbers
 
 
 @dataclass(frozen=True)
@@ -25,34 +32,46 @@ class Pair:
     answer: str | None = None
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """The pairs of a file; images are looked for beside it.
+def read_pairs(path: str) -> list[Pair]:
+    """The pairs of a file; image paths are relative to it.
 
     Raises:
-        ConfigError: no such file, or a line that is no pair.
+        ConfigError: no such file, or a row that is no pair.
     """
     file, pairs = Path(path).expanduser(), []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--data {str(path)!r} cannot be read ({error}); give {_FORM}.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in enumerate(read_file(file, "--data", _FORM), start=1):
         try:
-            row = json.loads(line)
             image, prompt, answer = row["image"], row["prompt"], row.get("answer")
             if not (isinstance(image, str) and isinstance(prompt, str) and isinstance(answer, str | None)):
                 raise TypeError("image, prompt and answer are texts")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--data {str(path)!r}, line {number}: {error!r}; give {_FORM}.") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--data {path!r}, row {number}: {error!r}; give {_FORM}.") from error
         pairs.append(Pair(str(file.parent / image), prompt, answer))
     if not pairs:
-        raise ConfigError(f"--data {str(path)!r} is empty; give {_FORM}.")
+        raise ConfigError(f"--data {path!r} is empty; give {_FORM}.")
     return pairs
 
 
-def processed(processor: Any, pairs: Iterable[Pair]) -> Iterator[Sample]:
+def scene_pairs(number: int, seed: int) -> Iterator[Pair]:
+    """``number`` questions, each about a scene of its own; tasks take turns, and so do sparse and crowded scenes. The
+    model answers them itself."""
+    found = 0
+    turns = cycle([(task, split) for split in SPLITS for task in TASKS])
+    for sample, (task, split) in zip(count(), turns, strict=False):
+        if found == number:
+            return
+        rng = np.random.default_rng((APART, seed, sample))
+        low, high = SPLITS[split]
+        scene = draw_scene(rng, int(rng.integers(low, high + 1)))
+        asked = questions(scene, rng, task)
+        if not asked:
+            continue  # the scene has no unambiguous question of this task
+        found += 1
+        prompt = asked[int(rng.integers(len(asked)))].prompt
+        yield Pair(scene.image, prompt.removeprefix("<image>").strip())
+
+
+def process_pairs(processor: Any, pairs: Iterable[Pair]) -> Iterator[Sample]:
     """Pairs as :func:`llm_accel.calibrate.dyvte.calibrate_dyvte` takes them. A prompt that holds the processor's image
     token is used as it is, any other one becomes a user's turn of the chat template, or follows the image where there
     is no template.
@@ -60,10 +79,10 @@ def processed(processor: Any, pairs: Iterable[Pair]) -> Iterator[Sample]:
     Raises:
         ConfigError: an image cannot be read, or the processor takes none.
     """
-    reader = Reader(processor)
+    reader = VisionProcessor(processor)
     for pair in pairs:
         text = pair.prompt if str(reader.image_token) in pair.prompt else reader.text(pair.prompt)
-        image = opened(pair.image, Path()) if isinstance(pair.image, str) else pair.image
+        image = open_image(pair.image, Path()) if isinstance(pair.image, str) else pair.image
         answer = None
         if pair.answer is not None:
             answer = reader.tokenizer(pair.answer, add_special_tokens=False)["input_ids"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_accel.methods.exit_profile import RouterScore
+from llm_accel.common.progress import iterate
+from llm_accel.methods.visual.exit_profile import RouterScore
 
 STEPS = 300
 BATCH = 128
@@ -23,11 +24,11 @@ Matrices = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """Routers and what they are worth.
+    """Routers and their scores.
 
     Attributes:
         weights: layer -> (W1 [r, 2 C], W2 [2, r]), bfloat16.
-        scores: per layer, on the samples that were kept back.
+        scores: per layer, on the held-out samples.
         routed: on those samples, (share whose first exit was safe, mean layer of that exit); a sample without an exit
             counts as safe, at the last layer. None without such samples.
     """
@@ -44,33 +45,30 @@ def train_routers(
     dim: int,
     seed: int,
     device: torch.device | str = "cpu",
-    tick: Callable[[], None] = lambda: None,
 ) -> Trained:
-    """Cross entropy per layer, seeded; every fifth sample is kept back where there are that many.
+    """Cross entropy per layer, seeded; every fifth sample is held out where there are that many.
 
     Args:
         features: [N, K, 2 C] of K layers.
         safe: bool [N, K], the labels.
         layers: indices of these layers.
         dim: width r of a router.
-        tick: called after each layer.
     """
     count = len(features)
     back = torch.arange(count) % KEPT_BACK == KEPT_BACK - 1
     weights: dict[int, Matrices] = {}
     votes = torch.zeros_like(safe)
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(iterate(layers, "router")):
         inside, labels = features[:, place].float(), safe[:, place]
         pair = _fit(inside[~back].to(device), labels[~back].to(device), dim, seed + layer)
         weights[layer] = (pair[0].bfloat16().cpu(), pair[1].bfloat16().cpu())
         votes[:, place] = router_votes(weights[layer], inside)
-        tick()
     scores = tuple(_score(layer, votes[back, k], safe[back, k]) for k, layer in enumerate(layers)) if back.any() else ()
     return Trained(weights, scores, _routed(votes[back], safe[back], layers) if back.any() else None)
 
 
 def router_votes(weights: Matrices, features: Tensor) -> Tensor:
-    """bool [N]: for which features [N, 2 C] a router says exit."""
+    """bool [N]: for which features [N, 2 C] a router decides to exit."""
     logits = F.linear(F.gelu(F.linear(features, weights[0].float())), weights[1].float())
     return logits[:, 1] > logits[:, 0]
 
@@ -117,7 +115,7 @@ def _score(layer: int, votes: Tensor, safe: Tensor) -> RouterScore:
 
 
 def _routed(votes: Tensor, safe: Tensor, layers: Sequence[int]) -> tuple[float, float]:
-    """What the routers do together: see :class:`Trained`."""
+    """Scores of the routers together: see :class:`Trained`."""
     padded = F.pad(votes, (0, 1), value=True)
     exits = padded.long().argmax(-1)
     kept = F.pad(safe, (0, 1), value=True).gather(1, exits[:, None])[:, 0]

@@ -1,49 +1,40 @@
-"""Which single heads answering rests on, found by taking out one at a time."""
+"""Which single heads answers depend on, found by ablating one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 
 from llm_accel.api import apply
+from llm_accel.common.progress import iterate
 from llm_accel.methods import RetrievalHeads
-from llm_accel.methods.head_profile import Head
+from llm_accel.methods.kv.head_profile import Head
 from llm_accel.patches.heads import model_heads
 
 COST = 0.1  # nats per answer token from which a head belongs to the circuit
 
+Answered = tuple[Sequence[int], Sequence[int]]  # ids of a prompt, and of its answer
+
 
 @torch.no_grad()
-def find_circuit(
-    model: Any,
-    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    retrieval: Sequence[Head],
-    tick: Callable[[], None] = lambda: None,
-) -> list[Head]:
+def find_circuit(model: Any, prompts: Sequence[Answered], retrieval: Sequence[Head]) -> list[Head]:
     """The heads in ``retrieval``, and every query head whose output, zeroed alone at every position, raises the loss of
-    the right answer by at least ``COST``. One rule, stated before any control is drawn.
-
-    Args:
-        prompts: (prompt ids, answer ids) pairs.
-        tick: called after each head.
-    """
+    the right answer by at least ``COST``."""
     heads = model_heads(model)
     intact = answer_loss(model, prompts)
     found = set(retrieval)
-    for layer in range(heads.layers):
-        for head in range(heads.query_heads):
-            knockout = RetrievalHeads(mode="mask", phase="all", head_list=(f"{layer}.{head}",))
-            with apply(model, knockout):
-                if answer_loss(model, prompts) - intact >= COST:
-                    found.add((layer, head))
-            tick()
+    for layer, head in iterate(list(product(range(heads.layers), range(heads.query_heads))), "head"):
+        with apply(model, RetrievalHeads(mode="mask", phase="all", head_list=(f"{layer}.{head}",))):
+            if answer_loss(model, prompts) - intact >= COST:
+                found.add((layer, head))
     return sorted(found)
 
 
 @torch.no_grad()
-def answer_loss(model: Any, prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+def answer_loss(model: Any, prompts: Sequence[Answered]) -> float:
     """Mean negative log-probability of the answers, in nats per token."""
     total, count = 0.0, 0
     for prompt, answer in prompts:

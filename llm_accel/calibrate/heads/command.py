@@ -17,15 +17,14 @@ from llm_accel.common.arguments import ModelOptions, OutputOptions
 from llm_accel.common.environment import packages
 from llm_accel.common.loading import load_text_model
 from llm_accel.common.options import flag, option
-from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
 from llm_accel.eval.lengths import parse_lengths
 from llm_accel.eval.plots import require_matplotlib, save
-from llm_accel.eval.records import RunDir
-from llm_accel.eval.runner import run_places, tell
-from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
-from llm_accel.eval.tasks.needle.task import make_prompts
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.eval.records import RunDir, reported_errors
+from llm_accel.eval.runner import print_summary, run_items
+from llm_accel.eval.tasks.needle.settings import NeedleSettings, parse_depths
+from llm_accel.eval.tasks.needle.task import NeedleMaker
+from llm_accel.methods.kv.head_profile import HeadProfile
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import weight_hash
 
@@ -40,9 +39,9 @@ class HeadsOptions(OutputOptions, ModelOptions):
     """Options of the command; those of the other detector are refused."""
 
     detector: str = option(
-        "induction: random tokens, no data, seconds; copy_paste: needle prompts", DETECTORS[0], choices=DETECTORS
+        "induction: random tokens, no data, takes seconds; copy_paste: needle prompts", DETECTORS[0], choices=DETECTORS
     )
-    seed: int = option("of tokens or prompts", 0)
+    seed: int = option("seed of tokens or prompts", 0)
     samples: int = option("inputs, or prompts per length and depth", 2, least=1)
     attn: str | None = option("", None, flag="")
     out: str | None = option("default: runs/heads-<model>-<detector>", None, metavar="DIR", group="output")
@@ -55,17 +54,17 @@ class HeadsOptions(OutputOptions, ModelOptions):
     depths: tuple[float, ...] | None = option(
         "as in llm-accel needle (default: 5)", None, metavar="N|LIST", parse=parse_depths, group="copy_paste"
     )
-    needles: int | None = option("one asked, the others distract (default: 4)", None, group="copy_paste")
+    needles: int | None = option("one is asked for, the others are distractors (default: 4)", None, group="copy_paste")
     haystack: str | None = option(
         "default: built-in sentences", None, metavar="FILE|DIR|dataset:NAME", group="copy_paste"
     )
     compat: bool = option("count repeated copies, as the published scores do", False, group="copy_paste")
     circuit: bool | None = option(
-        f"take out each head alone to see what answering rests on (default: on up to {_SMALL} query heads)",
+        f"ablate each head alone to see which ones answers depend on (default: on up to {_SMALL} query heads)",
         None,
         group="copy_paste",
     )
-    overwrite: bool = option("start anew in --out instead of going on", False, group="copy_paste")
+    overwrite: bool = option("start over in --out instead of resuming", False, group="copy_paste")
 
     def validate(self) -> None:
         others = ("lengths", "depths", "needles", "haystack", "compat", "circuit", "overwrite")
@@ -73,9 +72,9 @@ class HeadsOptions(OutputOptions, ModelOptions):
             if getattr(self, name) not in (None, False) and detector != self.detector:
                 raise ConfigError(f"{flag(name)} belongs to --detector {detector}, not to --detector {self.detector}.")
 
-    def prompts(self) -> Settings:
+    def prompts(self) -> NeedleSettings:
         """The needle prompts of the copy-paste detector."""
-        return Settings(
+        return NeedleSettings(
             model=self.model,
             methods=(NAME,),
             lengths=self.lengths or parse_lengths("512,1k,2k"),
@@ -94,11 +93,8 @@ add_arguments = HeadsOptions.add_arguments
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Detects, writes heads.json and heads.png, prints the table and one JSON line, and returns that.
-
-    Raises:
-        LlmAccelError: anything wrong with the arguments, before anything is run or written.
-    """
+    """Detects, writes heads.json and heads.png, prints the table and one JSON line, and returns that. Raises
+    :class:`LlmAccelError`: anything wrong with the arguments, before anything is run or written."""
     options = HeadsOptions.from_arguments(args)
     if options.plot:
         require_matplotlib()
@@ -106,66 +102,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     name = Path(options.model).name if options.model else "bundled"
     out = Path(options.out) if options.out else Path("runs") / f"heads-{name}-{options.detector}"
     detect = _induction if options.detector == "induction" else _copy_paste
-    profile = detect(options, model, tokenizer, settings, out)
-    try:
+    found = detect(options, model, tokenizer, settings, out)
+    profile = make_profile(model, settings.model_name, options.detector, seed=options.seed, **found)
+    with reported_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         profile.save(out / "heads.json")
-    except OSError as error:
-        raise ConfigError(f"--out {str(out)!r} cannot be used: {error.strerror or error}.") from error
     if options.plot:
         save(out / "heads.png", draw(profile))
     summary = _summary(profile, out)
-    tell(summary, None if options.json_only else render(profile))
+    print_summary(summary, None if options.json_only else render(profile))
     return summary
 
 
-def _induction(options: HeadsOptions, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
+def _induction(
+    options: HeadsOptions, model: Any, tokenizer: Any, settings: NeedleSettings, out: Path
+) -> dict[str, Any]:
     tokens = 512 if options.tokens is None else options.tokens
-    with bar(options.samples * model_heads(model).layers, "layer") as counter:
-        scores, echo = induction_scores(model, tokenizer, tokens, options.samples, options.seed, tick=counter.update)
-    return make_profile(
-        model,
-        settings.model_name,
-        "induction",
-        scores,
-        echo=echo,
-        n_instances=options.samples,
-        seed=options.seed,
-        versions=packages(),
-        settings={"tokens": tokens},
-    )
+    scores, echo = induction_scores(model, tokenizer, tokens, options.samples, options.seed)
+    return {"scores": scores, "echo": echo, "n_instances": options.samples, "settings": {"tokens": tokens}}
 
 
-def _copy_paste(options: HeadsOptions, model: Any, tokenizer: Any, settings: Settings, out: Path) -> HeadProfile:
-    maker, settings = make_prompts(settings, tokenizer)
-    task = CopyTask(settings, model, tokenizer, maker)
+def _copy_paste(
+    options: HeadsOptions, model: Any, tokenizer: Any, settings: NeedleSettings, out: Path
+) -> dict[str, Any]:
+    task = CopyTask(model, tokenizer, NeedleMaker.load(settings, tokenizer))
+    settings = task.settings
     tied = settings.to_dict() | {"prompt_hash": task.digest(), "weights_hash": weight_hash(model)}
     run_dir = RunDir(out, task.fields)
     done = run_dir.open(tied, {"command": "heads", "versions": packages(), "argv": sys.argv[1:]}, options.overwrite)
-    run_places(task, run_dir, done)
+    run_items(task, run_dir, done)
     records = run_dir.records()
     scores, answered = task.head_scores(records, options.compat)
     heads = model_heads(model)
-    look = heads.layers * heads.query_heads <= _SMALL if options.circuit is None else options.circuit
-    return make_profile(
-        model,
-        settings.model_name,
-        "copy_paste",
-        scores,
-        circuit=task.circuit(records, scores, CIRCUIT_PROMPTS) if look else None,
-        n_instances=answered,
-        seed=options.seed,
-        versions=packages(),
-        settings={
-            "lengths": list(settings.lengths),
-            "depths": list(settings.depths),
-            "samples": settings.samples,
-            "needles": settings.needles,
-            "haystack": settings.haystack,
-            "prompts": len(records),
-            "compat": options.compat,
-        },
-    )
+    wanted = heads.layers * heads.query_heads <= _SMALL if options.circuit is None else options.circuit
+    told = {name: settings.to_dict()[name] for name in ("lengths", "depths", "samples", "needles", "haystack")}
+    return {
+        "scores": scores,
+        "circuit": task.circuit(records, scores, CIRCUIT_PROMPTS) if wanted else None,
+        "n_instances": answered,
+        "settings": told | {"prompts": len(records), "compat": options.compat},
+    }
 
 
 def _summary(profile: HeadProfile, out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The copy-paste detector: which heads look at the token of the needle that the model writes at this very step
+"""The copy-paste detector: which heads attend to the needle token that the model generates at the same step
 (Retrieval Head, arXiv 2404.15574)."""
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ MAX_STEPS = 50
 
 @dataclass(frozen=True)
 class Copies:
-    """One answered prompt.
+    """One answered prompt."""
 
-    Attributes:
-        answer: generated ids.
-        size: needle tokens that hold the answer.
-        hits: (layer, query head, needle position) -> how often that head looked there while that token was written.
-    """
-
-    answer: tuple[int, ...]
-    size: int
-    hits: dict[tuple[int, int, int], int]
+    answer: tuple[int, ...]  # generated ids
+    size: int  # needle tokens that hold the answer
+    hits: dict[tuple[int, int, int], int]  # (layer, query head, needle position) -> how often it copied
 
 
-class _Watch:
+class _MostAttended:
     """The position that each query head of each layer attends to most, in the running decode step."""
 
     def __init__(self) -> None:
@@ -50,10 +44,10 @@ class _Watch:
 
 
 @torch.no_grad()
-def watch_copies(
+def find_copies(
     model: Any, ids: Sequence[int], spans: Iterable[tuple[int, int]], steps: int, ends: Iterable[int] = ()
 ) -> Copies:
-    """Greedy decoding of one prompt, with an eye on the needle.
+    """Greedy decoding of one prompt: which head attends to which token of the needle while that token is generated.
 
     Args:
         ids: prompt tokens.
@@ -62,22 +56,22 @@ def watch_copies(
         ends: tokens that end the answer.
     """
     wanted = {position for first, last in spans for position in range(first, last)}
-    stop, watch = set(ends), _Watch()
+    stop, recorder = set(ends), _MostAttended()
     hits: dict[tuple[int, int, int], int] = {}
     answer: list[int] = []
     prompt = torch.tensor([list(ids)], device=model.device)
-    with observe_attention(model, watch):
+    with observe_attention(model, recorder):
         given: dict[str, Any] = {CACHE: DynamicCache(config=model.config), "use_cache": True}
         if prompt.shape[1] > 1:
             model.get_decoder()(prompt[:, :-1], **given)
-        watch.active, token = True, prompt[:, -1:]
+        recorder.active, token = True, prompt[:, -1:]
         for _ in range(min(steps, MAX_STEPS)):
             token = model(token, **given).logits[:, -1:].argmax(-1)
             written = int(token)
             if written in stop:
                 break
             answer.append(written)
-            for layer, places in watch.best.items():
+            for layer, places in recorder.best.items():
                 for head, place in enumerate(places.tolist()):
                     if place in wanted and ids[place] == written:
                         hits[layer, head, place] = hits.get((layer, head, place), 0) + 1
@@ -98,8 +92,8 @@ def mean_share(successes: Sequence[Copies], layers: int, heads: int, compat: boo
 
 
 def value_span(decode: Callable[[Sequence[int]], str], ids: Sequence[int], first: int, value: str) -> tuple[int, int]:
-    """[first, past-the-end) positions of the tokens that spell ``value``, in a needle that begins at ``first``. Worked
-    out on the ids themselves, so that any tokenizer and chat template will do.
+    """[first, past-the-end) positions of the tokens that spell ``value``, in a needle that begins at ``first``. Found
+    on the ids themselves, so that it works for any tokenizer and chat template.
 
     Raises:
         ConfigError: the tokens do not spell it.

@@ -3,13 +3,13 @@ and to the one after it (induction) in earlier segments (RazorAttention, arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_accel.common.progress import iterate
 from llm_accel.errors import ConfigError
 from llm_accel.kernels.pair_probabilities import pair_probabilities
 from llm_accel.patches.heads import model_heads
@@ -20,17 +20,11 @@ SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Repetition:
-    """One input.
+    """One input."""
 
-    Attributes:
-        ids: [1, lead + 4 * tokens].
-        lead: tokens before the first segment (the begin-of-text token, or none).
-        tokens: T, tokens of a segment.
-    """
-
-    ids: Tensor
-    lead: int
-    tokens: int
+    ids: Tensor  # [1, lead + 4 * tokens]
+    lead: int  # tokens before the first segment (the begin-of-text token, or none)
+    tokens: int  # T, tokens of a segment
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Same-token and next-token slots of the rows after the first segment, int64 [3 T, 3] each, -1 for none."""
@@ -60,9 +54,7 @@ def make_repetition(model: Any, tokenizer: Any, tokens: int, seed: int) -> Repet
 
 
 @torch.no_grad()
-def induction_scores(
-    model: Any, tokenizer: Any, tokens: int, samples: int, seed: int, tick: Callable[[], None] = lambda: None
-) -> tuple[Tensor, Tensor]:
+def induction_scores(model: Any, tokenizer: Any, tokens: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Induction and echo scores of every query head, fp64 [L, Hq] each, in [0, 1]: the mean over the rows of all
     repetitions of the attention on the matching tokens of all earlier segments.
 
@@ -70,7 +62,6 @@ def induction_scores(
 
     Args:
         tokens: T; the model reads 4 T at once.
-        tick: called after each layer of each sample.
 
     Raises:
         ConfigError: 4 T is longer than the model's positions.
@@ -81,11 +72,11 @@ def induction_scores(
         most = "" if limit is None else f" to {(limit - 1) // SEGMENTS}, a quarter of the model's positions"
         raise ConfigError(f"--tokens {tokens} is not allowed; give 2{most}.")
     induction, echo = (torch.zeros(heads.layers, heads.query_heads, dtype=torch.float64) for _ in range(2))
-    for sample in range(samples):
+    for sample in iterate(range(samples), "sample"):
         repetition = make_repetition(model, tokenizer, tokens, seed * 1000 + sample)
         same, after = (columns.to(model.device) for columns in repetition.columns())
 
-        def look(seen: Observed, same: Tensor = same, after: Tensor = after) -> None:
+        def accumulate(seen: Observed, same: Tensor = same, after: Tensor = after) -> None:
             if seen.sliding_window is None:
                 both = pair_probabilities(
                     seen.query[:, :, -len(same) :],
@@ -98,8 +89,7 @@ def induction_scores(
                 width = same.shape[1]
                 echo[seen.layer] += both[..., :width].sum(-1).double().mean(-1).cpu()
                 induction[seen.layer] += both[..., width:].sum(-1).double().mean(-1).cpu()
-            tick()
 
-        with observe_attention(model, look):
+        with observe_attention(model, accumulate):
             model.get_decoder()(repetition.ids, use_cache=False)
     return induction / samples, echo / samples

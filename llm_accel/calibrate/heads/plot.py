@@ -7,8 +7,8 @@ import textwrap
 from typing import Any
 
 from llm_accel.eval.heatmap import PALETTES
-from llm_accel.eval.plots import INK, MUTED, new_figure, plain
-from llm_accel.methods.head_profile import HeadProfile
+from llm_accel.eval.plots import INK, MUTED, new_figure, strip_axes
+from llm_accel.methods.kv.head_profile import HeadProfile
 
 _DETECTED = "#F0496E"
 _MEANING = {
@@ -54,7 +54,7 @@ def draw(profile: HeadProfile) -> Any:
     every_x, every_y = math.ceil(heads / 16), math.ceil(layers / 16)
     axes.set_xticks(range(0, heads, every_x))
     axes.set_yticks(range(0, layers, every_y))
-    plain(axes, pad=4)
+    strip_axes(axes, pad=4)
     grouped = f", in groups of one KV head ({kv_heads})" if kv_heads < heads else ""
     axes.set_xlabel(f"query head{grouped}", fontsize=8, color=MUTED)
     axes.set_ylabel("layer", fontsize=8, color=MUTED)

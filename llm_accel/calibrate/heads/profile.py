@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_accel.methods.head_profile import Head, HeadProfile, Scores
+from llm_accel.common.environment import packages
+from llm_accel.methods.kv.head_profile import Head, HeadProfile, Scores
 from llm_accel.patches.heads import model_heads
 from llm_accel.patches.identity import config_hash, weight_hash
 
@@ -22,13 +23,12 @@ def make_profile(
     model: Any,
     name: str,
     method: str,
-    scores: Tensor,
     *,
+    scores: Tensor,
     echo: Tensor | None = None,
     circuit: list[Head] | None = None,
     n_instances: int,
     seed: int,
-    versions: dict[str, str | None],
     settings: dict[str, Any],
 ) -> HeadProfile:
     """The profile of ``model`` from query-head scores [L, Hq], and echo scores of the same shape."""
@@ -44,7 +44,7 @@ def make_profile(
         seed=seed,
         config_hash=config_hash(model),
         weights_hash=weight_hash(model),
-        versions=versions,
+        versions=packages(),
         settings=settings,
     )
 

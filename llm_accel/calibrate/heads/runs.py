@@ -1,4 +1,4 @@
-"""The copy-paste detector on a grid of needle prompts: a task of the frame, so that it can be continued."""
+"""The copy-paste detector on a grid of needle prompts: a task of the frame, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_accel.calibrate.heads.circuit import find_circuit
-from llm_accel.calibrate.heads.copy_paste import Copies, mean_share, value_span, watch_copies
+from llm_accel.calibrate.heads.copy_paste import Copies, find_copies, mean_share, value_span
 from llm_accel.common.generation import end_tokens
-from llm_accel.common.progress import bar
 from llm_accel.errors import ConfigError
-from llm_accel.eval.grid import Place
-from llm_accel.eval.prompts.maker import Prompt
+from llm_accel.eval.grid import GridPoint
+from llm_accel.eval.prompts.maker import TextPrompt
 from llm_accel.eval.records import Record
 from llm_accel.eval.tasks.needle.scoring import rouge1_recall
-from llm_accel.eval.tasks.needle.settings import Settings
 from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
 from llm_accel.methods import MethodConfig
-from llm_accel.methods.head_profile import RETRIEVES, Head
+from llm_accel.methods.kv.head_profile import RETRIEVES, Head
 from llm_accel.patches.heads import model_heads
 
 NAME = "copy_paste"
@@ -25,32 +23,32 @@ SUCCESS = 0.5  # ROUGE-1 recall above which a prompt counts as answered
 
 
 class CopyTask(NeedleTask):
-    """Needle prompts, whose answers are watched."""
+    """Needle prompts, and which heads copy their answers."""
 
     score, unit = "success", "prompt"
 
-    def __init__(self, settings: Settings, model: Any, tokenizer: Any, maker: NeedleMaker) -> None:
-        self.settings, self.model, self.maker, self.name = settings, model, maker, settings.model_name
+    def __init__(self, model: Any, tokenizer: Any, maker: NeedleMaker) -> None:
+        self.settings, self.model, self.maker, self.name = maker.settings, model, maker, maker.settings.model_name
         self.configs, self.ends = {NAME: ()}, end_tokens(model, tokenizer)
 
-    def size(self, place: Place) -> int:
+    def size(self, item: GridPoint) -> int:
         return 1
 
-    def announce(self, lacking: Mapping[Place, Sequence[str]]) -> None:
-        """Nothing: the bar tells it."""
+    def announce(self, lacking: Mapping[GridPoint, Sequence[str]]) -> None:
+        """Nothing: the progress bar shows it."""
 
-    def calls(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[Prompt]]:
+    def calls(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[TextPrompt]]:
         return [[prompt] for prompt in prompts]
 
-    def answer(self, prompts: Sequence[Prompt], configs: Sequence[MethodConfig]) -> Any:
+    def answer(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> Any:
         (prompt,) = prompts
         spans = [
             value_span(self.maker.encoder.decode, prompt.ids, first, value)
             for first, value in zip(prompt.needles, prompt.expected, strict=True)
         ]
-        return watch_copies(self.model, prompt.ids, spans, prompt.new_tokens, self.ends)
+        return find_copies(self.model, prompt.ids, spans, prompt.new_tokens, self.ends)
 
-    def record(self, prompt: Prompt, row: int, outcome: Any) -> Record:
+    def record(self, prompt: TextPrompt, row: int, outcome: Any) -> Record:
         answer = self.maker.encoder.decode(outcome.answer)
         return {
             **dict(zip(self.fields[1:], prompt.key, strict=True)),
@@ -62,11 +60,8 @@ class CopyTask(NeedleTask):
         }
 
     def head_scores(self, records: Sequence[Record], compat: bool) -> tuple[Any, int]:
-        """Query-head scores [L, Hq] and the number of prompts behind them.
-
-        Raises:
-            ConfigError: no prompt was answered, so that nothing can be said about heads.
-        """
+        """Query-head scores [L, Hq] and the number of prompts behind them. Raises :class:`ConfigError`: no prompt was
+        answered, so that heads cannot be scored."""
         answered = [record for record in records if record["success"]]
         if not answered:
             raise ConfigError(
@@ -79,12 +74,10 @@ class CopyTask(NeedleTask):
     def circuit(self, records: Sequence[Record], scores: Any, count: int) -> list[Head]:
         """See :func:`find_circuit`, on the first ``count`` answered prompts of the shortest length."""
         answers = {tuple(r[field] for field in self.fields[1:]): r["answer"] for r in records if r["success"]}
-        found = [place for place in self.places() if place.key in answers][:count]
-        pairs = [(self.maker.make(place).ids, answers[place.key]) for place in found]
-        heads = model_heads(self.model)
+        found = [point for point in self.items() if point.key in answers][:count]
+        pairs = [(self.maker.make(point).ids, answers[point.key]) for point in found]
         retrieval = [(int(layer), int(head)) for layer, head in (scores >= RETRIEVES).nonzero().tolist()]
-        with bar(heads.layers * heads.query_heads, "head") as counter:
-            return find_circuit(self.model, pairs, retrieval, tick=counter.update)
+        return find_circuit(self.model, pairs, retrieval)
 
 
 def _copies(record: Record) -> Copies:

@@ -1,6 +1,6 @@
-"""Text pieces to token ids. A prompt is assembled from pieces that are encoded once and never decoded and re-encoded.
+"""From text to token ids. A prompt is assembled from segments that are encoded once, never decoded and re-encoded.
 
-A tokenizer may split the joined text differently at the seams; that is accepted, since each piece is still a natural
+A tokenizer may split the joined text differently at the seams; that is accepted, since each segment is still a natural
 encoding of its own text, and it is what makes token-exact lengths possible. Seams lie between sentences only.
 """
 
@@ -26,10 +26,10 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def behind(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that each stand right behind ``anchor``.
+        """Ids of texts that each follow directly after ``anchor``.
 
-        They are encoded after it, and it is then cut off, so that tokenizers that put a space of their own in front of
-        every text (SentencePiece) do not add one.
+        They are encoded after it, and it is then cut off, so that tokenizers that prepend a space to every text
+        (SentencePiece) do not add one.
         """
         if not texts:
             return []
@@ -70,17 +70,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the user's text.
+    """The text around the user's message, as ids."""
 
-    Attributes:
-        prefix: ids before the haystack (template and bos).
-        suffix: ids between the question and the answer prefix.
-        chat: whether a chat template made them.
-    """
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    chat: bool
+    prefix: tuple[int, ...]  # ids before the haystack (template and bos)
+    suffix: tuple[int, ...]  # ids between the question and the answer prefix
+    chat: bool  # whether a chat template made them
 
 
 def make_frame(encoder: Encoder, chat_template: bool | None) -> Frame:

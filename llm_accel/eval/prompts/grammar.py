@@ -17,7 +17,10 @@ import random
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
+
+from llm_accel.eval.rows import read_word_lists
 
 Kind = Literal["word", "number", "uuid"]
 Split = Literal["train", "test"]
@@ -26,33 +29,13 @@ KEY_KINDS: tuple[Kind, ...] = ("word", "number", "uuid")
 HARD_SHARE = 0.06  # share of filler sentences with needle-like words, keys or digits
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-TRAIN_KEYS: tuple[str, ...] = _words("""
-amber anchor apricot arrow basil beacon birch bronze butter cactus canal candle canyon carbon castle cedar cherry clover
-cobalt comet copper coral cotton crystal desert diamond eagle ember falcon feather fern galaxy garlic ginger glacier
-granite harbor hazel honey indigo island ivory jasmine jungle kettle ladder lagoon lantern lemon lily lotus magnet maple
-marble meadow mirror mustard nectar needle nickel nutmeg oasis ocean olive onyx orchid otter oyster palace panther paper
-pebble pepper pigeon planet plum
-""")
-TEST_KEYS: tuple[str, ...] = _words("""
-almond bamboo barley canoe cinnamon compass dolphin emerald fountain guitar hammer iris jaguar juniper lobster mango
-mercury opal parrot peach quartz rabbit raven saffron salmon silver spider sunset thunder tulip velvet walnut
-""")
+WORDS = {name: tuple(words.split()) for name, words in read_word_lists(Path(__file__).with_name("words.txt")).items()}
+TRAIN_KEYS: tuple[str, ...] = WORDS["TRAIN_KEYS"]
+TEST_KEYS: tuple[str, ...] = WORDS["TEST_KEYS"]
 """Held out: no needle had such a key while the bundled model was trained (they do occur in filler)."""
 
 POOLS: dict[str, tuple[str, ...]] = {
-    "ADJ": _words("""old young quiet bright dark small tall green blue red warm cold gentle brave lazy clever heavy
-        light happy strange"""),
-    "NOUN": _words("""farmer teacher doctor sailor child artist baker hunter singer writer dog cat horse bird fox river
-        mountain garden forest bridge house boat train window door table letter book lamp song story road field cloud
-        stone tree flower market"""),
-    "VERB": _words("""watched followed painted carried found lost opened closed visited remembered praised ignored
-        repaired described touched admired moved bought sold crossed"""),
-    "ADV": _words("slowly quickly often never always quietly today yesterday again together"),
-    "PREP": _words("near under behind beside above across"),
+    **{name: WORDS[name] for name in ("ADJ", "NOUN", "VERB", "ADV", "PREP")},
     "KEY": TRAIN_KEYS + TEST_KEYS,
 }
 TEMPLATES: tuple[str, ...] = (
@@ -104,10 +87,7 @@ def make_value(rng: random.Random, kind: Kind = "number") -> str:
 
 def make_keys(rng: random.Random, n: int, kind: Kind = "word", split: Split = "test") -> list[str]:
     """``n`` distinct keys. Word keys come from the split's pool; number and UUID keys are random, the same for both.
-
-    Raises:
-        ValueError: unknown kind or split, or more word keys asked for than the pool holds.
-    """
+    Raises :class:`ValueError`: unknown kind or split, or more word keys asked for than the pool holds."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
     if kind == "word":
@@ -121,9 +101,9 @@ def make_keys(rng: random.Random, n: int, kind: Kind = "word", split: Split = "t
     return list(keys)
 
 
-def join_list(items: Sequence[str]) -> str:
-    """``a``; ``a and b``; ``a, b and c``."""
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def join_list(items: Sequence[str], last: str = " and ") -> str:
+    """``a``; ``a and b``; ``a, b and c``; ``last`` joins the last one."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + last + items[-1]
 
 
 def needle_text(key: str, value: str, kind: Kind = "number") -> str:
@@ -131,11 +111,11 @@ def needle_text(key: str, value: str, kind: Kind = "number") -> str:
     return f"One of the special magic {kind}s for {key} is: {value}."
 
 
-def question_text(keys: Sequence[str], kind: Kind = "number", n_values: int = 1) -> str:
+def question_text(keys: Sequence[str], kind: Kind = "number", n_values: int = 1, last: str = " and ") -> str:
     """The question for all values of ``keys``; ``n_values``: values each key has (> 1 is multi-value)."""
     if len(keys) == 1 and n_values == 1:
         return f"What is the special magic {kind} for {keys[0]} mentioned in the provided text?"
-    return f"What are all the special magic {kind}s for {join_list(keys)} mentioned in the provided text?"
+    return f"What are all the special magic {kind}s for {join_list(keys, last)} mentioned in the provided text?"
 
 
 def answer_prefix(keys: Sequence[str], kind: Kind = "number", n_values: int = 1) -> str:

@@ -30,7 +30,7 @@ class Haystack:
 
     Attributes:
         sentences: token ids of each sentence as it stands after another one.
-        coherent: whether their order means something; a prompt then takes a run of them from a random place on,
+        coherent: whether their order means something; a prompt then takes a run of them from a random position on,
             beginning again after the last one. Otherwise each one is drawn.
         source: what ``--haystack`` said.
     """
@@ -58,11 +58,8 @@ class Haystack:
 
 
 def load_haystack(source: str, encoder: Encoder, tokens: int) -> Haystack:
-    """Reads and encodes a source until it has ``tokens`` tokens or ends.
-
-    Raises:
-        ConfigError: the source cannot be read, holds no text, or needs a package that is not installed.
-    """
+    """Reads and encodes a source until it has ``tokens`` tokens or ends. Raises :class:`ConfigError`: the source cannot
+    be read, holds no text, or needs a package that is not installed."""
     if source == BUILT_IN:
         stream = grammar.filler_sentences(random.Random(_GRAMMAR_SEED))
         texts: Iterable[str] = islice(stream, _GRAMMAR_SENTENCES)
@@ -86,7 +83,7 @@ def load_haystack(source: str, encoder: Encoder, tokens: int) -> Haystack:
 
 
 def _split(texts: Iterable[str]) -> Iterator[str]:
-    """Sentences, white space made single; overlong ones are cut at spaces."""
+    """Sentences with white space normalized; overlong ones are cut at spaces."""
     for text in texts:
         for sentence in _SENTENCE_END.split(" ".join(text.split())):
             while len(sentence) > _MAX_SENTENCE:

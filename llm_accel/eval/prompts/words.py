@@ -12,17 +12,7 @@ from pathlib import Path
 from llm_accel.errors import ConfigError
 from llm_accel.eval.prompts import grammar
 
-_ADJECTIVES = """
-absent active amused ancient annual bitter bold bouncy broad calm careful cheerful civil common crisp curious curly
-dapper dazzling deep dizzy dusty eager early elegant empty equal faint fancy fearless fluffy formal fresh frosty funny
-fuzzy giant giddy glossy grand grateful greedy handy harsh hasty hollow honest huge humble hungry idle jolly jumpy keen
-kind lively lonely loud loyal lucky mellow merry mighty modern muddy narrow neat nimble noble odd pale patient perky
-plain playful pleasant polite proud quaint quick rapid rare raspy rich robust rough royal rural rusty secret shallow
-shiny shy silent silly simple sleepy slim smooth snug sober solid sour spicy steep sticky stormy sturdy sunny super
-sweet swift tame tasty tender thirsty tidy tiny tired tough trusty unique upbeat urban useful vague vast vivid warlike
-weary wicked wide wild wise witty wobbly worthy yearly young zany zesty
-"""
-ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+ADJECTIVES: tuple[str, ...] = grammar.WORDS["ADJECTIVES"]
 
 _SINGLE = {*ADJECTIVES, *grammar.common_words(), *grammar.TRAIN_KEYS, *grammar.TEST_KEYS}
 SINGLE: tuple[str, ...] = tuple(
@@ -33,7 +23,7 @@ _SECOND = tuple(word for word in SINGLE if word in {*grammar.value_words(), *gra
 PAIRS = len(_FIRST) * len(_SECOND)
 
 
-def pair(number: int) -> str:
+def word_pair(number: int) -> str:
     """One of the pairs, ``number`` from 0 to ``PAIRS`` - 1."""
     first, second = divmod(number, len(_SECOND))
     return f"{_FIRST[first]}-{_SECOND[second]}"
@@ -41,15 +31,12 @@ def pair(number: int) -> str:
 
 def draw_pairs(rng: random.Random, count: int) -> list[str]:
     """``count`` different pairs, or all there are."""
-    return [pair(number) for number in rng.sample(range(PAIRS), min(count, PAIRS))]
+    return [word_pair(number) for number in rng.sample(range(PAIRS), min(count, PAIRS))]
 
 
 def read_words(file: str) -> tuple[str, ...]:
-    """Different words of a text file, in its order.
-
-    Raises:
-        ConfigError: it cannot be read, or holds fewer than 100 words.
-    """
+    """Different words of a text file, in its order. Raises :class:`ConfigError`: it cannot be read, or holds fewer than
+    100 words."""
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

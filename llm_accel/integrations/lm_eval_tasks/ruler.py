@@ -1,6 +1,6 @@
 """RULER samples of ``llm-accel ruler --write-samples`` as tasks of lm-evaluation-harness.
 
-The harness loads this file by its path, beside the task files; the score is RULER's own.
+The harness loads this file by its path, next to the task files; the score is RULER's own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.rows import read_rows
-from llm_accel.eval.tasks.ruler.scoring import score
 from llm_accel.eval.tasks.ruler.tasks import TASKS
 
 _HOW = 'llm-accel ruler --write-samples FILE, then lm-eval --metadata \'{"samples": "FILE"}\''
@@ -33,4 +32,4 @@ def load(samples: str | None = None, budget: int = 0, **metadata: Any) -> dict[s
 
 def process(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """RULER's score of one answer."""
-    return {"score": score(TASKS[doc["task"]], results[0], doc["outputs"])}
+    return {"score": TASKS[doc["task"]].score(results[0], doc["outputs"])}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.dispatch import interpreting
-from llm_accel.kernels.launch import SHARED_MEMORY, Launch, ceil_div, next_power_of_2, operation, strides, unit_stride
+from llm_accel.kernels.launch import SHARED_MEMORY, Launch, next_power_of_2, operation, strides, unit_stride
 from llm_accel.kernels.splits import combine, split_count
 
 AHEAD_OF_TIME = 80  # the architecture to plan for where there is no device
@@ -171,42 +171,3 @@ def _shared_memory(device: torch.device) -> int:
         return SHARED_MEMORY[AHEAD_OF_TIME]
     major, minor = torch.cuda.get_device_capability(device)
     return SHARED_MEMORY.get(10 * major + minor, min(SHARED_MEMORY.values()))
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Every configuration for the ahead-of-time check."""
-    plans = {}
-    for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
-        for dim in dims:
-            name = f"{str(dtype).removeprefix('torch.')} head_dim {dim}"
-            for block_q, block_k in ((64, 8), (64, 64), (128, 128)):
-                plans[f"{name} block {block_q}x{block_k}"] = _example(dtype, dim, block_q, block_k)
-            plans[f"{name} one query"] = _example(dtype, dim, 16, 8, queries=1)
-    plans["bfloat16 head_dim 128 one query everything"] = _example(torch.bfloat16, 128, 16, 8, True, queries=1)
-    plans["bfloat16 head_dim 64 everything"] = _example(torch.bfloat16, 64, 64, 8, everything=True)
-    plans["bfloat16 head_dim 256 everything"] = _example(torch.bfloat16, 256, 64, 8, everything=True)
-    return plans
-
-
-def _example(
-    dtype: torch.dtype, dim: int, block_q: int, block_k: int, everything: bool = False, queries: int = 4096
-) -> list[Launch]:
-    """Grouped-query attention, 4 query heads per KV head; ``everything``: padding, sinks, soft cap and window."""
-    query = torch.empty(2, 16, queries, dim, dtype=dtype, device="meta")
-    key = torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta")
-    shape = (2, 4, ceil_div(queries, block_q))
-    counts = torch.empty(shape, dtype=torch.int32, device="meta")
-    blocks = BlockList(
-        block_q,
-        block_k,
-        counts.long(),
-        counts,
-        counts,
-        torch.empty(2**16, dtype=torch.int32, device="meta"),
-        256,
-        counts,
-        1024 if everything else None,
-    )
-    start = torch.empty(2, dtype=torch.int64, device="meta") if everything else None
-    sinks = torch.empty(16, dtype=dtype, device="meta") if everything else None
-    return plan(query, key, key, start, 0.1, 30.0 if everything else None, sinks, *vars(blocks).values())[1]

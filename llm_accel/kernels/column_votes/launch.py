@@ -1,4 +1,4 @@
-"""Column votes on Triton: tiles, grids, and the configurations that are shipped."""
+"""Column votes on Triton: tiles and grids."""
 
 from __future__ import annotations
 
@@ -117,39 +117,3 @@ def _fake(query: Tensor, key: Tensor, start: Tensor | None, heads: int, *_: Any)
 
 
 column_votes = operation("column_votes", plan, _fake)
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Plans of the configurations that the ahead-of-time check compiles."""
-    return {
-        **{f"prefill {dim} bf16": _example(dim, "bf16") for dim in (64, 80, 96, 128, 256)},
-        **{f"prefill {dim} fp32": _example(dim, "fp32") for dim in (64, 80, 128, 256)},
-        "prefill 128 fp16": _example(128, "fp16"),
-        "prefill 256 bf16 softcap padded": _example(256, "bf16", softcap=50.0, padded=True),
-        "prefill 64 bf16 sinks": _example(64, "bf16", sinks=True, group=8),
-        "prefill 128 bf16 group 7": _example(128, "bf16", group=7),
-        "window 128 bf16 max": _example(128, "bf16", width=32, reduce="max"),
-        "window 128 bf16 rounded": _example(128, "bf16", width=32, round_to=torch.bfloat16),
-        "latents 192 bf16": _example(192, "bf16", group=1, heads=1),
-        "decode 128 bf16": _example(128, "bf16", width=1, reduce="sum"),
-    }
-
-
-def _example(
-    dim: int,
-    dtype: str,
-    width: int = 4096,
-    group: int = 4,
-    heads: int = 8,
-    reduce: str = "mean",
-    softcap: float | None = None,
-    padded: bool = False,
-    sinks: bool = False,
-    round_to: torch.dtype | None = None,
-) -> list[Launch]:
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    with torch.device("meta"):
-        query, key = torch.empty(1, 8 * group, width, dim, dtype=kind), torch.empty(1, 8, 4096, dim, dtype=kind)
-        start = torch.empty(1, dtype=torch.int64) if padded else None
-        learned = torch.empty(8 * group, dtype=kind) if sinks else None
-    return plan(query, key, start, heads, dim**-0.5, softcap, learned, reduce, round_to)[1]

@@ -30,7 +30,7 @@ def column_votes_reference(
         rows = query[:, :, row : row + QUERY_BLOCK]
         seen = slots - width + row + rows.shape[2]
         visible = key[:, :, :seen]
-        normaliser = _row_logsumexp(rows, visible, start, scaling, softcap, sinks)
+        normaliser = row_logsumexp(rows, visible, start, scaling, softcap, sinks)
         for first, last, logits in _logit_blocks(rows, visible, start, scaling, softcap):
             probability = logits.sub_(normaliser[..., None]).exp_()
             if round_to is not None:
@@ -42,7 +42,7 @@ def column_votes_reference(
     return grouped.sum(2) if group == "sum" else grouped.mean(2)
 
 
-def _row_logsumexp(
+def row_logsumexp(
     rows: Tensor,
     key: Tensor,
     start: Tensor | None,
@@ -72,11 +72,15 @@ def _logit_blocks(
         last = min(first + KEY_BLOCK, slots)
         logits = torch.matmul(packed, key[:, :, first:last].float().transpose(2, 3))
         logits = logits.view(batch, query_heads, count, last - first).mul_(scaling)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = soft_capped(logits, softcap)
         slot = torch.arange(first, last, device=key.device)
         hidden = (slot[None] > own_slot[:, None])[None, None]
         if start is not None:
             per_head = start[:, None] if start.ndim == 1 else start.repeat_interleave(query_heads // key_heads, 1)
             hidden = hidden | (slot < per_head[..., None, None])
         yield first, last, logits.masked_fill_(hidden, float("-inf"))
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits after a soft cap, where there is one."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

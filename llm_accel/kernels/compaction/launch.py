@@ -1,4 +1,4 @@
-"""Cache compaction on Triton: tiles and the configurations that are shipped."""
+"""Cache compaction on Triton: tiles."""
 
 from __future__ import annotations
 
@@ -49,22 +49,3 @@ def _fake(indices: Tensor, keys: Tensor, values: Tensor, scores: Tensor | None) 
 
 
 gather_entries = operation("gather_entries", plan, _fake)
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Plans of the configurations that the ahead-of-time check compiles."""
-    return {
-        **{f"{dim} 16-bit": _example(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
-        "128 16-bit with scores": _example(128, torch.bfloat16, scored=True),
-        "128 32-bit": _example(128, torch.float32),
-        "256 32-bit with scores": _example(256, torch.float32, scored=True),
-        "128 8-bit": _example(128, torch.float8_e4m3fn),
-    }
-
-
-def _example(dim: int, dtype: torch.dtype, scored: bool = False) -> list[Launch]:
-    with torch.device("meta"):
-        entries = torch.empty(1, 8, 4096, dim, dtype=dtype)
-        indices = torch.empty(1, 8, 1024, dtype=torch.int64)
-        scores = torch.empty(1, 8, 4096) if scored else None
-    return plan(indices, entries, entries, scores)[1]

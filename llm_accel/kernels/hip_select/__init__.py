@@ -14,28 +14,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, zero
-from llm_accel.kernels.hip_select.exact import ExactSearch
-from llm_accel.kernels.hip_select.pages import paged
-from llm_accel.kernels.hip_select.search import Search
-from llm_accel.kernels.hip_select.stages import OP, Stage, StageSearch
-from llm_accel.kernels.hip_select.tree import TreeSearch
-
-__all__ = [
-    "ABSENT",
-    "OP",
-    "ExactSearch",
-    "Keys",
-    "Scope",
-    "Search",
-    "Stage",
-    "StageSearch",
-    "TreeSearch",
-    "hip_select",
-    "listed",
-    "paged",
-    "zero",
-]
+from llm_accel.kernels.hip_select.candidates import ABSENT as ABSENT
+from llm_accel.kernels.hip_select.candidates import Keys as Keys
+from llm_accel.kernels.hip_select.candidates import Scope as Scope
+from llm_accel.kernels.hip_select.candidates import zero as zero
+from llm_accel.kernels.hip_select.exact import ExactSearch as ExactSearch
+from llm_accel.kernels.hip_select.pages import paged as paged
+from llm_accel.kernels.hip_select.search import Search as Search
+from llm_accel.kernels.hip_select.stages import OP as OP
+from llm_accel.kernels.hip_select.stages import Stage as Stage
+from llm_accel.kernels.hip_select.stages import StageSearch as StageSearch
+from llm_accel.kernels.hip_select.tree import TreeSearch as TreeSearch
 
 
 def hip_select(query: Tensor, key: Tensor, search: Search, start: Tensor | None = None) -> BlockList:

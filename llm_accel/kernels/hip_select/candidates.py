@@ -19,7 +19,7 @@ CACHED = 2**17  # elements of the keys, and of their logits, that are at work at
 
 @dataclass(frozen=True)
 class Scope:
-    """The keys that a selection chooses from: behind the sink and before the window of the query block.
+    """The keys that a selection chooses from: after the sink and before the window of the query block.
 
     Args:
         sink: positions at the start that all queries see; a multiple of ``block_k``.
@@ -75,7 +75,7 @@ class Keys:
 
     @classmethod
     def first(cls, key: Tensor, lengths: Tensor) -> Keys:
-        """Keys of rows that hold their first ``lengths``, int64 [B], slots; those behind are free."""
+        """Keys of rows that hold their first ``lengths``, int64 [B], slots; the rest are free."""
         batch, heads, slots, dim = key.shape
         begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
         return cls(key.reshape(-1, dim), begin, begin + lengths[:, None, None, None] - 1)
@@ -151,7 +151,7 @@ def levels_of(representative: Tensor, keys: Keys, end: Tensor, scaling: float) -
     return logits.logsumexp(-1) / scaling
 
 
-def match(representative: Tensor, keys: Keys, positions: Tensor, level: Tensor | None = None) -> Tensor:
+def key_scores(representative: Tensor, keys: Keys, positions: Tensor, level: Tensor | None = None) -> Tensor:
     """How well the keys at ``positions``, int64 [B, H, n, m], answer the best of the queries [B, H, n, R, D]: fp32
     [B, H, n, m]. ``level``: what is taken off the products of each query, fp32 [B, H, n, R]."""
     index, queries = keys.at(positions).flatten(0, 2), representative.flatten(0, 2)
@@ -175,9 +175,9 @@ def match(representative: Tensor, keys: Keys, positions: Tensor, level: Tensor |
 
 
 def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int, level: Tensor | None = None) -> Tensor:
-    """The best :func:`match` among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32, alike."""
+    """The best :func:`key_scores` of the ``count`` keys from each of ``starts`` on: int64 to fp32, [B, H, n, m]."""
     positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
-    return match(representative, keys, positions, level).view(*starts.shape, count).amax(-1)
+    return key_scores(representative, keys, positions, level).view(*starts.shape, count).amax(-1)
 
 
 def levels(chunk: int) -> int:
@@ -186,7 +186,7 @@ def levels(chunk: int) -> int:
     return max(1, chunk.bit_length() - 1)
 
 
-def best(score: Tensor, present: Tensor, count: int) -> Tensor:
+def best_places(score: Tensor, present: Tensor, count: int) -> Tensor:
     """Places of the ``count`` best, int64 [..., count], ascending; the lower place where scores are equal, those that
     are not ``present`` after all others."""
     ranked = score.masked_fill(~present, float("-inf")).sort(dim=-1, descending=True, stable=True).indices

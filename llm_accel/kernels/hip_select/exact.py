@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, best_key, representatives
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best_key, best_places, representatives
 from llm_accel.kernels.hip_select.search import Search
 
 
@@ -30,5 +30,5 @@ class ExactSearch(Search):
         starts = starts.expand(batch, heads, len(blocks), -1)
         score = best_key(reps, keys, starts, self.scope.block_k, self.level(reps, keys, end))
         present = starts < end
-        place = best(self.shared(score), present, width)
+        place = best_places(self.shared(score), present, width)
         return starts.masked_fill(~present, ABSENT).gather(-1, place)

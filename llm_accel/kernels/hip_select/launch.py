@@ -85,30 +85,3 @@ def _fake(representative: Tensor, rows: Tensor, origin: Tensor, last: Tensor, st
 
 
 _operation = operation("hip_stage_score", plan, _fake)
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Every configuration for the ahead-of-time check."""
-    plans = {}
-    for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
-        for dim in dims:
-            for chunk, queries, exact in (
-                (256, 64, False),
-                (32, 64, False),
-                (8, 256, True),
-                (8, 4, True),
-                (8, 1, True),
-            ):
-                label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} chunk {chunk} queries {queries}"
-                plans[label] = _example(dtype, dim, chunk, queries, exact)
-    return plans
-
-
-def _example(dtype: torch.dtype, dim: int, chunk: int, queries: int, exact: bool) -> list[Launch]:
-    """Two rows of 4 key heads."""
-    keys = Keys.of(torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta"), None)
-    starts = torch.empty(2, 4, 64, 128, dtype=torch.int64, device="meta")
-    representative = torch.empty(2, 4, 64, queries, dim, device="meta")
-    end = torch.empty(1, 1, 64, 1, dtype=torch.int64, device="meta")
-    level = torch.empty(2, 4, 64, queries, device="meta") if queries > 1 else None
-    return plan(representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact, level)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import Keys, best_key, levels, match
+from llm_accel.kernels.hip_select.candidates import Keys, best_key, key_scores, levels
 
 
 def stage_score_reference(
@@ -42,7 +42,7 @@ def _bisect(
     for _ in range(levels(chunk)):
         middle = (low + high) // 2
         both = torch.cat([(low + middle) // 2, (middle + high) // 2], dim=-1)
-        left, right = match(representative, keys, both, level).chunk(2, dim=-1)
+        left, right = key_scores(representative, keys, both, level).chunk(2, dim=-1)
         to_left = left >= right
         low, high = torch.where(to_left, low, middle), torch.where(to_left, middle, high)
         score = torch.maximum(score, torch.maximum(left, right))

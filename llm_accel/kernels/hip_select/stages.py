@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, representatives, zero
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best_places, representatives, zero
 from llm_accel.kernels.hip_select.launch import stage_score_triton
 from llm_accel.kernels.hip_select.reference import stage_score_reference
 from llm_accel.kernels.hip_select.search import Search
@@ -58,7 +58,7 @@ class StageSearch(Search):
         assert tokens is not None  # only the first stage is entered by everything
         return tokens // self.stages[stage].chunk
 
-    def descend(
+    def run_stages(
         self, query: Tensor, keys: Keys, first: Tensor, blocks: range, starts: Tensor, end: Tensor, stage: int = 0
     ) -> list[Tensor]:
         """Runs the stages from ``stage`` on; the chunks that each of them kept, ascending, absent ones last.
@@ -74,7 +74,7 @@ class StageSearch(Search):
         for index in range(stage, len(self.stages)):
             chunk = self.stages[index].chunk
             if index > stage:
-                starts = split(starts, self.stages[index - 1].chunk, chunk, end)
+                starts = split_chunks(starts, self.stages[index - 1].chunk, chunk, end)
             kept = self.kept(index)
             if starts.shape[-1] > kept:
                 if self.stages[index].stride != stride:
@@ -84,7 +84,7 @@ class StageSearch(Search):
                     level = self.level(reps, keys, end)
                 exact = self.last_exact and index + 1 == len(self.stages)
                 score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact, level)
-                place = best(self.shared(score), starts < ABSENT, kept)
+                place = best_places(self.shared(score), starts < ABSENT, kept)
                 starts = starts.gather(-1, place)
             found.append(starts)
         return found
@@ -99,8 +99,8 @@ class StageSearch(Search):
         self, query: Tensor, keys: Keys, first: Tensor, blocks: range, end: Tensor, most: int, width: int
     ) -> Tensor:
         """What the last stage keeps."""
-        chunks = grid(self.scope.sink, most, self.stages[0].chunk, end).expand(*keys.origin.shape[:2], -1, -1)
-        return self.descend(query, keys, first, blocks, chunks, end)[-1][..., :width]
+        chunks = chunk_starts(self.scope.sink, most, self.stages[0].chunk, end).expand(*keys.origin.shape[:2], -1, -1)
+        return self.run_stages(query, keys, first, blocks, chunks, end)[-1][..., :width]
 
     def refine(
         self,
@@ -129,23 +129,23 @@ class StageSearch(Search):
         """
         chunk = self.stages[stage].chunk
         if before is None:
-            starts = grid(self.scope.sink, most, chunk, end).expand(*keys.origin.shape[:2], -1, -1)
+            starts = chunk_starts(self.scope.sink, most, chunk, end).expand(*keys.origin.shape[:2], -1, -1)
         else:
             fresh = self.scope.sink + (before - self.scope.sink) // chunk * chunk
-            old = split(kept[stage - 1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
-            room = torch.arange(0, moved + self.scope.block_k + chunk, chunk, device=end.device)
-            new = torch.where(fresh + room < end, fresh + room, ABSENT).expand(*old.shape[:3], -1)
+            old = split_chunks(kept[stage - 1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
+            offsets = torch.arange(0, moved + self.scope.block_k + chunk, chunk, device=end.device)
+            new = torch.where(fresh + offsets < end, fresh + offsets, ABSENT).expand(*old.shape[:3], -1)
             starts = torch.cat([old, new], dim=-1).sort(dim=-1).values
-        return self.descend(query, keys, zero(query.device), range(1), starts, end, stage)
+        return self.run_stages(query, keys, zero(query.device), range(1), starts, end, stage)
 
 
-def grid(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:
-    """All chunks behind the sink, int64 [.., m]; absent from ``end`` on."""
+def chunk_starts(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:
+    """All chunks after the sink, int64 [.., m]; absent from ``end`` on."""
     starts = torch.arange(sink, sink + most, chunk, device=end.device)
     return torch.where(starts < end, starts, ABSENT)
 
 
-def split(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
-    """Chunks cut into parts, those at or behind ``end`` absent, int64 [..., m * chunk / part]."""
+def split_chunks(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
+    """Chunks cut into parts, those at or after ``end`` absent, int64 [..., m * chunk / part]."""
     parts = (starts[..., None] + torch.arange(0, chunk, part, device=starts.device)).flatten(-2)
     return parts.masked_fill(parts >= end, ABSENT)

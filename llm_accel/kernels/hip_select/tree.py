@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best, best_key, representatives
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best_key, best_places, representatives
 from llm_accel.kernels.hip_select.search import Search
 
 
@@ -49,7 +49,7 @@ class TreeSearch(Search):
             size = torch.stack([left, size - left], dim=-1).flatten(-2)
             middle = self.scope.sink + (begin + size // 2) * self.scope.block_k
             score = best_key(reps, keys, middle, self.scope.block_k, level)
-            place = best(self.shared(score), size > 0, groups)
+            place = best_places(self.shared(score), size > 0, groups)
             begin, size = begin.gather(-1, place), size.gather(-1, place)
         starts = self.scope.sink + begin * self.scope.block_k
         return torch.where(size > 0, starts, ABSENT).sort(dim=-1).values

@@ -1,4 +1,4 @@
-"""Ragged attention on Triton: tiles, splits, and the configurations that are shipped."""
+"""Ragged attention on Triton: tiles and splits."""
 
 from __future__ import annotations
 
@@ -67,38 +67,3 @@ def new_output(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
 
 
 ragged_attention = operation("ragged_attention", plan, new_output)
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Plans of the configurations that the ahead-of-time check compiles."""
-    return {
-        **{f"decode {dim} bf16": _example(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
-        **{f"decode {dim} fp32": _example(dim, torch.float32) for dim in (64, 80, 128, 256)},
-        "decode 128 fp16": _example(128, torch.float16),
-        "decode 128 bf16 short": _example(128, torch.bfloat16, pages=4),
-        "decode 256 bf16 softcap": _example(256, torch.bfloat16, softcap=50.0),
-        "decode 64 bf16 pages of 8": _example(64, torch.bfloat16, pages=512, page=8),
-        "decode 128 bf16 pages of 8": _example(128, torch.bfloat16, pages=512, page=8),
-        "decode 128 bf16 pages of 32": _example(128, torch.bfloat16, page=32),
-        "decode 64 bf16 sinks": _example(64, torch.bfloat16, sinks=True, group=8),
-        "8 tokens 128 bf16 group 7": _example(128, torch.bfloat16, count=8, group=7),
-        "8 tokens 256 bf16 group 16": _example(256, torch.bfloat16, count=8, group=16),
-    }
-
-
-def _example(
-    dim: int,
-    dtype: torch.dtype,
-    count: int = 1,
-    group: int = 4,
-    pages: int = 128,
-    page: int = 64,
-    softcap: float | None = None,
-    sinks: bool = False,
-) -> list[Launch]:
-    with torch.device("meta"):
-        query, pool = torch.empty(1, 8 * group, count, dim, dtype=dtype), torch.empty(8 * pages, page, dim, dtype=dtype)
-        table = torch.empty(1, 8, pages, dtype=torch.int64)
-        lengths = torch.empty(1, 8, dtype=torch.int64)
-        learned = torch.empty(8 * group, dtype=dtype) if sinks else None
-    return plan(query, pool, pool, table, lengths, dim**-0.5, softcap, learned)[1]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_accel.kernels.column_votes.reference import soft_capped
+
 QUERY_BLOCK = 32
 POOL_BLOCK = 2**16  # entries read at once
 PADDED = 2**19  # numbers in keys and values that a decode step may copy
@@ -65,8 +67,8 @@ def _one_step(
 
 
 def _owners(table: Tensor, pages: int, size: int) -> tuple[Tensor, Tensor]:
-    """Row-and-head that owns each page and the place of the page's first entry in it, int64 [N]; nobody's pages start
-    where no query looks."""
+    """Row-and-head that owns each page and the place of the page's first entry in it, int64 [N]; pages that
+    belong to none start where no query attends."""
     row, head, rank = (table >= 0).nonzero(as_tuple=True)
     page = table[row, head, rank]
     owner = torch.zeros(pages, dtype=torch.long, device=table.device)
@@ -91,8 +93,7 @@ def _partials(
         part = slice(start, start + block)
         whose = owner[part]
         logits = rows[whose].flatten(1, 2) @ keys[part].to(rows.dtype).transpose(1, 2)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = soft_capped(logits, softcap)
         visible = (first[part, None] + slots)[:, None, None] < seen[whose][:, None, :, None]
         logits.unflatten(1, (group, steps)).masked_fill_(~visible, float("-inf"))
         peak = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)

@@ -13,7 +13,7 @@ __all__ = ["OP", "lowest_slots", "slot_decode"]
 OP = Op(
     "slot_decode",
     Backend("triton", slot_decode_triton, why_not_triton, "Triton kernels for attention, scores and victims of a step"),
-    torch_backend(slot_decode_reference, "in a model its own attention and column votes beside it"),
+    torch_backend(slot_decode_reference, "in a model: its own attention, and column votes"),
 )
 
 
@@ -48,7 +48,7 @@ def slot_decode(
         sinks: learned sink logits [Hq] that take part in the softmax and add nothing.
         decay: factor on ``scores`` before the attention of this step is added.
         keep_first: positions below this one are never the lowest.
-        keep_recent: so many of the newest positions are never the lowest.
+        keep_recent: number of newest positions that are never the lowest.
         per_query: compare scores per query that could see the slot, as many as positions from its own to the newest.
 
     Returns:

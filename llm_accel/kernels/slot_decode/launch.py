@@ -1,4 +1,4 @@
-"""Slot decode on Triton: tiles, splits, and the configurations that are shipped."""
+"""Slot decode on Triton: tiles and splits."""
 
 from __future__ import annotations
 
@@ -99,40 +99,3 @@ def _fake(
 
 
 slot_decode = operation("slot_decode", plan, _fake)
-
-
-def shipped() -> dict[str, list[Launch]]:
-    """Plans of the configurations that the ahead-of-time check compiles."""
-    return {
-        **{f"decode {dim} bf16": _example(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
-        **{f"decode {dim} fp32": _example(dim, torch.float32) for dim in (64, 128, 256)},
-        "decode 128 fp16": _example(128, torch.float16),
-        "decode 128 bf16 mean": _example(128, torch.bfloat16, per_query=True),
-        "decode 256 bf16 softcap padded": _example(256, torch.bfloat16, softcap=50.0, padded=True),
-        "decode 64 bf16 sinks group 8": _example(64, torch.bfloat16, sinks=True, group=8),
-        "decode 128 bf16 group 7": _example(128, torch.bfloat16, group=7),
-        "decode 192 bf16 latents": _example(192, torch.bfloat16, kv_heads=16, group=1, heads=1),
-    }
-
-
-def _example(
-    dim: int,
-    dtype: torch.dtype,
-    kv_heads: int = 8,
-    group: int = 4,
-    heads: int | None = None,
-    slots: int = 4097,
-    softcap: float | None = None,
-    sinks: bool = False,
-    padded: bool = False,
-    per_query: bool = False,
-) -> list[Launch]:
-    with torch.device("meta"):
-        query = torch.empty(1, kv_heads * group, 1, dim, dtype=dtype)
-        key = torch.empty(1, kv_heads, slots, dim, dtype=dtype)
-        scores = torch.empty(1, heads or kv_heads, slots)
-        positions = torch.empty(scores.shape, dtype=torch.int64)
-        start = torch.empty(1, dtype=torch.int64) if padded else None
-        learned = torch.empty(kv_heads * group, dtype=dtype) if sinks else None
-    rest = (dim**-0.5, softcap, learned, 1.0, 4, 2048, per_query)
-    return plan(query, key, key, scores, positions, start, *rest)[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_accel.kernels.column_votes.reference import soft_capped
+
 
 def slot_decode_reference(
     query: Tensor,
@@ -26,8 +28,7 @@ def slot_decode_reference(
     precision = torch.promote_types(query.dtype, torch.float32)
     rows = query.reshape(batch, kv_heads, query_heads // kv_heads, -1).to(precision)
     logits = rows @ key.to(precision).transpose(2, 3) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = soft_capped(logits, softcap)
     if start is not None:
         empty = torch.arange(slots, device=key.device) < start[:, None, None, None]
         logits = logits.masked_fill(empty, float("-inf"))
@@ -49,7 +50,7 @@ def lowest_slots(scores: Tensor, positions: Tensor, keep_first: int, keep_recent
         scores: fp32 [B, heads, P].
         positions: original position of each slot, int64 [B, heads, P]; -1 where a slot is empty.
         keep_first: positions below this one are left out.
-        keep_recent: so many of the newest positions are left out.
+        keep_recent: number of newest positions that are left out.
         per_query: divide scores by the number of positions from a slot's own to the newest.
     """
     newest = positions.amax(-1, keepdim=True)

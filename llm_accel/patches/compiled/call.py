@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.patches.cache_name import CACHE, named_cache
-from llm_accel.patches.compiled.cache import ROOM, Lease, Recipe
+from llm_accel.patches.compiled.cache import GraphCache, fixed
 from llm_accel.patches.compiled.pool import Pool
 from llm_accel.patches.replay import is_waiting, wants
 
@@ -37,7 +37,6 @@ class DecodeCall:
         self._decoder, self._hook = decoder, hook
         self._steps: dict[Hashable, Step] = {}
         self._proven: set[Hashable] = set()  # graphs that have run
-        self._kinds: dict[Hashable, int] = {}
         self._pool = Pool()
         self._broken: str | None = None
         self._lock = threading.Lock()  # neither tracing nor a graph that is replayed may run twice at once
@@ -55,8 +54,7 @@ class DecodeCall:
             output = self._step(session, kwargs)
             if output is not None:
                 return output
-        if session.lease is not None:
-            session.lease.end()
+        session.end_graph()
         return self._decoder._call_impl(*args, **kwargs)
 
     def _session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
@@ -92,46 +90,44 @@ class DecodeCall:
         cache: Any = kwargs[CACHE]
         past = cache.get_seq_length()
         _, given = self._hook(self._decoder, (), dict(kwargs))
-        if session.lease is not None and session.lease.room == 0:
-            session.lease.end()
+        undo: Callable[[], None] | None = None
+        graph, proven = None, True
         try:
-            lease = session.lease or self._lend(session)
-            fixed = lease.cache
+            graph = self._graph(session)
             if given.get("position_ids") is None:
-                fixed.seen.fill_(past)
-            given |= {CACHE: fixed, "llm_accel": fixed, "attention_mask": None}
-            key, mode = _variant((lease.kind, fixed.begin()), fixed.seen.device)
-            if key in self._proven:
-                lease.seal()
-            else:  # the layers keep their entries until a graph has run once
-                lease.unseal()
+                graph.seen.fill_(past)
+            given |= {CACHE: graph, "llm_accel": graph, "attention_mask": None}
+            key, mode = _variant((graph.kind, graph.begin()), graph.seen.device)
+            proven = key in self._proven
+            undo = None if proven else graph.backup()
             with self._lock:
                 output = self._compiled(key, mode)(self._decoder.forward, given)
-                if fixed.seen.device.type == "cuda":  # the next replay writes to the same memory
+                if graph.seen.device.type == "cuda":  # the next replay writes to the same memory
                     for name, content in output.items():
                         output[name] = content.clone() if isinstance(content, Tensor) else content
         except BaseException as error:
-            lost = session.lease is not None and session.lease.sealed and not isinstance(error, TorchDynamoException)
-            if session.lease is not None:
-                session.lease.end(broken=lost)
+            if undo is not None:
+                undo()
+            lost = proven and graph is not None and not isinstance(error, TorchDynamoException)
+            session.end_graph(broken=lost)
             if lost or not isinstance(error, Exception):
                 raise
             session.unfinished = False
             self._give_up(session, error)
             return None
         session.unfinished = False
-        lease.seal()
-        lease.advance()
+        graph.advance()
         self._proven.add(key)
         setattr(output, CACHE, cache)
         return output
 
-    def _lend(self, session: Session) -> Lease:
-        recipe = Recipe(session, self._decoder, session.room or ROOM)
-        fixed = self._pool.take(recipe.key) or recipe.build()
-        kind = self._kinds.setdefault(recipe.key, len(self._kinds))
-        session.lease = Lease(fixed, recipe, session, self._pool.put, kind)
-        return session.lease
+    def _graph(self, session: Session) -> GraphCache:
+        """The session's layers in their fixed form, with headroom for a token."""
+        if session.graph is not None and (session.graph.headroom == 0 or not session.graph.whole):
+            session.end_graph()
+        if session.graph is None:
+            session.graph = fixed(session, self._decoder, self._pool)
+        return session.graph
 
     def _give_up(self, session: Session, error: Exception) -> None:
         """Notes why a step was not compiled, although nothing had spoken against it; raises where it had to be."""

@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from llm_accel.kernels import ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods import Attend, StepEviction
+from llm_accel.methods import AttentionMethod, StepEviction
 from llm_accel.patches.plan import Plan
 
 COMPILED = "one graph for all prompts, on buffers of fixed size"
@@ -17,8 +17,8 @@ COMPILED = "one graph for all prompts, on buffers of fixed size"
 def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
     """Why decode steps of this model under these methods cannot be one graph, or None."""
     keeper = plan.keeper
-    if plan.attender is not None and type(plan.attender).fixed_step is Attend.fixed_step:
-        return f"{plan.attender.name} reads as many entries as it selects"
+    if plan.attention_method is not None and type(plan.attention_method).fixed_step is AttentionMethod.fixed_step:
+        return f"{plan.attention_method.name} reads as many entries as it selects"
     if plan.reply is not None:
         return f"{plan.reply.name} looks at each token of the reply"
     if plan.mask is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage
+from llm_accel.methods import Downsample
 from llm_accel.patches.families.resizing import Places
 
 
@@ -28,7 +28,7 @@ class VisionFamily:
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
         resizable: whether the tower takes images of other sizes than that of its position embeddings.
         axes: of a position in the language model.
-        declared: whether somebody has looked at the family; else only what needs no tower is possible.
+        declared: whether the family is declared here; otherwise only methods that need no tower work.
     """
 
     model_type: str
@@ -74,9 +74,7 @@ class VisionFamily:
         """
         return [one.view(-1, self.merge, one.shape[-1]).mean(1) for one in values]
 
-    def smaller(
-        self, model: Any, call: dict[str, Any], method: SmallerImage
-    ) -> tuple[dict[str, Any], Sequence[Places]]:
+    def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         """What the call becomes with smaller images, and the places of the tokens of each. Only where ``resizable``."""
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ class DryRun:
 
     Attributes:
         arguments: those of the decoder, by name; None where the call ended before.
-        embeds: whether features take the places of placeholders, one after the other; None where nobody asked for any.
+        embeds: whether features take the places of placeholders, one after the other; None where none were asked for.
         reads: attributes of what ``get_image_features`` returns that were looked at.
     """
 
@@ -103,7 +103,7 @@ def _arguments(model: Any, given: dict[str, Any], features: _Features | None = N
             holder(**given)
     except _Reached as seen:
         return seen.arguments
-    except Exception:  # whatever a model says to a call that nobody has made for it
+    except Exception:  # models may raise anything for a call as bare as this one
         return None
     finally:
         hook.remove()

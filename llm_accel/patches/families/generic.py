@@ -1,4 +1,4 @@
-"""Families that nobody has declared, as far as transformers treats them all alike: features take the places of
+"""Families without a declaration, as far as transformers treats them all alike: features take the places of
 placeholders, one after the other, and the decoder is causal. Nothing is known of their vision towers."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Generic(VisionFamily):
             return lengths
         if not shares or any(share * total % sum(shares) for share in shares):
             raise UnsupportedCallError(
-                f"{self.model_type} gives the features of all images in one piece, and where each ends is not known; "
+                f"{self.model_type} returns the features of all images as one tensor without saying where each ends; "
                 "use a method that drops visual tokens between layers (fastv, dyvte)."
             )
         return [share * total // sum(shares) for share in shares]

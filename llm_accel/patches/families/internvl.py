@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage
+from llm_accel.methods import Downsample
 from llm_accel.patches.families.base import VisionFamily
 from llm_accel.patches.families.qwen import blocks_of
 from llm_accel.patches.families.resizing import Places, smaller_pixels
@@ -24,9 +24,7 @@ class PixelShuffle(VisionFamily):
     merge: int = 4
     resizable: bool = True
 
-    def smaller(
-        self, model: Any, call: dict[str, Any], method: SmallerImage
-    ) -> tuple[dict[str, Any], Sequence[Places]]:
+    def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         patch, leading = model.config.vision_config.patch_size, int(self.keeps_class(model, call))
         side = patch[0] * isqrt(self.merge), patch[1] * isqrt(self.merge)
         pixels, where = smaller_pixels(method, call["pixel_values"], side, leading)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_accel.methods import SmallerImage
+from llm_accel.methods import Downsample
 from llm_accel.patches.families.base import VisionFamily, pixels_of, shows_video
 from llm_accel.patches.families.resizing import Places, smaller_pixels
 
@@ -18,9 +18,7 @@ class Clip(VisionFamily):
 
     resizable: bool = True
 
-    def smaller(
-        self, model: Any, call: dict[str, Any], method: SmallerImage
-    ) -> tuple[dict[str, Any], Sequence[Places]]:
+    def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         patch, leading = model.config.vision_config.patch_size, int(self.keeps_class(model, call))
         name = pixels_of(call)
         full = call[name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage
+from llm_accel.methods import Downsample
 from llm_accel.patches.families.base import VisionFamily, pixels_of, shows_video
 from llm_accel.patches.families.resizing import Places, smaller_patches
 
@@ -28,9 +28,7 @@ class Qwen(VisionFamily):
     resizable: bool = True
     axes: int = 3
 
-    def smaller(
-        self, model: Any, call: dict[str, Any], method: SmallerImage
-    ) -> tuple[dict[str, Any], Sequence[Places]]:
+    def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         vision, name, sizes = model.config.vision_config, pixels_of(call), _grids(call)
         pixels, grids, where = smaller_patches(
             method, call[name], call[sizes], vision.patch_size, vision.spatial_merge_size

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage
+from llm_accel.methods import Downsample
 from llm_accel.methods.selection import evenly_spaced
 
 
@@ -32,7 +32,7 @@ def places(full: tuple[int, int], smaller: tuple[int, int], device: torch.device
 
 
 def smaller_pixels(
-    method: SmallerImage, pixels: Tensor, side: tuple[int, int], leading: int
+    method: Downsample, pixels: Tensor, side: tuple[int, int], leading: int
 ) -> tuple[Tensor, list[Places]]:
     """For towers that take whole images.
 
@@ -53,7 +53,7 @@ def smaller_pixels(
 
 
 def smaller_patches(
-    method: SmallerImage, patches: Tensor, grids: Tensor, patch: int, merge: int
+    method: Downsample, patches: Tensor, grids: Tensor, patch: int, merge: int
 ) -> tuple[Tensor, Tensor, list[Places]]:
     """For towers that take the patches of all images in one row, those of a token next to each other.
 

@@ -20,7 +20,7 @@ def plan_cut(
     """The cut of a method on this model, or that of its second stage, if any. ``recurrent``: layers without attention.
 
     Raises:
-        ConfigError: it has no such layer, adds features to visual tokens behind it, or is not the one that a file of
+        ConfigError: it has no such layer, adds features to visual tokens after it, or is not the one that a file of
             the method was made for.
     """
     about = cut_model(model, family)
@@ -28,10 +28,10 @@ def plan_cut(
     if cut is None:
         return None
     blind = [layer for layer in cut.layers if layer in recurrent]
-    if cut.rank is not None and blind:
+    if cut.score is not None and blind:
         others = [layer for layer in range(about.layers) if layer not in recurrent]
         raise ConfigError(
-            f"{method.spec()} goes by the attention of layer {blind[0]}, but that layer of {about.name} has none: its "
+            f"{method.spec()} needs the attention of layer {blind[0]}, but that layer of {about.name} has none: its "
             f"state is recurrent; layers with attention: {', '.join(map(str, others))}."
         )
     if not isinstance(method, VisualInput) and cut.layers and cut.layers[0] < about.first:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import Cut, CutView, LastQuery
-from llm_accel.patches.base_attention import softmax_of
 from llm_accel.patches.vision.rows import columns, gathered, per_token
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ class CutHook:
             return None
         state.cut = rows.take(keep)
         state.exit_layer = self.layer
-        state.settle(session, first_layer=self.layer + 1)
+        state.update_layers(session, first_layer=self.layer + 1)
         hidden = gathered(hidden, state.cut.to(hidden.device), 0.0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 class BehindCutHook:
-    """Forward pre-hook of the layers behind it: what was made for all rows is cut to those that are left."""
+    """Forward pre-hook of the layers after it: what was made for all rows is cut to the remaining ones."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -89,23 +89,23 @@ def _cuts_here(session: Session, cut: Cut) -> bool:
     return rows is not None and not (cut.surplus_only and rows.surplus is None)
 
 
-def watch(
+def record_scores(
     session: Session,
     index: int,
     tensors: tuple[Tensor, Tensor, Tensor],
     start: Tensor | None,
-    kwargs: dict[str, Any],
+    attention: Attention,
 ) -> None:
-    """Remembers the scores that the call's last query gives to all entries, where a cut behind this layer looks at
+    """Records the scores that the call's last query gives to all entries, where a cut after this layer uses
     them. ``tensors`` are query, key and value. Called between the attention of a layer and its eviction."""
     cut, rows = session.plan.cut, session.visual.rows
-    if cut is None or cut.rank is None or index not in cut.layers or not _cuts_here(session, cut):
+    if cut is None or cut.score is None or index not in cut.layers or not _cuts_here(session, cut):
         return
     query, key, value = tensors
     assert rows is not None
     if rows.visual is not None:
         visual = F.pad(rows.visual.to(key.device), (key.shape[2] - rows.visual.shape[1], 0))
-        softmax = softmax_of(kwargs, key.shape[-1])
-        session.visual.scores = cut.rank(
-            LastQuery(query[:, :, -1:], key, value, start, visual, **softmax, heads=session.plan.heads)
+        softmax = attention.softmax(key.shape[-1])
+        session.visual.scores = cut.score(
+            LastQuery(query[:, :, -1:], key, value, visual, start=start, **softmax, heads=session.plan.heads)
         )

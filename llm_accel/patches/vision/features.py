@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_accel.methods import SmallerImage, TowerMerge, TowerTokens, VisualInput, VisualTokens
+from llm_accel.methods import Downsample, TowerMerge, TowerTokens, VisualInput, VisualTokens
 from llm_accel.patches.families import VisionFamily, attribute
 from llm_accel.patches.hook import DecoderHook, named
-from llm_accel.patches.vision.pieces import by_piece, features_of, spread
+from llm_accel.patches.vision.per_image import features_of, map_images, place_features
 from llm_accel.patches.vision.tombstones import buried
 from llm_accel.patches.vision.tower import TowerPass
 
@@ -49,9 +49,9 @@ class FeatureProxy:
     def _reduced(self, method: VisualInput, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         family = self.hook.plan.family
         assert family is not None
-        if isinstance(method, SmallerImage):
+        if isinstance(method, Downsample):
             call, where = family.smaller(self.model, call, method)
-            return spread(original(self.model, **call), where)
+            return place_features(original(self.model, **call), where)
         assert isinstance(method, VisualTokens)
         tower = self._tower(method, family, call) if isinstance(method, TowerTokens) else None
         with nullcontext() if tower is None else tower.running():
@@ -65,10 +65,10 @@ class FeatureProxy:
         marks = family.packed(self.model, call, values)
         tiles = family.tiles(self.model, call) or [1] * len(marks)
 
-        def pruned(index: int, piece: Tensor) -> Tensor:
-            return _pruned(method, tower, piece, marks[index], len(values[0]) * tiles[index])
+        def pruned(index: int, rows: Tensor) -> Tensor:
+            return _pruned(method, tower, rows, marks[index], len(values[0]) * tiles[index])
 
-        output.pooler_output = by_piece(features, [len(mark) for mark in marks], pruned)
+        output.pooler_output = map_images(features, [len(mark) for mark in marks], pruned)
         return output
 
     def _tower(self, method: TowerTokens, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
@@ -99,7 +99,7 @@ class FeatureProxy:
 def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, marks: Tensor, total: int) -> Tensor:
     """Features [n, C] of one image or frame with tombstones for what the method does not keep. ``marks``, fp32 [n, c],
     is NaN for rows that are no patch; else it says what the tower has kept, or what it knows of each. ``total``:
-    patches of all tiles of the image, which shared its target where the tower has chosen."""
+    patches of all tiles of the image, which shared its budget where the tower has chosen."""
     newline = marks[:, 0].isnan()
     patches = (~newline).nonzero()[:, 0]
     if tower is not None and tower.inside:
@@ -108,7 +108,7 @@ def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, mar
         total = len(patches)
         scores = None if tower is None else marks[patches, 0]
         chosen = patches[method.choose(len(patches), scores, features.device)]
-    two_stages = method.entering(total) > method.tokens(total)
+    two_stages = method.first_stage_tokens(total) > method.tokens(total)
     surplus = max(0, len(chosen) - method.tokens(len(patches))) if two_stages else 0
     if surplus and len(chosen) == len(patches):  # all that left was padding: one token leaves to tell of the others
         chosen, surplus = chosen[:-1], surplus - 1

@@ -12,12 +12,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     Cut,
+    Downsample,
     LayerCut,
     MethodConfig,
-    ReplyDecoding,
-    SmallerImage,
     StepEviction,
     TowerTokens,
+    VASparse,
     VisualInput,
 )
 from llm_accel.patches.base_attention import SUPPORTED
@@ -39,9 +39,9 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     Raises:
         UnsupportedModelError: the model has no visual tokens, or none that can be taken out; or, for any method, it
             builds the masks of its decoder itself.
-        ConfigError: a method beside it cannot work on what is left.
+        ConfigError: a method applied with it cannot work on what is left.
     """
-    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | ReplyDecoding)]
+    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | VASparse)]
     if not visual or model.config.model_type not in REFUSED:
         check_mask(model)
     if not visual:
@@ -50,7 +50,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     family = family_of(model, names)
     recurrent = _recurrent_layers(model)
     stock = {index: reason for index, reason in skipped.items() if reason != "named in skip_layers"}
-    if not any(isinstance(config, ReplyDecoding) for config in visual):
+    if not any(isinstance(config, VASparse) for config in visual):
         stock = {index: reason for index, reason in stock.items() if index not in recurrent}
     if stock:
         raise UnsupportedModelError(
@@ -63,7 +63,9 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             f"{stepwise.spec()} gives tokens new positions, {names} keeps them; use positions='original'."
         )
     if stepwise is not None and trace:
-        raise ConfigError(f"trace=True knows no positions for {stepwise.spec()} beside {names}; leave it out.")
+        raise ConfigError(
+            f"trace=True cannot record positions of {stepwise.spec()} together with {names}; leave it out."
+        )
     cutting: list[LayerCut | VisualInput] = [config for config in visual if isinstance(config, LayerCut)]
     cutting += [config for config in visual if isinstance(config, VisualInput)]
     if cutting:
@@ -74,19 +76,19 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     for config in visual:
         if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
             raise ConfigError(
-                f"{config.spec()} counts positions anew, but those of {family.model_type} say where in the image a "
+                f"{config.spec()} renumbers positions, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."
             )
     marking = [config for config in visual if isinstance(config, VisualInput)]
     if marking:
         check_features(model, ", ".join(config.name for config in marking))
-    looking = [config.name for config in visual if isinstance(config, TowerTokens | SmallerImage)]
+    looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample)]
     if looking and not family.declared:
         raise UnsupportedModelError(
             f"{', '.join(looking)} must know the vision tower, and {family.model_type} is {UNTESTED}. Supported: "
             f"{', '.join(FAMILIES)}; without a tower: fastv, dyvte, vasparse, random_tokens, stride_tokens."
         )
-    if any(isinstance(config, SmallerImage) for config in visual) and not family.resizable:
+    if any(isinstance(config, Downsample) for config in visual) and not family.resizable:
         known = ", ".join(name for name, one in FAMILIES.items() if one.resizable)
         raise UnsupportedModelError(
             f"{names} shows the vision tower smaller images; where their tokens stand is not declared for "
@@ -96,14 +98,14 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
         towers = [attribute(model.base_model, path) for path in family.towers]
         if any(splits_heads(model, tower) for tower in towers):
             raise UnsupportedModelError(
-                f"{names} looks at all heads of the vision tower, which the plan for tensor parallelism of "
+                f"{names} needs all heads of the vision tower, which the plan for tensor parallelism of "
                 f"{family.model_type} spreads over processes; give a plan that leaves the tower whole."
             )
         bases = [_tower_base(tower) for tower in towers]
         base = next((base for base in bases if base not in SUPPORTED), None)
         if base is not None:
             raise UnsupportedModelError(
-                f"{names} looks into the vision tower, which runs attn_implementation={base!r}; supported: "
+                f"{names} reads the vision tower, which runs attn_implementation={base!r}; supported: "
                 f"{', '.join(SUPPORTED)}."
             )
     backends = {"exit": cut.origin} if cut and cut.origin else {}

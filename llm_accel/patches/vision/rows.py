@@ -28,7 +28,7 @@ class VisualRows:
         visual: bool [B, n], which of them are visual tokens; None where the call's token ids are unknown.
         index: int64 [B, n], the token of the call that a row under way is, ascending, -1 first where a batch row has
             fewer; None while all T are under way.
-        surplus: visual tokens of each batch row beyond its target, int64 [B]; None where no row has any.
+        surplus: visual tokens of each batch row beyond its budget, int64 [B]; None where no row has any.
     """
 
     def __init__(self, real: Tensor, visual: Tensor | None) -> None:
@@ -83,26 +83,26 @@ def columns(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return wide.gather(dim, index)
 
 
-def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past: int) -> dict[str, Any]:
+def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past: int) -> dict[str, Any]:
     """Takes the tombstones out of a call of the decoder and tells the session what is left.
 
     Args:
         session: state of the cache, its call begun.
         kwargs: arguments of the decoder.
-        visual: bool [B, T], which tokens are visual, or None where nobody knows.
+        visual: bool [B, T], which tokens are visual, or None where that is unknown.
         past: tokens seen before.
 
     Returns:
         The arguments with ``inputs_embeds``, ``position_ids`` and all that has a row per token cut to the rows left.
     """
-    session.visual.rest()
+    session.visual.clear()
     embeddings = kwargs.get("inputs_embeds")
     if not session.phase.in_prompt or embeddings is None:
         return _caught_up(session, kwargs, past)
     if visual is None and session.plan.tokens is not None:
         raise UnsupportedCallError(
             f"{session.plan.tokens.name} must know which tokens are visual; give input_ids instead of merged "
-            "inputs_embeds, or inputs_embeds in which placeholders stand, with the pixels beside them."
+            "inputs_embeds, or inputs_embeds with placeholders, together with the pixels."
         )
     rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
     session.visual.begin(rows, past)
@@ -122,7 +122,7 @@ def enter(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past:
             "attention_mask": rows.real.long(),  # recurrent layers read it
             **_aligned(kwargs, ~gone, index),
         }
-    session.visual.settle(session, first_layer=0)
+    session.visual.update_layers(session, first_layer=0)
     return kwargs
 
 
@@ -133,7 +133,7 @@ def _positions(kwargs: dict[str, Any], past: int, tokens: Tensor) -> Tensor:
 
 
 def _caught_up(session: Session, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-    """The arguments with positions that follow those of the cache, where these were counted anew."""
+    """The arguments with positions that follow those of the cache, where these were renumbered."""
     skipped, tokens = session.visual.skipped, kwargs.get("inputs_embeds")
     if past == 0 or skipped is None:
         return kwargs

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class VisualReport(NamedTuple):
     """Visual tokens of a prompt, all rows and turns together, those that reached the last layer, and the layer after
-    which some left; None where nobody knows."""
+    which some left; None where that is unknown."""
 
     before: int | None = None
     after: int | None = None
@@ -29,12 +29,12 @@ class VisualState:
     Attributes:
         rows: the rows of the running call that are under way; None while decoding.
         past: tokens seen before that call.
-        cut: int64 [B, m], which of the rows that entered the decoder are under way behind a cut, ascending, -1 first;
+        cut: int64 [B, m], which of the rows that entered the decoder remain after a cut, ascending, -1 first;
             None before it.
         scores: what the method of a cut made of each entry in the layer before it, fp32 [B, S], or None.
         exit_layer: the layer after which visual tokens left last, or None.
         newest: embedding of the newest token of each row, [B, C], where a second path starts from it, else None.
-        skipped: how far positions run behind those of the prompt where they are counted anew, int64 [B], or None.
+        skipped: how far positions run behind those of the prompt where they are renumbered, int64 [B], or None.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class VisualState:
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
 
-    def rest(self) -> None:
+    def clear(self) -> None:
         """No row is under way, or only decoded tokens."""
         self.rows, self.cut, self.scores = None, None, None
 
@@ -68,7 +68,7 @@ class VisualState:
             self._before.append(rows.visual.sum())
             self._after.append(self._before[-1])
 
-    def settle(self, session: Session, first_layer: int) -> None:
+    def update_layers(self, session: Session, first_layer: int) -> None:
         """Tells the layers from ``first_layer`` on which rows of the running call come to them.
 
         Raises:

@@ -1,10 +1,10 @@
-"""How a dropped visual token is marked: in band, so that beams, chunks and several images need no list beside it.
+"""How a dropped visual token is marked: in band, so that beams, chunks and several images need no extra list.
 
 The number of features must stay that of the placeholders in the prompt, so a dropped feature is replaced by a row that
 no computation produces: infinity in the first channel, NaN in all others. The decoder's hook takes such rows out.
 Should it be missing, every logit is NaN: the call fails in plain sight instead of answering without the image.
 
-Where more tokens of an image stay than its target, the first tombstone says how many a later stage must take out: two
+Where more tokens of an image stay than its budget, the first tombstone says how many a later stage must take out: two
 digits in the third and fourth channel, which all floating point types hold exactly.
 """
 

@@ -33,7 +33,7 @@ class TowerPass:
         class_token: whether row 0 is a class token.
         last: the layer whose output is used.
         inside: whether patches are chosen inside the tower; otherwise they are scored only.
-        parts: for each tile, the tiles of its image, which share a target; None: each tile is an image.
+        parts: for each tile, the tiles of its image, which share a budget; None: each tile is an image.
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
     """
@@ -58,8 +58,8 @@ class TowerPass:
         self.layers = self._looked_at(range(last + 1) if layers is None else layers)
         self.keeps_class = keeps_class
         self.scores: list[Tensor] = []
-        self._traits: list[Tensor] = []
-        self._targets: Tensor | None = None
+        self._metric: list[Tensor] = []
+        self._budgets: Tensor | None = None
         self._stayed: Tensor | None = None
         self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
         self._valid: Tensor | None = None
@@ -120,33 +120,33 @@ class TowerPass:
             before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
             if isinstance(self.method, TowerMerge):
-                self._traits = [self.method.traits(view) for view in views]
+                self._metric = [self.method.metric(view) for view in views]
             if self.inside:
                 hidden = self._chosen(views[0], hidden)
         return self._restored(hidden) if layer == self.last else hidden
 
     def _chosen(self, view: TowerView, hidden: Tensor) -> Tensor:
         """The layer's output once the method has chosen among the patches of ``view``, which holds all tiles."""
-        if self._sizes is None or self._targets is None:
+        if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
-            targets = [max(1, self.method.entering(self._patches + own, part) - own) for part in parts]
-            self._targets = torch.tensor(targets)
-            self._sizes = torch.full_like(self._targets, self._patches)
+            budgets = [max(1, self.method.first_stage_tokens(self._patches + own, part) - own) for part in parts]
+            self._budgets = torch.tensor(budgets)
+            self._sizes = torch.full_like(self._budgets, self._patches)
         if isinstance(self.method, TowerMerge):
-            return self._merge(self.method, self._targets.tolist(), hidden)
+            return self._merge(self.method, self._budgets.tolist(), hidden)
         assert isinstance(self.method, TowerCut)
-        return self._cut(view, hidden, self.method.survivors(view, self._sizes, self._targets))
+        return self._cut(view, hidden, self.method.survivors(view, self._sizes, self._budgets))
 
-    def _merge(self, method: TowerMerge, targets: list[int], hidden: Tensor) -> Tensor:
+    def _merge(self, method: TowerMerge, budgets: list[int], hidden: Tensor) -> Tensor:
         offset, rows = int(self.class_token), []
         self._stayed = torch.ones_like(self.scores[0])
-        for tile, kept in enumerate(targets):
+        for tile, kept in enumerate(budgets):
             merged = hidden[tile, offset:]
             if kept < self._patches:
                 parts = method.split(self.scores[0][tile], kept)
-                merged = method.merge(merged, parts, self._traits[0][tile])
+                merged = method.merge(merged, parts, self._metric[0][tile])
                 self._stayed[tile] = 0
                 self._stayed[tile, torch.cat(parts)] = 1
             rows.append(torch.cat([hidden[tile, :offset], merged]))
@@ -180,9 +180,9 @@ class TowerPass:
         """Per tile, fp32 [patches, c]: where they were chosen inside, 1 if a patch stayed and 0 if it left; else its
         score and what tells its likeness to others, for methods that merge."""
         if not self.inside:
-            if not self._traits:
+            if not self._metric:
                 return [row[:, None] for scores in self.scores for row in scores]
-            known = [torch.cat([one[..., None], more], -1) for one, more in zip(self.scores, self._traits, strict=True)]
+            known = [torch.cat([one[..., None], more], -1) for one, more in zip(self.scores, self._metric, strict=True)]
             return [row for tiles in known for row in tiles]
         stayed = torch.ones_like(self.scores[0]) if self._stayed is None else self._stayed
         if self._kept is not None:

@@ -20,15 +20,15 @@ from tests.tiny_vlm import inputs, tiny_vlm
 PENALTY = "vasparse:prune_every=2,keep=0.5,protect_last=1"
 VASPARSE = (PENALTY, "vasparse:prune_every=2,keep=0.5,merge=none,beta=0", "vasparse:prune_every=2,keep=0.5,beta=0")
 DROPPING = (
-    "flowcut:target=6",
-    "visionzip:target=6",
-    "fastv:target=6",
+    "flowcut:budget=6",
+    "visionzip:budget=6",
+    "fastv:budget=6",
     "dyvte:exit=1",
-    "downsample:target=9",
-    "stride_tokens:target=6",
-    "random_tokens:target=6",
-    "flowcut:target=6+snapkv:budget=12,window=4",
-    "fastv:target=6+h2o:budget=12",
+    "downsample:budget=9",
+    "stride_tokens:budget=6",
+    "random_tokens:budget=6",
+    "flowcut:budget=6+snapkv:budget=12,window=4",
+    "fastv:budget=6+h2o:budget=12",
 )
 every_method = pytest.mark.parametrize("method", [*DROPPING, *VASPARSE])
 

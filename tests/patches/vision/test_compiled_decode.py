@@ -48,15 +48,15 @@ def conversation(model: PreTrainedModel, handle: llm_accel.Handle) -> tuple[torc
 @pytest.mark.parametrize(
     ("family", "layers", "methods", "graphs"),
     [
-        ("llava", 2, "flowcut:target=6", 1),
+        ("llava", 2, "flowcut:budget=6", 1),
         ("llava", 2, "dyvte:exit=0", 1),
-        ("llava", 1, "stride_tokens:target=3,positions=compact", 1),
+        ("llava", 1, "stride_tokens:budget=3,positions=compact", 1),
         ("llava", 1, "downsample", 1),
-        ("internvl", 1, "random_tokens:target=2", 1),
+        ("internvl", 1, "random_tokens:budget=2", 1),
         # transformers gives the positions of a later turn another shape
-        ("qwen2_5_vl", 2, "fastv:layer=1,target=1+h2o:budget=12", 2),
+        ("qwen2_5_vl", 2, "fastv:layer=1,budget=1+h2o:budget=12", 2),
         # a later turn exceeds the budget
-        ("llava", 1, "visionzip:target=6+adakv:budget=12,window=4,page=8", 2),
+        ("llava", 1, "visionzip:budget=6+adakv:budget=12,window=4,page=8", 2),
     ],
 )
 def test_two_turns_equal_eager(family: str, layers: int, methods: str, graphs: int, counting: Counting) -> None:
@@ -77,7 +77,7 @@ def test_a_padded_batch_through_three_stages(counting: Counting) -> None:
     answers = []
     for way in ("eager", "compiled"):
         model = shallow("llava", 2)
-        methods = parse_all("flowcut:target=8+fastv:layer=1,target=3+snapkv:budget=15,window=4")
+        methods = parse_all("flowcut:budget=8+fastv:layer=1,budget=3+snapkv:budget=15,window=4")
         handle = llm_accel.apply(model, methods, decode=way)
         answers.append((*decode(model, inputs(model, UNEQUAL)), [one.evicted for one in handle.report().layers]))
     (tokens, logits, evicted), (ours, our_logits, ours_evicted) = answers

@@ -53,7 +53,7 @@ def test_exit_in_other_families(family: str) -> None:
 @pytest.mark.parametrize("layer", [1, 2])
 def test_fastv_equals_its_definition(layer: int) -> None:
     model, eager = tiny_vlm(), tiny_vlm(attention="eager")
-    with llm_accel.apply(model, "fastv", layer=layer, keep_ratio=0.25) as handle:
+    with llm_accel.apply(model, "fastv", layer=layer, ratio=0.25) as handle:
         _, logits = decode(model, inputs(model, UNEQUAL))
         assert handle.report().exit_layer == layer - 1
     for row, scene in enumerate(UNEQUAL):
@@ -66,7 +66,7 @@ def test_fastv_equals_its_definition(layer: int) -> None:
         assert torch.allclose(logits[row], hidden(model, alone, dropped, layer - 1), atol=EXACT)
 
 
-@pytest.mark.parametrize("config", [DyVTE(exit=2), FastV(layer=1, keep_ratio=1.0), FastV(layer=2, target=500)])
+@pytest.mark.parametrize("config", [DyVTE(exit=2), FastV(layer=1, ratio=1.0), FastV(layer=2, budget=500)])
 def test_nothing_to_cut(config: object) -> None:
     model = tiny_vlm()
     batch, text = inputs(model, UNEQUAL), inputs(model, [Scene((12,))])
@@ -119,7 +119,7 @@ def test_modes(mode: dict[str, object]) -> None:
 def test_three_stages_together() -> None:
     """Patches leave in the tower, the rest of them after a layer, entries after the prompt: each row as if alone."""
     model = tiny_vlm()
-    methods = [FlowCut(target=8), FastV(layer=1, target=3), SnapKV(budget=15, window=4)]
+    methods = [FlowCut(budget=8), FastV(layer=1, budget=3), SnapKV(budget=15, window=4)]
     with llm_accel.apply(model, methods) as handle:
         _, logits = decode(model, inputs(model, UNEQUAL))
         report = handle.report()

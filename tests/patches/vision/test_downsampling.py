@@ -22,9 +22,9 @@ def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True)
 
 
-@pytest.mark.parametrize(("target", "side", "lines"), [(5, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2])])
+@pytest.mark.parametrize(("budget", "side", "lines"), [(5, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2])])
 @pytest.mark.parametrize("strategy", ["default", "full"])
-def test_clip_sees_the_smaller_image(target: int, side: int, lines: list[int], strategy: str) -> None:
+def test_clip_sees_the_smaller_image(budget: int, side: int, lines: list[int], strategy: str) -> None:
     model = tiny_vlm()
     images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     holder = model.base_model
@@ -32,7 +32,7 @@ def test_clip_sees_the_smaller_image(target: int, side: int, lines: list[int], s
         resized(images, 7 * side), interpolate_pos_encoding=True, output_hidden_states=True
     ).hidden_states[-2]
     wanted = holder.multi_modal_projector(hidden if strategy == "full" else hidden[:, 1:])
-    with llm_accel.apply(model, "downsample", target=target):
+    with llm_accel.apply(model, "downsample", budget=budget):
         got = features_of(model, pixel_values=images, vision_feature_select_strategy=strategy)
     own = int(strategy == "full")
     rows = [0] * own + [own + 4 * row + column for row in lines for column in lines]
@@ -48,9 +48,9 @@ def test_families(family: str) -> None:
     model = tiny_vlm(family)
     image, batch = pixels(family, 1), inputs(model, UNEQUAL)
     outside, dense = Outside.of(model), decode(model, batch)[1]
-    with llm_accel.apply(model, "downsample", target=500):
+    with llm_accel.apply(model, "downsample", budget=500):
         assert torch.equal(decode(model, batch)[1], dense)
-    with llm_accel.apply(model, Downsample(target=4)) as handle:
+    with llm_accel.apply(model, Downsample(budget=4)) as handle:
         kept = int((~features_of(model, **image)[0][:, -1].isnan()).sum())
         assert kept == (2 if family.startswith("qwen") else 4)  # 2 x 4 tokens become 1 x 2
         _, logits = decode(model, batch)
@@ -66,9 +66,9 @@ def test_features_that_join_later_follow_their_tokens() -> None:
     """Qwen3-VL adds features of a tower layer behind the decoder's first: they stand where the tokens do."""
     model = tiny_vlm("qwen3_vl")
     image = pixels("qwen3_vl", 1)
-    with llm_accel.apply(model, "downsample", target=2) as handle:
+    with llm_accel.apply(model, "downsample", budget=2) as handle:
         ours = model.base_model.get_image_features(**image, return_dict=True)
-        call, _ = FAMILIES["qwen3_vl"].smaller(model.base_model, image, Downsample(target=2))
+        call, _ = FAMILIES["qwen3_vl"].smaller(model.base_model, image, Downsample(budget=2))
         with handle.disabled():
             smaller = model.base_model.get_image_features(**call, return_dict=True)
     kept = ~ours.pooler_output[0][:, -1].isnan()

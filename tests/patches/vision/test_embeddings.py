@@ -40,7 +40,7 @@ def test_merged_embeddings_are_refused_by_every_method(name: str) -> None:
 def test_embeddings_beside_pixels(family: str, method: str) -> None:
     model = tiny_vlm(family)
     batch = inputs(model, ONE)
-    with llm_accel.apply(model, method, keep_ratio=0.5) as handle:
+    with llm_accel.apply(model, method, ratio=0.5) as handle:
         wanted = decode(model, batch)
         expected = handle.report()
         with torch.no_grad():

@@ -51,7 +51,7 @@ def dropped_by(model: PreTrainedModel, batch: dict[str, torch.Tensor], method: o
     ("family", "video"), [(family, False) for family in FAMILIES] + [(family, True) for family in VIDEOS]
 )
 def test_rows_equal_the_reference(family: str, video: bool) -> None:
-    model, method = model_of(family), StrideTokens(target=3)
+    model, method = model_of(family), StrideTokens(budget=3)
     with llm_accel.apply(model, method) as handle:
         _, logits = decode(model, inputs(model, UNEQUAL, video))
         report = handle.report()
@@ -74,10 +74,10 @@ def test_nothing_to_drop_and_exact_undo(family: str) -> None:
     batch = inputs(model, UNEQUAL)
     dense = decode(model, batch)
     outside = Outside.of(model)
-    with llm_accel.apply(model, "stride_tokens", target=500):
+    with llm_accel.apply(model, "stride_tokens", budget=500):
         same = decode(model, batch)
     assert torch.equal(dense[1], same[1])
-    with llm_accel.apply(model, "stride_tokens", keep_ratio=0.3) as handle:
+    with llm_accel.apply(model, "stride_tokens", ratio=0.3) as handle:
         assert not torch.equal(dense[1], decode(model, batch)[1])
         with handle.disabled():
             assert torch.equal(dense[1], decode(model, batch)[1])
@@ -97,7 +97,7 @@ def test_modes(family: str, mode: str) -> None:
         require_mode(model, batch, beams, beams | {"use_cache": False})
     if mode == "chunks":
         require_mode(model, batch, {"prefill_chunk_size": 11}, {})
-    with llm_accel.apply(model, "stride_tokens", keep_ratio=0.5):
+    with llm_accel.apply(model, "stride_tokens", ratio=0.5):
         if mode == "beams":
             options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
             got, wanted = (model.generate(**batch, **options, use_cache=cache) for cache in (True, False))
@@ -106,7 +106,7 @@ def test_modes(family: str, mode: str) -> None:
         changes = {"uncached": {"use_cache": False}, "chunks": {"prefill_chunk_size": 11}, "eager": {}}[mode]
         longer = {"max_new_tokens": 12} if mode == "uncached" else {}
         got = decode(model, batch, **changes, **longer)
-    with llm_accel.apply(model_of(family), "stride_tokens", keep_ratio=0.5):
+    with llm_accel.apply(model_of(family), "stride_tokens", ratio=0.5):
         wanted = decode(model_of(family), batch, **longer)
     assert torch.equal(got[0], wanted[0])
     assert torch.allclose(got[1], wanted[1], atol=EXACT)
@@ -117,7 +117,7 @@ def test_text_alone_passes_through_and_nothing_is_remembered(family: str) -> Non
     model = model_of(family)
     text, one, two = inputs(model, [Scene((12,))]), inputs(model, ONE), inputs(model, [Scene((3, 2, 4), 8)])
     dense = decode(model, text)
-    with llm_accel.apply(model, "random_tokens", target=4) as handle:
+    with llm_accel.apply(model, "random_tokens", budget=4) as handle:
         assert torch.equal(decode(model, text)[1], dense[1])
         assert "the prompt has none" in " ".join(handle.report().warnings)
         first = decode(model, one)
@@ -134,7 +134,7 @@ def test_text_alone_passes_through_every_method(name: str) -> None:
         assert torch.equal(decode(model, text)[1], dense)
 
 
-@pytest.mark.parametrize("method", [FlowCut(target=4, llm_stage="on"), VisionZip(target=4), Downsample(target=4)])
+@pytest.mark.parametrize("method", [FlowCut(budget=4, llm_stage="on"), VisionZip(budget=4), Downsample(budget=4)])
 def test_the_decoder_sees_no_tombstone(method: object) -> None:
     """Every layer's input is finite, and hidden states of a call are those of the rows that are left."""
     model = tiny_vlm()

@@ -55,9 +55,9 @@ def test_dropping_rows_equals_taking_them_out_by_hand(name: str) -> None:
     model = built(name)
     batch, outside = scene(model), Outside.of(model)
     dense = decode(model, batch)[1]
-    with llm_accel.apply(model, "stride_tokens", target=999):
+    with llm_accel.apply(model, "stride_tokens", budget=999):
         assert torch.equal(decode(model, batch)[1], dense)
-    for method in (RandomTokens(keep_ratio=0.5), llm_accel.StrideTokens(keep_ratio=0.5)):
+    for method in (RandomTokens(ratio=0.5), llm_accel.StrideTokens(ratio=0.5)):
         with llm_accel.apply(model, method) as handle:
             _, logits = decode(model, batch)
             report = handle.report()
@@ -91,8 +91,8 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(name: str) -> None:
     own = difference()  # recurrent layers round differently behind padding
     if own > 5e-3:
         pytest.skip(f"rows of the unpatched {name} depend on their batch")
-    methods: list[Any] = [llm_accel.DyVTE(exit=1), FastV(layer=2, target=2), SnapKV(budget=8, window=4)]
-    methods += [] if name in FEATURES_ELSEWHERE else [llm_accel.StrideTokens(keep_ratio=0.5)]
+    methods: list[Any] = [llm_accel.DyVTE(exit=1), FastV(layer=2, budget=2), SnapKV(budget=8, window=4)]
+    methods += [] if name in FEATURES_ELSEWHERE else [llm_accel.StrideTokens(ratio=0.5)]
     for method in methods:
         with llm_accel.apply(model, method):
             try:
@@ -105,7 +105,7 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(name: str) -> None:
 def test_beside_a_kv_method(name: str) -> None:
     model = built(name)
     batch = scene(model)
-    with llm_accel.apply(model, [FastV(layer=2, keep_ratio=0.5), SnapKV(budget=6, window=2)]) as handle:
+    with llm_accel.apply(model, [FastV(layer=2, ratio=0.5), SnapKV(budget=6, window=2)]) as handle:
         decode(model, batch)
         assert max(layer.physical_length for layer in handle.report().layers) <= 6 + 5
 
@@ -151,7 +151,7 @@ def test_features_that_are_projected_later_are_refused() -> None:
     model = vlm_zoo.built("llama4")
     outside = Outside.of(model)
     with pytest.raises(UnsupportedModelError, match="llama4 reads last_hidden_state there and computes on"):
-        llm_accel.apply(model, "stride_tokens", target=2)
+        llm_accel.apply(model, "stride_tokens", budget=2)
     llm_accel.apply(model, "dyvte", exit=1).remove()
     assert Outside.of(model) == outside
 
@@ -159,7 +159,7 @@ def test_features_that_are_projected_later_are_refused() -> None:
 def test_no_ranking_by_a_layer_without_attention() -> None:
     model = built("qwen3_5")
     with pytest.raises(ConfigError, match=r"attention of layer 2, but that layer of qwen3_5 has none.*: 1, 3"):
-        llm_accel.apply(model, "fastv", layer=3, target=2)
+        llm_accel.apply(model, "fastv", layer=3, budget=2)
 
 
 def test_recurrent_layers_are_what_they_are_called_here() -> None:
@@ -174,7 +174,7 @@ def test_methods_that_look_into_the_tower_are_refused() -> None:
     for method in ("flowcut", "visionzip", "downsample"):
         with pytest.raises(UnsupportedModelError, match="must know the vision tower, and aya_vision is not among"):
             llm_accel.apply(model, method)
-    with llm_accel.apply(model, "stride_tokens", target=2) as handle:
+    with llm_accel.apply(model, "stride_tokens", budget=2) as handle:
         decode(model, scene(model))
         assert handle.report().backends["visual tokens"][0] == "generic" and "not among the tested" in str(
             handle.report()
@@ -223,12 +223,12 @@ def test_features_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         return output
 
     two = torch.cat([batch["pixel_values"], batch["pixel_values"] + 1])
-    with llm_accel.apply(model, "stride_tokens", target=1):
+    with llm_accel.apply(model, "stride_tokens", budget=1):
         separate = model.base_model.get_image_features(two, return_dict=True).pooler_output
         monkeypatch.setattr(type(model.base_model), "get_image_features", joined)
         rows["kept"] = 8
         together = model.base_model.get_image_features(two, return_dict=True).pooler_output
         assert torch.equal(together[:, -1].isnan(), torch.cat(list(separate))[:, -1].isnan())
         rows["kept"] = 7
-        with pytest.raises(UnsupportedCallError, match="in one piece"):
+        with pytest.raises(UnsupportedCallError, match="without saying where each ends"):
             model.base_model.get_image_features(two, return_dict=True)

@@ -56,18 +56,18 @@ def test_nothing_to_merge() -> None:
     model = tiny_vlm()
     batch = inputs(model, UNEQUAL)
     dense = decode(model, batch)[1]
-    for options in ({}, {"target": 16}, {"keep_ratio": 1.0}):
+    for options in ({}, {"budget": 16}, {"ratio": 1.0}):
         with llm_accel.apply(model, "visionzip", **options):
             assert torch.equal(decode(model, batch)[1], dense)
 
 
 def test_class_token_as_a_feature() -> None:
-    """With ``vision_feature_select_strategy="full"`` the class token is one of the target and keeps its features."""
+    """With ``vision_feature_select_strategy="full"`` the class token is one of the budget and keeps its features."""
     model = tiny_vlm()
     image = pixels("llava", 0)
     call = {"vision_feature_select_strategy": "full"}
     dense = features_of(model, image, **call)[0]
-    with llm_accel.apply(model, "visionzip", target=6):
+    with llm_accel.apply(model, "visionzip", budget=6):
         features = features_of(model, image, **call)[0]
     kept = (~features[:, -1].isnan()).nonzero()[:, 0]
     assert len(features) == 17 and len(kept) == 6 and int(kept[0]) == 0
@@ -84,6 +84,6 @@ def test_only_the_layer_whose_features_are_used_is_looked_at() -> None:
             layers.append(view.layer)
             return super().score(view, before)
 
-    with llm_accel.apply(model, Watching(target=4)):
+    with llm_accel.apply(model, Watching(budget=4)):
         decode(model, inputs(model, ONE))
     assert set(layers) == {3}

@@ -136,9 +136,9 @@ def test_flowcut_keeps_the_best_by_the_formula(name: str) -> None:
         now = paid * value.mean(0).abs().sum(-1)
         score = now if layer == 0 else 0.5 * score + 0.5 * now
     (per_token,) = family.packed(model.base_model, image, [score[:, None]])
-    target = tokens // 2
-    wanted = per_token[:, 0].topk(target).indices.sort().values
-    with llm_accel.apply(model, "flowcut", target=target):
+    budget = tokens // 2
+    wanted = per_token[:, 0].topk(budget).indices.sort().values
+    with llm_accel.apply(model, "flowcut", budget=budget):
         kept = (~rows(model, image)[:, -1].isnan()).nonzero()[:, 0]
     assert torch.equal(kept, wanted)
 
@@ -149,9 +149,9 @@ def test_rows_and_undo(name: str, method: str) -> None:
     model = built(name)
     batch, alone = scenes(model)
     dense, outside = decode(model, batch)[1], Outside.of(model)
-    with llm_accel.apply(model, method, keep_ratio=1.0):
+    with llm_accel.apply(model, method, ratio=1.0):
         assert torch.equal(decode(model, batch)[1], dense)
-    with llm_accel.apply(model, method, keep_ratio=0.5) as handle:
+    with llm_accel.apply(model, method, ratio=0.5) as handle:
         logits = decode(model, copy.deepcopy(batch))[1]
         report = handle.report()
         for row, one in enumerate(alone):
@@ -167,7 +167,7 @@ def test_rows_and_undo(name: str, method: str) -> None:
 def test_generation_equals_rows_removed_by_hand(name: str) -> None:
     model = built(name)
     one = scene(model)
-    with llm_accel.apply(model, "flowcut", keep_ratio=0.5):
+    with llm_accel.apply(model, "flowcut", ratio=0.5):
         logits = decode(model, one)[1][0]
         features = feature_rows(model, images_in(one))
     dropped = torch.zeros(one["input_ids"].shape[1], dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_padding_inside_an_image_is_refused() -> None:
     one = scene(model)
     mask = torch.ones(1, 1, 28, 28, dtype=torch.bool)
     mask[..., 14:] = False
-    with llm_accel.apply(model, "flowcut", keep_ratio=0.5):
+    with llm_accel.apply(model, "flowcut", ratio=0.5):
         decode(model, one | {"pixel_attention_mask": torch.ones_like(mask)})
         with pytest.raises(UnsupportedCallError, match="the tower hides some of them from others"):
             decode(model, one | {"pixel_attention_mask": mask})

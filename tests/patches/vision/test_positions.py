@@ -12,7 +12,7 @@ from tests.tiny_vlm import ONE, UNEQUAL, Scene, decode, inputs, require_mode, ti
 from tests.vision_oracle import removed
 
 EXACT = 2e-4
-COMPACT = StrideTokens(target=3, positions="compact")
+COMPACT = StrideTokens(budget=3, positions="compact")
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
@@ -31,7 +31,7 @@ def test_nothing_dropped_counts_as_before() -> None:
     model = model_of("llava")
     batch, text = inputs(model, UNEQUAL), inputs(model, [Scene((12,))])
     dense = decode(model, batch)[1], decode(model, text)[1]
-    with llm_accel.apply(model, "stride_tokens", target=500, positions="compact"):
+    with llm_accel.apply(model, "stride_tokens", budget=500, positions="compact"):
         assert torch.equal(decode(model, batch)[1], dense[0])
     with llm_accel.apply(model, COMPACT):
         decode(model, batch)
@@ -78,7 +78,7 @@ def test_modes(mode: str) -> None:
         require_mode(model, batch, beams, beams | {"use_cache": False})
     if mode == "chunks":
         require_mode(model, batch, {"prefill_chunk_size": 11}, {})
-    methods = [FlowCut(target=5, positions="compact")] + ([SnapKV(budget=500, window=4)] if mode == "snapkv" else [])
+    methods = [FlowCut(budget=5, positions="compact")] + ([SnapKV(budget=500, window=4)] if mode == "snapkv" else [])
     with llm_accel.apply(model, methods):
         if mode == "beams":
             options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
@@ -87,7 +87,7 @@ def test_modes(mode: str) -> None:
             return
         changes = {"uncached": {"use_cache": False}, "chunks": {"prefill_chunk_size": 11}}.get(mode, {})
         got = decode(model, batch, **changes)
-    with llm_accel.apply(model, "flowcut", target=5, positions="compact"):
+    with llm_accel.apply(model, "flowcut", budget=5, positions="compact"):
         wanted = decode(model, batch)
     assert torch.equal(got[0], wanted[0])
     assert torch.allclose(got[1], wanted[1], atol=EXACT)
@@ -95,4 +95,4 @@ def test_modes(mode: str) -> None:
 
 def test_positions_with_several_axes_stay() -> None:
     with pytest.raises(ConfigError, match="say where in the image a token stands; use positions='original'"):
-        llm_accel.apply(tiny_vlm("qwen2_vl"), Downsample(target=2, positions="compact"))
+        llm_accel.apply(tiny_vlm("qwen2_vl"), Downsample(budget=2, positions="compact"))

@@ -36,7 +36,7 @@ def test_llava_with_a_tower_without_class_token_is_refused():
         hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=vision, image_token_index=IMAGE)
     )
     with pytest.raises(UnsupportedModelError, match="a siglip_vision_model, which has none"):
-        llm_accel.apply(model, "flowcut", target=2)
+        llm_accel.apply(model, "flowcut", budget=2)
     llm_accel.apply(model, SnapKV(budget=40)).remove()
 
 
@@ -137,7 +137,7 @@ def test_features_that_come_later_than_the_cut() -> None:
 def test_labels_and_wrong_numbers_of_images() -> None:
     model = tiny_vlm("llava_onevision")
     batch = inputs(model, ONE)
-    with llm_accel.apply(model, "stride_tokens", target=3) as handle:
+    with llm_accel.apply(model, "stride_tokens", budget=3) as handle:
         with pytest.raises(UnsupportedCallError, match="labels have one entry per token"):
             model(**batch, labels=batch["input_ids"])
         fewer = batch | {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"][:, 5:]}
@@ -162,7 +162,7 @@ def test_protected_tokens() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
     with (
-        llm_accel.apply(model, [StrideTokens(target=3), SnapKV(budget=20, window=4)]),
+        llm_accel.apply(model, [StrideTokens(budget=3), SnapKV(budget=20, window=4)]),
         pytest.raises(UnsupportedCallError, match="protect_mask counts the tokens of the prompt"),
     ):
         model.generate(**batch, protect_mask=torch.ones_like(batch["input_ids"]).bool())
@@ -171,7 +171,7 @@ def test_protected_tokens() -> None:
 def test_without_the_decoder_hook_the_call_fails_in_plain_sight() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
-    llm_accel.apply(model, "stride_tokens", target=3)
+    llm_accel.apply(model, "stride_tokens", budget=3)
     proxy = model.base_model.get_image_features
     llm_accel.remove(model)
     model.base_model.get_image_features, proxy.hook.enabled = proxy, True
@@ -190,7 +190,7 @@ def test_copies_of_a_patched_model_work_alone() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
     dense = decode(model, batch)[1]
-    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+    with llm_accel.apply(model, [FlowCut(budget=4), DyVTE(exit=1)]):
         ours = decode(model, batch)[1]
         twin = copy.deepcopy(model)
     assert torch.equal(decode(model, batch)[1], dense)
@@ -203,11 +203,11 @@ def test_taken_off_the_decoder_alone_and_put_on_again() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
     dense, outside = decode(model, batch)[1], Outside.of(model)
-    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+    with llm_accel.apply(model, [FlowCut(budget=4), DyVTE(exit=1)]):
         ours = decode(model, batch)[1]
         llm_accel.remove(model.get_decoder())
         assert torch.equal(decode(model, batch)[1], dense)
-    with llm_accel.apply(model, [FlowCut(target=4), DyVTE(exit=1)]):
+    with llm_accel.apply(model, [FlowCut(budget=4), DyVTE(exit=1)]):
         assert torch.equal(decode(model, batch)[1], ours)
     assert torch.equal(decode(model, batch)[1], dense)
     assert Outside.of(model) == outside
@@ -215,7 +215,7 @@ def test_taken_off_the_decoder_alone_and_put_on_again() -> None:
 
 def test_another_attention_in_the_tower_is_noticed() -> None:
     model = tiny_vlm()
-    with llm_accel.apply(model, "flowcut", target=4):
+    with llm_accel.apply(model, "flowcut", budget=4):
         model.set_attn_implementation({"vision_config": "eager"})
         with pytest.raises(UnsupportedCallError, match="layer 0 of the vision tower never reached llm_accel"):
             decode(model, inputs(model, ONE))
@@ -226,7 +226,7 @@ def test_a_later_turn_that_would_leave_gaps() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
     words = torch.randint(3, 100, batch["input_ids"].shape)
-    with llm_accel.apply(model, "stride_tokens", target=3) as handle:
+    with llm_accel.apply(model, "stride_tokens", budget=3) as handle:
         cache = handle.new_cache()
         model(torch.randint(3, 100, (2, 7)), past_key_values=cache)
         with pytest.raises(UnsupportedCallError, match="would leave gaps"):

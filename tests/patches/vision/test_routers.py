@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import llm_accel
 from llm_accel import ConfigError, DyVTE
 from llm_accel.methods import Routers, load_routers
-from llm_accel.methods.routers import RouterInfo, text_features
+from llm_accel.methods.visual.routers import RouterInfo, text_features
 from llm_accel.patches.identity import config_hash, weight_hash
 from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, inputs, tiny_vlm
 from tests.vision_oracle import hidden

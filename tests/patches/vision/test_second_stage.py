@@ -1,4 +1,4 @@
-"""FlowCut's second stage: twice the target enters the language model, and a layer of it takes out the rest."""
+"""FlowCut's second stage: twice the budget enters the language model, and a layer of it takes out the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import llm_accel
 from llm_accel import ConfigError, DyVTE, FlowCut, SnapKV, UnsupportedCallError
 from llm_accel.methods import CutModel
-from llm_accel.methods.flowcut import MANY
+from llm_accel.methods.visual.flowcut import MANY
 from llm_accel.patches.vision.tombstones import buried, surplus_of, tombstones
 from tests.patches.vision.test_stages import in_pieces
 from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, frames, inputs, pixels, require_mode, tiny_vlm
@@ -19,10 +19,10 @@ EXACT = 2e-4
 
 @pytest.mark.parametrize(("layer", "attention"), [(1, "sdpa"), (0, "eager")])
 def test_both_stages_equal_the_oracle(layer: int, attention: str) -> None:
-    """A left-padded batch with one image and with two: each row keeps its target for every image in all, chosen in
+    """A left-padded batch with one image and with two: each row keeps its budget for every image in all, chosen in
     float64 from what entered; logits are those of a decoder without the rows, from where they leave."""
     model, oracle = tiny_vlm(attention=attention), tiny_vlm()
-    method = FlowCut(target=3, llm_stage="on", llm_layer=layer)
+    method = FlowCut(budget=3, llm_stage="on", llm_layer=layer)
     with llm_accel.apply(model, method) as handle:
         _, logits = decode(model, inputs(model, UNEQUAL))
         report = handle.report()
@@ -49,14 +49,18 @@ def test_both_stages_equal_the_oracle(layer: int, attention: str) -> None:
 
 
 def test_when_there_is_a_second_stage() -> None:
-    """auto: by the tokens of the whole image, tiles together; twice the target, shared by its tiles."""
-    method = FlowCut(target=160)
-    assert MANY == 1024 and method.entering(1024) == 160 and method.entering(1025) == 320
-    assert method.entering(576) == 160 and method.entering(576, parts=5) == 64 and method.tokens(576, parts=5) == 32
-    assert FlowCut(keep_ratio=0.1).entering(576, parts=5) == 116  # 2 * 288 by 5, rounded up
-    assert FlowCut(target=160, llm_stage="off").entering(2000) == 160
-    assert FlowCut(target=10, llm_stage="on", vision_factor=1.5).entering(16) == 15
-    assert FlowCut(target=10, llm_stage="on").entering(16) == 10  # twice as many would be all of them
+    """auto: by the tokens of the whole image, tiles together; twice the budget, shared by its tiles."""
+    method = FlowCut(budget=160)
+    assert MANY == 1024 and method.first_stage_tokens(1024) == 160 and method.first_stage_tokens(1025) == 320
+    assert (
+        method.first_stage_tokens(576) == 160
+        and method.first_stage_tokens(576, parts=5) == 64
+        and method.tokens(576, parts=5) == 32
+    )
+    assert FlowCut(ratio=0.1).first_stage_tokens(576, parts=5) == 116  # 2 * 288 by 5, rounded up
+    assert FlowCut(budget=160, llm_stage="off").first_stage_tokens(2000) == 160
+    assert FlowCut(budget=10, llm_stage="on", vision_factor=1.5).first_stage_tokens(16) == 15
+    assert FlowCut(budget=10, llm_stage="on").first_stage_tokens(16) == 10  # twice as many would be all of them
 
 
 def test_layers_that_a_model_allows() -> None:
@@ -65,16 +69,16 @@ def test_layers_that_a_model_allows() -> None:
     assert method.second_stage(CutModel("a", 32, 8, first=3)).layers == (3,)
     assert FlowCut().second_stage(CutModel("a", 2, 8)) is None
     assert FlowCut(llm_stage="off").second_stage(CutModel("a", 32, 8)) is None
-    with pytest.raises(ConfigError, match="nothing is saved behind layer 1"):
+    with pytest.raises(ConfigError, match="nothing is saved after layer 1"):
         method.second_stage(CutModel("a", 2, 8))
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_families(family: str) -> None:
-    """The target is reached in all, and each row of a batch gets what it gets alone."""
+    """The budget is reached in all, and each row of a batch gets what it gets alone."""
     model = tiny_vlm(family)
     dense = decode(model, inputs(model, UNEQUAL))[1]
-    with llm_accel.apply(model, FlowCut(target=2, llm_stage="on", llm_layer=0)) as handle:
+    with llm_accel.apply(model, FlowCut(budget=2, llm_stage="on", llm_layer=0)) as handle:
         entered = sum(
             int((~one[:, -1].isnan()).sum())
             for one in model.base_model.get_image_features(**pixels(family, 1), return_dict=True).pooler_output
@@ -89,10 +93,10 @@ def test_families(family: str) -> None:
 
 
 def test_videos() -> None:
-    """Each frame has its target, and the frames of a row share their sum."""
+    """Each frame has its budget, and the frames of a row share their sum."""
     model = tiny_vlm("qwen2_vl")
     batch = inputs(model, ONE, video=True)
-    with llm_accel.apply(model, FlowCut(target=1, llm_stage="on")) as handle:
+    with llm_accel.apply(model, FlowCut(budget=1, llm_stage="on")) as handle:
         features = model.base_model.get_video_features(**frames("qwen2_vl", 1), return_dict=True).pooler_output
         assert int((~torch.cat(list(features))[:, -1].isnan()).sum()) == 6
         decode(model, batch)
@@ -104,10 +108,10 @@ def test_chunks_where_nothing_is_left_to_cut() -> None:
     model, chunks = tiny_vlm(), {"prefill_chunk_size": 11}
     batch = inputs(model, ONE)
     require_mode(model, batch, chunks, {})
-    with llm_accel.apply(model, "flowcut", target=5):
+    with llm_accel.apply(model, "flowcut", budget=5):
         assert torch.allclose(decode(model, batch, **chunks)[1], decode(model, batch)[1], atol=EXACT)
     with (
-        llm_accel.apply(model, "flowcut", target=5, llm_stage="on"),
+        llm_accel.apply(model, "flowcut", budget=5, llm_stage="on"),
         pytest.raises(UnsupportedCallError, match="comes in chunks"),
     ):
         decode(model, batch, **chunks)
@@ -117,7 +121,7 @@ def test_prompts_without_surplus_are_left_alone() -> None:
     model = tiny_vlm()
     text = inputs(model, [Scene((12,))])
     dense = decode(model, text)[1]
-    with llm_accel.apply(model, "flowcut", target=5, llm_stage="on"):
+    with llm_accel.apply(model, "flowcut", budget=5, llm_stage="on"):
         assert torch.equal(decode(model, text)[1], dense)
 
 
@@ -126,12 +130,12 @@ def test_with_other_methods() -> None:
     model = tiny_vlm()
     batch = inputs(model, ONE)
     with pytest.raises(ConfigError, match="both let visual tokens leave after a layer"):
-        llm_accel.apply(model, [FlowCut(target=3, llm_stage="on"), DyVTE(exit=1)])
-    with llm_accel.apply(model, [FlowCut(target=3), DyVTE(exit=1)]):
+        llm_accel.apply(model, [FlowCut(budget=3, llm_stage="on"), DyVTE(exit=1)])
+    with llm_accel.apply(model, [FlowCut(budget=3), DyVTE(exit=1)]):
         both = decode(model, batch)[1]
-    with llm_accel.apply(model, [FlowCut(target=3, llm_stage="off"), DyVTE(exit=1)]):
+    with llm_accel.apply(model, [FlowCut(budget=3, llm_stage="off"), DyVTE(exit=1)]):
         assert torch.equal(decode(model, batch)[1], both)
-    with llm_accel.apply(model, [FlowCut(target=3, llm_stage="on"), SnapKV(budget=12, window=4)]) as handle:
+    with llm_accel.apply(model, [FlowCut(budget=3, llm_stage="on"), SnapKV(budget=12, window=4)]) as handle:
         decode(model, batch)
         assert [layer.physical_length for layer in handle.report().layers] == [12 + 5] * 3
         assert handle.report().visual_tokens_after == 3

@@ -23,7 +23,7 @@ from tests.vision_oracle import decoder_inputs
 
 EXACT = 2e-4
 STEPS = 6
-FLOWCUT = FlowCut(target=5)
+FLOWCUT = FlowCut(budget=5)
 KV = (SnapKV(budget=12, window=4), H2O(budget=10))
 
 

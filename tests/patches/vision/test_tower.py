@@ -24,29 +24,29 @@ def dropped_rows(features: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("target", [15, 9, 4, 1])
-def test_kept_patches_equal_the_published_procedure(target: int, attention: str) -> None:
+@pytest.mark.parametrize("budget", [15, 9, 4, 1])
+def test_kept_patches_equal_the_published_procedure(budget: int, attention: str) -> None:
     model = tiny_vlm(attention=attention)
     images = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     dense = features_of(model, pixel_values=images)
-    wanted = [flowcut(model, image, target) for image in images]
-    with llm_accel.apply(model, "flowcut", target=target):
+    wanted = [flowcut(model, image, budget) for image in images]
+    with llm_accel.apply(model, "flowcut", budget=budget):
         together = features_of(model, pixel_values=images)
         for image, features, (kept, sizes) in zip(images, together, wanted, strict=True):
             alone = features_of(model, pixel_values=image[None])[0]
             assert torch.equal((~dropped_rows(features)).nonzero()[:, 0], kept)
             assert torch.equal(dropped_rows(alone), dropped_rows(features))
             assert torch.allclose(alone[kept], features[kept], atol=1e-5)
-            assert len(kept) == target == sizes[-1]
+            assert len(kept) == budget == sizes[-1]
     # which patches are left changes the features of the others
     assert any(not torch.allclose(one[k], full[k]) for one, full, (k, _) in zip(together, dense, wanted, strict=True))
-    if target == 1:  # images are cut at their own pace, and their batch is padded meanwhile
+    if budget == 1:  # images are cut at their own pace, and their batch is padded meanwhile
         assert len({sizes[0] for _, sizes in wanted}) > 1
 
 
 def test_generation_equals_rows_removed_by_hand() -> None:
     model = tiny_vlm()
-    with llm_accel.apply(model, "flowcut", target=5):
+    with llm_accel.apply(model, "flowcut", budget=5):
         _, logits = decode(model, inputs(model, UNEQUAL))
         features = [features_of(model, pixel_values=inputs(model, [scene])["pixel_values"]) for scene in UNEQUAL]
     for row, scene in enumerate(UNEQUAL):
@@ -78,7 +78,7 @@ def test_other_families(family: str, schedule: str) -> None:
     model = tiny_vlm(family)
     dense = decode(model, inputs(model, UNEQUAL))
     outside = Outside.of(model)
-    with llm_accel.apply(model, "flowcut", target=6, schedule=schedule) as handle:
+    with llm_accel.apply(model, "flowcut", budget=6, schedule=schedule) as handle:
         _, logits = decode(model, inputs(model, UNEQUAL))
         report = handle.report()
         for row, scene in enumerate(UNEQUAL):
@@ -99,7 +99,7 @@ def test_windowed_tower_scores_tokens_where_they_stand() -> None:
     for unit in (0, 3, 5, 14):
         pixels, generator = torch.zeros(64, 3 * 2 * 14 * 14), torch.Generator().manual_seed(unit)
         pixels[4 * unit : 4 * unit + 4] = 4 * torch.randn(4, 3 * 2 * 14 * 14, generator=generator)
-        with llm_accel.apply(model, "flowcut", target=1):
+        with llm_accel.apply(model, "flowcut", budget=1):
             features = features_of(model, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 8, 8]]))[0]
         assert len(features) == 16
         assert (~dropped_rows(features)).nonzero()[:, 0].tolist() == [unit]
@@ -116,11 +116,11 @@ def test_shuffled_tokens_stand_for_their_patches() -> None:
 
 @pytest.mark.parametrize("newline", ["drop", "keep"])
 def test_newlines_of_tiled_images(newline: str) -> None:
-    """LLaVA-NeXT: tiles share the target evenly; newline rows go with the first dropped token, or all stay."""
+    """LLaVA-NeXT: tiles share the budget evenly; newline rows go with the first dropped token, or all stay."""
     model = tiny_vlm("llava_next")
     image = pixels("llava_next", 1)  # 56 x 40: a copy and 2 x 2 tiles; 8 lines of 6 patches are left of the tiles
     dense = features_of(model, **image)[0]
-    with llm_accel.apply(model, "flowcut", target=20, newline=newline):
+    with llm_accel.apply(model, "flowcut", budget=20, newline=newline):
         features = features_of(model, **image)[0]
     kept = ~dropped_rows(features)
     newlines = (dense == model.model.image_newline).all(-1)
@@ -134,7 +134,7 @@ def test_nothing_to_cut() -> None:
     model = tiny_vlm()
     batch = inputs(model, UNEQUAL)
     dense = decode(model, batch)
-    for options in ({"keep_ratio": 1.0}, {"target": 16}, {"target": 99}):
+    for options in ({"ratio": 1.0}, {"budget": 16}, {"budget": 99}):
         with llm_accel.apply(model, "flowcut", **options):
             assert torch.equal(decode(model, batch)[1], dense[1])
 
@@ -142,7 +142,7 @@ def test_nothing_to_cut() -> None:
 def test_one_patch_leaves() -> None:
     model = tiny_vlm()
     image = torch.randn(1, 3, 28, 28)
-    with llm_accel.apply(model, "flowcut", target=15):
+    with llm_accel.apply(model, "flowcut", budget=15):
         assert int(dropped_rows(features_of(model, pixel_values=image)[0]).sum()) == 1
 
 
@@ -150,7 +150,7 @@ def test_with_snapkv() -> None:
     """The KV method sees what is left: its budget holds, and nothing more happens below it."""
     model = tiny_vlm()
     batch = inputs(model, UNEQUAL)
-    with llm_accel.apply(model, [FlowCut(target=5), SnapKV(budget=14, window=4)], trace=True) as handle:
+    with llm_accel.apply(model, [FlowCut(budget=5), SnapKV(budget=14, window=4)], trace=True) as handle:
         _, logits = decode(model, batch)
         report = handle.report()
         for row, scene in enumerate(UNEQUAL):
@@ -160,7 +160,7 @@ def test_with_snapkv() -> None:
     kept = report.layers[0].kept[0, 0]
     ids = inputs(model, [UNEQUAL[0]])["input_ids"][0]
     assert kept[-4:].tolist() == list(range(len(ids) - 4, len(ids)))
-    with llm_accel.apply(model, "flowcut", target=5):
+    with llm_accel.apply(model, "flowcut", budget=5):
         alone = decode(model, batch)[1]
     assert torch.equal(alone[:, 0], logits[:, 0]) and not torch.equal(alone, logits)
 
@@ -169,7 +169,7 @@ def test_two_turns_and_a_failure_between() -> None:
     """A second question on the pruned cache equals the whole dialogue at once; a failed call leaves nothing behind."""
     model, question = tiny_vlm(), torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(9))
     batch = inputs(model, ONE)
-    with llm_accel.apply(model, "flowcut", target=5) as handle:
+    with llm_accel.apply(model, "flowcut", budget=5) as handle:
         with failing_once(model.base_model.vision_tower.encoder.layers[1]):
             decode(model, batch)
         cache = handle.new_cache()
@@ -183,10 +183,10 @@ def test_two_turns_and_a_failure_between() -> None:
 
 
 def test_class_token_as_a_feature() -> None:
-    """With ``vision_feature_select_strategy="full"`` the class token is one of the target and always stays."""
+    """With ``vision_feature_select_strategy="full"`` the class token is one of the budget and always stays."""
     model = tiny_vlm()
     image = torch.randn(1, 3, 28, 28)
-    with llm_accel.apply(model, "flowcut", target=5):
+    with llm_accel.apply(model, "flowcut", budget=5):
         features = features_of(model, pixel_values=image, vision_feature_select_strategy="full")[0]
     kept = (~dropped_rows(features)).nonzero()[:, 0]
     assert len(features) == 17 and len(kept) == 5 and int(kept[0]) == 0
@@ -195,7 +195,7 @@ def test_class_token_as_a_feature() -> None:
 def test_several_images_share_nothing() -> None:
     model = tiny_vlm()
     scene = Scene((2, 2, 2, 4), 4)
-    with llm_accel.apply(model, "flowcut", keep_ratio=0.25) as handle:
+    with llm_accel.apply(model, "flowcut", ratio=0.25) as handle:
         decode(model, inputs(model, [scene]))
         report = handle.report()
     assert (report.visual_tokens_before, report.visual_tokens_after) == (48, 12)
@@ -204,7 +204,7 @@ def test_several_images_share_nothing() -> None:
 def test_copies_of_an_image_keep_the_same_patches() -> None:
     model = tiny_vlm()
     images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(4))
-    with llm_accel.apply(model, "flowcut", target=3):
+    with llm_accel.apply(model, "flowcut", budget=3):
         first, _, copy = features_of(model, pixel_values=images[[0, 1, 0]])
     assert torch.equal(dropped_rows(first), dropped_rows(copy)) and torch.allclose(
         first[~dropped_rows(first)], copy[~dropped_rows(copy)], atol=1e-6
@@ -220,9 +220,9 @@ def test_tiles_lose_the_patches_that_the_tower_dropped() -> None:
     numbers = torch.arange(5 * 16.0).view(5, 16, 1)
     call = image | {"vision_feature_select_strategy": "default"}
     packed = family_of(model, "flowcut").packed(model.model, call, list(numbers))[0][:, 0]
-    with llm_accel.apply(alone, "flowcut", target=4, llm_stage="off"):
+    with llm_accel.apply(alone, "flowcut", budget=4, llm_stage="off"):
         tiles = features_of(alone, pixel_values=image["pixel_values"][0])
     kept = torch.cat([torch.arange(16.0)[~dropped_rows(one)] + 16 * tile for tile, one in enumerate(tiles)])
-    with llm_accel.apply(model, "flowcut", target=20):
+    with llm_accel.apply(model, "flowcut", budget=20):
         stays = ~dropped_rows(features_of(model, **image)[0])
     assert torch.equal(stays, torch.isin(packed, kept))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, DyVTE, FlowCut, HiP, RetrievalHeads, SnapKV, UnsupportedCallError, VASparse
-from llm_accel.patches.layers import ReplyLayer
+from llm_accel.cache import ReplyLayer
 from tests.patches.calls import Outside, failing_once
 from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
 from tests.vasparse_oracle import replies
@@ -79,12 +79,12 @@ def test_patches_that_left_and_tokens_that_leave() -> None:
     """FlowCut in the tower and DyVTE behind the second layer: no image is left in the third, the penalty is."""
     model, method = tiny_vlm(), VASparse(**STRONG)
     batch = inputs(model, ONE)
-    exits, target = DyVTE(exit=1), FlowCut(target=6)
-    with llm_accel.apply(model, target):
+    exits, budget = DyVTE(exit=1), FlowCut(budget=6)
+    with llm_accel.apply(model, budget):
         features = model.base_model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output[0]
     dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
     dropped[batch["input_ids"][0] == IMAGE] = features[:, -1].isnan()
-    with llm_accel.apply(model, [target, exits, method]) as handle:
+    with llm_accel.apply(model, [budget, exits, method]) as handle:
         cache = handle.new_cache()
         output = spoken(model, batch, past_key_values=cache)
         assert [int(layer.visual.sum()) for layer in cache.layers] == [6, 6, 0]
@@ -255,7 +255,7 @@ def test_received_is_the_column_sum_of_full_attention() -> None:
     [
         ([VASparse(), SnapKV(budget=40)], "snapkv:budget=40 would decide too.*only its contrast on"),
         ([VASparse(alpha=0.0), HiP()], "hip would decide too"),
-        ([VASparse(), VASparse(alpha=0.2)], "both decode the reply"),
+        ([VASparse(), VASparse(alpha=0.2)], "both decode the answer"),
         ([VASparse(), RetrievalHeads()], "cannot be combined with vasparse"),
     ],
 )

@@ -1,11 +1,10 @@
-"""What the machine can do at best, measured on it, and what a step or a prompt needs at least."""
+"""The best rates of this machine, as measured on it."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -16,17 +15,11 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class Bounds:
-    """Rates of this machine with the threads that the benchmark has.
+    """Rates of this machine with the threads that the benchmark has."""
 
-    Attributes:
-        copy: bytes per second, read and written, of a copy.
-        triad: the same of ``a = b + s * c``.
-        flop: floating-point operations per second of a matrix product in the model's type.
-    """
-
-    copy: float
-    triad: float
-    flop: float
+    copy: float  # bytes per second, read and written, of a copy
+    triad: float  # the same of ``a = b + s * c``
+    flop: float  # floating-point operations per second of a matrix product in the model's type
 
     @property
     def bandwidth(self) -> float:
@@ -70,45 +63,3 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         run()
         times.append(clock.now() - begin)
     return statistics.median(times[1:])
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a model must read and compute, whatever runs it.
-
-    Attributes:
-        weight_bytes: all parameters.
-        step_bytes: parameters that a decode step reads: all but the rows of the input embedding and a vision tower.
-            Mixtures of experts read fewer.
-        token_flop: operations per prompt token outside of attention.
-        layers: layers of the language model.
-        width: channels of all query heads together, the values' width.
-    """
-
-    weight_bytes: int
-    step_bytes: int
-    token_flop: float
-    layers: int
-    width: int
-
-    @staticmethod
-    def of(model: Any) -> Work:
-        """Read off the modules of a model."""
-        decoder, config = model.get_decoder(), model.config.get_text_config()
-        table = model.get_input_embeddings().weight
-        head = model.get_output_embeddings()
-        inside = [p for p in decoder.parameters() if p is not table]
-        head_bytes = 0 if head is None else head.weight.nbytes
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return Work(
-            weight_bytes=sum(p.nbytes for p in model.parameters()),
-            step_bytes=sum(p.nbytes for p in inside) + head_bytes,
-            token_flop=2.0 * sum(p.numel() for p in inside),
-            layers=int(config.num_hidden_layers),
-            width=int(config.num_attention_heads) * int(head_dim),
-        )
-
-    def prompt_flop(self, length: int, batch: int) -> float:
-        """Operations of a dense prefill of the language model, causal attention counted by half."""
-        attention = 4.0 * self.layers * self.width * length * (length + 1) / 2
-        return batch * (self.token_flop * length + attention)

@@ -13,23 +13,25 @@ from typing import Any
 import torch
 
 from llm_accel.common.environment import hardware, versions
+from llm_accel.common.launch import DistributedRun
 from llm_accel.common.loading import find_device, load_text_model
-from llm_accel.errors import ConfigError
+from llm_accel.eval.cost import ModelCost
 from llm_accel.eval.plots import require_matplotlib, save
-from llm_accel.eval.runner import tell
-from llm_accel.eval.tasks.bench.bounds import Work, measure_bounds
+from llm_accel.eval.records import reported_errors
+from llm_accel.eval.runner import print_summary
+from llm_accel.eval.tasks.bench.bounds import measure_bounds
 from llm_accel.eval.tasks.bench.compare import TOLERANCE, SlowerError, check, load, render_comparison
 from llm_accel.eval.tasks.bench.memory import PeakMemory
 from llm_accel.eval.tasks.bench.plot import draw
 from llm_accel.eval.tasks.bench.runner import run_cells
-from llm_accel.eval.tasks.bench.settings import BenchRunOptions, Settings
+from llm_accel.eval.tasks.bench.settings import BenchRunOptions, BenchSettings
 from llm_accel.eval.tasks.bench.shapes import build, shape_config
 from llm_accel.eval.tasks.bench.table import render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of settings and run."""
-    Settings.add_arguments(parser)
+    BenchSettings.add_arguments(parser)
     BenchRunOptions.add_arguments(parser)
 
 
@@ -45,33 +47,31 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         print(render_comparison(*(load(path) for path in how.compare)))
         return None
     kept = load(how.check) if how.check else None
-    settings = Settings.from_arguments(args) if kept is None else Settings.from_dict(kept["settings"])
+    settings = BenchSettings.from_arguments(args) if kept is None else BenchSettings.from_dict(kept["settings"])
     if how.plot:
         require_matplotlib()
     result = measure(settings)
     folder = Path(how.out or f"runs/bench-{Path(settings.model).name if settings.model else settings.shape}")
-    try:
+    with reported_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {str(folder)!r} cannot be used: {error.strerror or error}.") from error
     if how.plot:
         save(folder / "bench.png", draw(result))
     line = {"command": "bench", "out": str(folder), "cells": [_brief(cell) for cell in result["cells"]]}
-    tell(line, None if how.json_only else render(result))
+    print_summary(line, None if how.json_only else render(result))
     failures = [] if kept is None else check(kept, result)
     if failures:
         raise SlowerError("\n  ".join([f"slower than {how.check} by more than {TOLERANCE:.0%}:", *failures]))
     return line
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """The whole result as plain data: settings as they came out, conditions, bounds and cells."""
+def measure(settings: BenchSettings) -> dict[str, Any]:
+    """The whole result as plain data: settings as resolved, conditions, bounds and cells."""
     model, settings = _model(settings)
-    work, bounds = Work.of(model), measure_bounds(model.device, model.dtype)
+    work, bounds = ModelCost.of(model), measure_bounds(model.device, model.dtype)
     before = os.getloadavg()
     with torch.no_grad():
-        cells = run_cells(settings, model, bounds, _say)
+        cells = run_cells(settings, model, bounds, DistributedRun().log)
     return {
         "command": "bench",
         "settings": settings.to_dict(),
@@ -85,7 +85,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _model(settings: Settings) -> tuple[Any, Settings]:
+def _model(settings: BenchSettings) -> tuple[Any, BenchSettings]:
     if settings.model is not None:
         model, _, settings = load_text_model(settings)
         return model, settings
@@ -102,7 +102,3 @@ def _brief(cell: dict[str, Any]) -> dict[str, Any]:
     names = ("name", "length", "batch", "tokens_per_s", "decode_speedup", "speedup_share", "first_token_speedup")
     figures = {"first_token_ms": cell["first_token_ms"]["median"], "decode_ms": cell["decode_ms"]["median"]}
     return {name: cell[name] for name in names} | figures | {"kv_bytes": cell["kv_bytes"]}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Two results side by side, and a result held against one that was kept."""
+"""Two results side by side, and a result checked against an earlier one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llm_accel.errors import ConfigError, LlmAccelError
 from llm_accel.eval.lengths import length_label
 from llm_accel.eval.table import aligned
 
-RATIOS = ("decode_speedup", "first_token_speedup", "kv_saving")  # of dense over contestant: higher is better
+RATIOS = ("decode_speedup", "first_token_speedup", "kv_saving")  # of dense over candidate: higher is better
 TOLERANCE = 0.15
 
 
 class SlowerError(LlmAccelError):
-    """A ratio fell by more than the tolerance."""
+    """A ratio dropped by more than the tolerance."""
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -25,25 +25,22 @@ def load(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(result, dict) or result.get("command") != "bench":
-        raise ConfigError(f"{str(path)!r} is no result of llm-accel bench.")
+        raise ConfigError(f"{str(path)!r} is not a result of llm-accel bench.")
     return result
 
 
 def by_cell(result: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Its records by contestant, length and batch."""
+    """Its records by candidate, length and batch."""
     return {(cell["name"], cell["length"], cell["batch"]): cell for cell in result["cells"]}
 
 
 def render_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
     """What both results measured, figures of the second over those of the first, and how their conditions differ.
-
-    Raises:
-        ConfigError: they have no cell in common.
-    """
+    Raises :class:`ConfigError`: they have no cell in common."""
     ours, others = by_cell(first), by_cell(second)
     shared = [key for key in ours if key in others]
     if not shared:
-        raise ConfigError("the two results share no contestant, length and batch.")
+        raise ConfigError("the two results have no candidate, length and batch in common.")
     header = ["", "prompt", "batch", "first token ms", "ratio", "decode ms/token", "ratio", "x dense", "KV ratio"]
     rows = [header]
     for name, length, batch in shared:
@@ -78,7 +75,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 
 def check(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line per ratio of the kept result that fell by more than the tolerance, or that is not there any more."""
+    """One line per ratio of the earlier result that fell by more than the tolerance, or that is not there any more."""
     found, failures = by_cell(now), []
     for key, cell in by_cell(kept).items():
         name, length, batch = key

@@ -55,7 +55,7 @@ class PeakMemory:
 
     @property
     def source(self) -> str:
-        """In words."""
+        """Where the figures come from."""
         if self._tracker is None:
             return "CUDA allocator, peak of allocated bytes"
         return "tensor storages made by operations, plus weights; scratch space inside one operation is not seen"
@@ -93,7 +93,7 @@ class PeakMemory:
 
 
 def largest_batch(limit: int, weight_bytes: int, prefill_peak: int | None, kv_bytes: int, batch: int) -> dict[str, Any]:
-    """How many rows fit, by arithmetic on the figures of one cell, whose rows are taken to cost the same each.
+    """How many rows fit, computed from the figures of one cell, whose rows are assumed to cost the same each.
 
     Returns:
         ``at_once``: rows whose prompts are read in one call, None where no peak is known; ``one_by_one``: rows decoded

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_accel.eval.lengths import length_label
-from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
+from llm_accel.eval.plots import INK, MUTED, new_figure, series, strip_axes
 from llm_accel.eval.tasks.bench.table import title
 
 _GRID = "#E3E6E9"
@@ -60,7 +60,7 @@ def _shape(index: int) -> dict[str, str]:
 
 
 def _decorate(axes: Any, name: str, subtitle: str, lengths: Sequence[int]) -> None:
-    plain(axes)
+    strip_axes(axes)
     axes.set_axisbelow(True)
     axes.set_title(name, fontsize=9.5, color=INK, loc="left", pad=16)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=7.5, color=MUTED)
@@ -73,7 +73,7 @@ def _decorate(axes: Any, name: str, subtitle: str, lengths: Sequence[int]) -> No
 
 def _split(axes: Any, cells: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
     """Stacked bars: time to first token, then the decode steps of one call."""
-    plain(axes)
+    strip_axes(axes)
     axes.set_axisbelow(True)
     steps = result["settings"]["new_tokens"] - 1
     first = [cell["first_token_ms"]["median"] / 1e3 for cell in cells]

@@ -1,4 +1,4 @@
-"""Runs all cells: every contestant in turns, round after round, so that a drift of the machine meets all alike."""
+"""Runs all cells: candidates are interleaved within each round, so that a drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ from typing import Any
 
 import torch
 
-from llm_accel.eval.tasks.bench.bounds import Bounds, Work
-from llm_accel.eval.tasks.bench.contestants import Run, Runner, make_inputs
+from llm_accel.eval.cost import ModelCost
+from llm_accel.eval.tasks.bench.bounds import Bounds
+from llm_accel.eval.tasks.bench.candidates import CandidateRunner, TimedCall, make_inputs
 from llm_accel.eval.tasks.bench.memory import PeakMemory
-from llm_accel.eval.tasks.bench.settings import Settings
+from llm_accel.eval.tasks.bench.settings import BenchSettings
 from llm_accel.eval.tasks.bench.summary import summarize_cell
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def run_cells(settings: Settings, model: Any, bounds: Bounds, say: Say) -> list[dict[str, Any]]:
-    """One record per length, batch and contestant, in this order."""
-    work = Work.of(model)
-    runners = [Runner(model, contestant) for contestant in settings.contestants]
+def run_cells(settings: BenchSettings, model: Any, bounds: Bounds, log: Log) -> list[dict[str, Any]]:
+    """One record per length, batch and candidate, in this order."""
+    work = ModelCost.of(model)
+    runners = [CandidateRunner(model, candidate) for candidate in settings.candidates]
     cells = []
     for length in settings.lengths:
         for batch in settings.batches:
             inputs = make_inputs(model, length, batch, settings.seed)
-            say(f"length {length}, batch {batch}: warming up, measuring memory")
+            log(f"length {length}, batch {batch}: warming up, measuring memory")
             peaks = [runner.warm_up(inputs, settings.new_tokens, work.weight_bytes) for runner in runners]
-            runs: list[list[Run]] = [[] for _ in runners]
+            runs: list[list[TimedCall]] = [[] for _ in runners]
             for turn in range(settings.rounds):
-                say(f"length {length}, batch {batch}: round {turn + 1} of {settings.rounds}")
+                log(f"length {length}, batch {batch}: round {turn + 1} of {settings.rounds}")
                 for place in range(len(runners)):
-                    index = (place + turn) % len(runners)  # nobody always follows the same contestant
+                    index = (place + turn) % len(runners)  # so that no candidate always runs after the same one
                     runs[index].append(runners[index].run(inputs, settings.new_tokens))
             for runner, own, peak in zip(runners, runs, peaks, strict=True):
-                cell = summarize_cell(settings, runner.contestant, (length, batch), own, runs[0], peak, work, bounds)
+                cell = summarize_cell(settings, runner.candidate, (length, batch), own, runs[0], peak, work, bounds)
                 if settings.probe:
                     cell["largest_batch"]["probed"] = probe(settings, runner, length, cell, work)
                 cells.append(cell)
     return cells
 
 
-def probe(settings: Settings, runner: Runner, length: int, cell: dict[str, Any], work: Work) -> int | None:
+def probe(
+    settings: BenchSettings, runner: CandidateRunner, length: int, cell: dict[str, Any], work: ModelCost
+) -> int | None:
     """The largest batch whose prompt and first tokens stay within the memory limit, tried out by doubling and halving
     from the arithmetic; None where no peak can be measured."""
     guess = cell["largest_batch"]["at_once"]
@@ -56,11 +59,11 @@ def probe(settings: Settings, runner: Runner, length: int, cell: dict[str, Any],
             return False
         return peak is not None and max(peak.prefill, peak.decode) <= limit
 
-    return largest(fits, max(1, guess))
+    return largest_fitting(fits, max(1, guess))
 
 
-def largest(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest count that fits, found from a guess; counts below one that fits are taken to fit."""
+def largest_fitting(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest count that fits, found from a guess; counts below one that fits are assumed to fit."""
     low, high = 0, guess
     while fits(high):
         low, high = high, 2 * high

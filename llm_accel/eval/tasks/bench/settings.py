@@ -1,4 +1,4 @@
-"""What a benchmark is made of."""
+"""Settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from llm_accel.common.arguments import DTYPES, METHOD, ModelOptions, OutputOptions, canonical_methods
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
-from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.lengths import comma_list, lengths_option
 from llm_accel.eval.summary import DENSE
 from llm_accel.eval.tasks.bench.compare import TOLERANCE
 from llm_accel.eval.tasks.bench.shapes import SHAPES
@@ -33,7 +33,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_batches(text: str) -> tuple[int, ...]:
     """A comma-separated list of batch sizes, ascending, each once."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = comma_list(text)
     if not parts or not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError(f"--batch {text!r} is not allowed; give positive integers such as 1,8.")
     return tuple(sorted({int(part) for part in parts}))
@@ -49,31 +49,26 @@ def _decodes(given: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One line of the comparison.
+class Candidate:
+    """One line of the comparison."""
 
-    Attributes:
-        method: specification as on the command line; ``dense`` is the plain model.
-        decode: ``eager``, ``compiled`` or ``auto``; ``static`` is the compiled static cache of transformers, dense.
-    """
-
-    method: str
-    decode: Decode | Literal["static"] = "eager"
+    method: str  # specification as on the command line; ``dense`` is the plain model
+    decode: Decode | Literal["static"] = "eager"  # static: the compiled static cache of transformers
 
     @property
     def name(self) -> str:
-        """What tables and plots call it."""
+        """Its name in tables and plots."""
         return self.method if self.decode == "eager" else f"{self.method} ({self.decode})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelOptions):
-    """Everything that decides what is measured; ``methods`` begin with ``dense``, lengths and batches ascend."""
+class BenchSettings(ModelOptions):
+    """Everything that determines what is measured; ``methods`` begin with ``dense``, lengths and batches ascend."""
 
     model: str | None = option("HuggingFace text model, instead of a shape", None, metavar="ID|PATH")
     shape: str | None = option(f"geometry with random weights (default: {DEFAULT_SHAPE})", None, choices=tuple(SHAPES))
     changes: tuple[str, ...] = option(
-        "repeatable; overrides one number of the shape, for example num_hidden_layers=8",
+        "repeatable; override one value of the shape, for example num_hidden_layers=8",
         (),
         flag="--set",
         metavar="KEY=VALUE",
@@ -82,7 +77,7 @@ class Settings(ModelOptions):
         repeated=True,
     )
     methods: tuple[str, ...] = option(
-        f"repeatable; dense always runs too (default: {' '.join(DEFAULT_METHODS[1:])})",
+        f"repeatable; dense always runs as well (default: {' '.join(DEFAULT_METHODS[1:])})",
         DEFAULT_METHODS,
         flag="--method",
         metavar=METHOD,
@@ -90,7 +85,7 @@ class Settings(ModelOptions):
         repeated=True,
     )
     decodes: tuple[Decode, ...] = option(
-        "repeatable; with compiled, the static cache of transformers runs too, compiled (default: eager)",
+        "repeatable; compiled also runs the compiled static cache of transformers (default: eager)",
         ("eager",),
         flag="--decode",
         choices=DECODES,
@@ -102,11 +97,11 @@ class Settings(ModelOptions):
         "rows per call", (1,), flag="--batch", metavar="LIST", parse=parse_batches, shown="1"
     )
     new_tokens: int = option("tokens generated after the prompt, the first included", 32, least=4)
-    rounds: int = option("times that every contestant runs each cell, in turns", 5, least=1)
+    rounds: int = option("interleaved repetitions of each cell", 5, least=1)
     memory_limit: int | None = option(
-        "work out the largest batch within it, e.g. 80GiB", None, metavar="SIZE", parse=parse_bytes
+        "compute the largest batch that fits, for example 80GiB", None, metavar="SIZE", parse=parse_bytes
     )
-    probe: bool = option("try the largest batch out, too", False)
+    probe: bool = option("also find the largest batch by trial", False)
     dtype: str = option(
         "default: the checkpoint's; shapes: bfloat16 on a GPU, float32 on a CPU", "auto", choices=DTYPES, group="run"
     )
@@ -120,31 +115,31 @@ class Settings(ModelOptions):
         elif self.changes:
             raise ConfigError("--set changes a --shape; a --model comes as it is.")
         if self.probe and self.memory_limit is None:
-            raise ConfigError("--probe tries out the largest batch within --memory-limit; give one.")
+            raise ConfigError("--probe looks for the largest batch within --memory-limit; give a limit.")
 
     @property
-    def contestants(self) -> tuple[Contestant, ...]:
-        """Every method in every way of decoding; ``auto`` means nothing to the plain model, and what transformers
-        compiles stands beside what is compiled here."""
-        static = [Contestant(DENSE, "static")] if "compiled" in self.decodes else []
-        ours = [Contestant(method, decode) for decode in self.decodes for method in self.methods]
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every method with every way of decoding. ``auto`` does not apply to the plain model; ``compiled`` adds the
+        static cache of transformers."""
+        static = [Candidate(DENSE, "static")] if "compiled" in self.decodes else []
+        ours = [Candidate(method, decode) for decode in self.decodes for method in self.methods]
         return (*(one for one in ours if (one.method, one.decode) != (DENSE, "auto")), *static)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRunOptions(OutputOptions):
-    """Where the result goes, and what is done with results that exist."""
+    """Where the result goes, and what to do with existing results."""
 
     out: str | None = option(
-        "where bench.json and bench.png go (default: runs/bench-<shape>)", None, metavar="DIR", group="output"
+        "directory for bench.json and bench.png (default: runs/bench-<shape>)", None, metavar="DIR", group="output"
     )
     overwrite: bool = option("", False, flag="")
     compare: tuple[str, str] | None = option(
-        "print two results side by side", None, metavar=("A.json", "B.json"), parse=tuple, group="results that exist"
+        "print two results side by side", None, metavar=("A.json", "B.json"), parse=tuple, group="existing results"
     )
     check: str | None = option(
-        f"measure again; exit code 2 if a ratio to dense fell by more than {100 * TOLERANCE:.0f} %",
+        f"measure again; exit code 2 if a ratio to dense dropped by more than {100 * TOLERANCE:.0f} %",
         None,
         metavar="RESULT.json",
-        group="results that exist",
+        group="existing results",
     )

@@ -3,98 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_accel.errors import ConfigError, unknown_name
 
-_LLAMA_3: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
-_LLAMA_3_LARGE: dict[str, Any] = {
-    **_LLAMA_3,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
-_QWEN_3: dict[str, Any] = {
-    **_LLAMA_3,
-    "vocab_size": 151936,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-}
-_LLAMA_2: dict[str, Any] = {
-    **_LLAMA_3,
-    "vocab_size": 32000,
-    "intermediate_size": 11008,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-}
-_SMALL: dict[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 131072,
-}
-_CLIP_L: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-
-
-def _llama(numbers: Mapping[str, Any]) -> Callable[[], Any]:
-    def config() -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(**numbers)
-
-    return config
-
-
-def _qwen3() -> Any:
-    from transformers import Qwen3Config
-
-    return Qwen3Config(**_QWEN_3)
-
-
-def _llava() -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    return LlavaConfig(
-        text_config=LlamaConfig(**_LLAMA_2 | {"vocab_size": 32064}),
-        vision_config=CLIPVisionConfig(**_CLIP_L),
-        image_token_index=32000,
-    )
-
-
-SHAPES: dict[str, Callable[[], Any]] = {
-    "small": _llama(_SMALL),
-    "llama-3.1-8b": _llama(_LLAMA_3),
-    "llama-3.1-70b": _llama(_LLAMA_3_LARGE),
-    "qwen3-8b": _qwen3,
-    "llama-2-7b": _llama(_LLAMA_2),
-    "llava-1.5-7b": _llava,
-}
+SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+"""The numbers of a configuration, as ``config.json`` of a checkpoint has them."""
 
 
 def shape_config(name: str, changes: Sequence[str] = ()) -> Any:
@@ -106,9 +24,11 @@ def shape_config(name: str, changes: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: no such shape or key, or a value that the configuration refuses.
     """
+    from transformers import AutoConfig
+
     if name not in SHAPES:
         raise ConfigError("--shape: " + unknown_name("value", name, SHAPES))
-    config = SHAPES[name]()
+    config = AutoConfig.for_model(**SHAPES[name])
     text = config.get_text_config()
     known = [key for key in text.to_dict() if not key.startswith("_")]
     for change in changes:

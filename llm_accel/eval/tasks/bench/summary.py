@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_accel.eval.tasks.bench.bounds import Bounds, Work
-from llm_accel.eval.tasks.bench.contestants import Run
+from llm_accel.eval.cost import ModelCost
+from llm_accel.eval.tasks.bench.bounds import Bounds
+from llm_accel.eval.tasks.bench.candidates import TimedCall
 from llm_accel.eval.tasks.bench.memory import PeakMemory, largest_batch
-from llm_accel.eval.tasks.bench.settings import Contestant, Settings
+from llm_accel.eval.tasks.bench.settings import BenchSettings, Candidate
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and count."""
     if len(values) < 2:
         return {"median": values[0], "q1": values[0], "q3": values[0], "n": len(values)}
@@ -21,30 +22,30 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarize_cell(
-    settings: Settings,
-    contestant: Contestant,
+    settings: BenchSettings,
+    candidate: Candidate,
     cell: tuple[int, int],
-    runs: Sequence[Run],
-    dense: Sequence[Run],
+    runs: Sequence[TimedCall],
+    dense: Sequence[TimedCall],
     peak: PeakMemory | None,
-    work: Work,
+    work: ModelCost,
     bounds: Bounds,
 ) -> dict[str, Any]:
     """One record of the result.
 
-    Ratios are medians over the rounds of dense over contestant within one round, so that a slow round counts for both.
+    Ratios are medians over the rounds of dense over candidate within one round, so that a slow round counts for both.
     ``speedup_bound`` is what the bytes of a step allow: weights and dense cache over weights and held cache.
     """
     length, batch = cell
-    first, steps = spread([run.first_ms for run in runs]), spread([ms for run in runs for ms in run.steps_ms])
+    first, steps = quartiles([run.first_ms for run in runs]), quartiles([ms for run in runs for ms in run.steps_ms])
     held, dense_held = runs[-1].kv_bytes, dense[-1].kv_bytes
     moved = work.step_bytes + held
     step_bound = 1e3 * moved / bounds.bandwidth
     prompt_bound = 1e3 * work.prompt_flop(length, batch) / bounds.flop
     record: dict[str, Any] = {
-        "name": contestant.name,
-        "method": contestant.method,
-        "decode": contestant.decode,
+        "name": candidate.name,
+        "method": candidate.method,
+        "decode": candidate.decode,
         "length": length,
         "batch": batch,
         "first_token_ms": first,
@@ -56,8 +57,8 @@ def summarize_cell(
         "decode_bound_ms": step_bound,
         "decode_bound_percent": 100 * step_bound / steps["median"],
         "prefill_flop_percent": 100 * prompt_bound / first["median"],
-        "decode_speedup": paired(dense, runs, lambda run: statistics.median(run.steps_ms)),
-        "first_token_speedup": paired(dense, runs, lambda run: run.first_ms),
+        "decode_speedup": paired_ratio(dense, runs, lambda run: statistics.median(run.steps_ms)),
+        "first_token_speedup": paired_ratio(dense, runs, lambda run: run.first_ms),
         "kv_saving": dense_held / held,
         "speedup_bound": (work.step_bytes + dense_held) / moved,
         "peak_prefill_bytes": None if peak is None else peak.prefill,
@@ -71,6 +72,6 @@ def summarize_cell(
     return record
 
 
-def paired(dense: Sequence[Run], runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
-    """Median over the rounds of dense over contestant."""
+def paired_ratio(dense: Sequence[TimedCall], runs: Sequence[TimedCall], figure: Callable[[TimedCall], float]) -> float:
+    """Median over the rounds of dense over candidate."""
     return statistics.median(figure(one) / figure(other) for one, other in zip(dense, runs, strict=True))

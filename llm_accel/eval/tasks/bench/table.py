@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_accel.eval.lengths import length_label
@@ -10,7 +10,7 @@ from llm_accel.eval.table import NONE, aligned, size
 
 
 def title(result: dict[str, Any]) -> str:
-    """What was measured where, in one line."""
+    """One line: what was measured, and where."""
     settings, machine = result["settings"], result["hardware"]
     where = machine.get("gpu") or f"{machine['torch_threads']} CPU thread{'s' if machine['torch_threads'] > 1 else ''}"
     what = settings["model"] or " ".join([f"random weights, shape {settings['shape']}", *settings["changes"]])
@@ -23,7 +23,7 @@ def render(result: dict[str, Any]) -> str:
     for length, batch in sorted({(cell["length"], cell["batch"]) for cell in result["cells"]}):
         cells = [cell for cell in result["cells"] if (cell["length"], cell["batch"]) == (length, batch)]
         lines += ["", f"prompt {length_label(length)}, batch {batch}, {result['settings']['new_tokens']} new tokens"]
-        lines += aligned([_HEADER + _limit_header(cells), *(_row(cell) for cell in cells)])
+        lines += aligned([["", *_COLUMNS, *_limit_header(cells)], *(_row(cell) for cell in cells)])
     bounds = result["bounds"]
     lines += [
         "",
@@ -31,27 +31,26 @@ def render(result: dict[str, Any]) -> str:
         f"{bounds['triad'] / 1e9:.1f}), matrix product {bounds['flop'] / 1e12:.2f} TFLOP/s",
         "decode: median (quartiles) over all steps; speed-ups: dense over method within a round, median over "
         f"{result['settings']['rounds']} rounds",
-        "at most: speed-up that the bytes of a step allow; of it: share of that reached",
+        "at most: bandwidth bound of the speed-up; of it: fraction reached",
         f"peaks, weights included: {result['memory_source']}",
     ]
     return "\n".join(lines)
 
 
-_HEADER = [
-    "",
-    "first token ms",
-    "x dense",
-    "decode ms/token",
-    "tokens/s",
-    "x dense",
-    "at most",
-    "of it",
-    "of bandwidth",
-    "KV",
-    "of dense",
-    "peak prefill",
-    "peak decode",
-]
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "first token ms": lambda cell: f"{cell['first_token_ms']['median']:.0f}",
+    "first token x dense": lambda cell: f"{cell['first_token_speedup']:.2f}",
+    "decode ms/token": lambda cell: "{median:.2f} ({q1:.2f}-{q3:.2f})".format(**cell["decode_ms"]),
+    "tokens/s": lambda cell: f"{cell['tokens_per_s']:.1f}",
+    "x dense": lambda cell: f"{cell['decode_speedup']:.2f}",
+    "at most": lambda cell: f"{cell['speedup_bound']:.2f}",
+    "of it": lambda cell: f"{cell['speedup_share']:.0%}",
+    "of bandwidth": lambda cell: f"{cell['decode_bound_percent']:.0f} %",
+    "KV": lambda cell: size(cell["kv_bytes"]),
+    "of dense": lambda cell: f"{1 / cell['kv_saving']:.1%}",
+    "peak prefill": lambda cell: size(cell["peak_prefill_bytes"]),
+    "peak decode": lambda cell: size(cell["peak_decode_bytes"]),
+}
 
 
 def _limit_header(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -61,21 +60,6 @@ def _limit_header(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
-    first, decode = cell["first_token_ms"], cell["decode_ms"]
-    row = [
-        cell["name"],
-        f"{first['median']:.0f}",
-        f"{cell['first_token_speedup']:.2f}",
-        f"{decode['median']:.2f} ({decode['q1']:.2f}-{decode['q3']:.2f})",
-        f"{cell['tokens_per_s']:.1f}",
-        f"{cell['decode_speedup']:.2f}",
-        f"{cell['speedup_bound']:.2f}",
-        f"{cell['speedup_share']:.0%}",
-        f"{cell['decode_bound_percent']:.0f} %",
-        size(cell["kv_bytes"]),
-        f"{1 / cell['kv_saving']:.1%}",
-        size(cell["peak_prefill_bytes"]),
-        size(cell["peak_decode_bytes"]),
-    ]
     batch = cell.get("largest_batch", {})
-    return row + [NONE if count is None else str(count) for name, count in batch.items() if name != "kv_only"]
+    tried = [NONE if count is None else str(count) for name, count in batch.items() if name != "kv_only"]
+    return [cell["name"], *(column(cell) for column in _COLUMNS.values()), *tried]

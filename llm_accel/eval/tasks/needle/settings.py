@@ -1,4 +1,4 @@
-"""What a needle run is made of."""
+"""Settings of a needle run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llm_accel.common.arguments import haystack_option, methods_option
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
-from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.lengths import comma_list, lengths_option
 from llm_accel.eval.prompts import grammar
 from llm_accel.eval.prompts.grammar import KEY_KINDS, Kind
 from llm_accel.eval.prompts.needles import Needles
@@ -30,7 +30,7 @@ def parse_depths(text: str) -> tuple[float, ...]:
         count = int(text)
         return (50.0,) if count == 1 else tuple(round(100 * i / (count - 1), 2) for i in range(count))
     try:
-        depths = sorted({float(part) for part in text.split(",") if part.strip()})
+        depths = sorted({float(part) for part in comma_list(text)})
     except ValueError as error:
         raise ConfigError(f"--depths {text!r} is not allowed; give {allowed}.") from error
     if not depths or not all(0 <= depth <= 100 for depth in depths):
@@ -39,8 +39,8 @@ def parse_depths(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TextSettings):
-    """Everything that decides what the records of a needle run say.
+class NeedleSettings(TextSettings):
+    """Everything that determines the records of a needle run.
 
     ``task`` is one of RULER's variants (Hsieh et al. 2024, arXiv 2404.06654):
 
@@ -76,11 +76,11 @@ class Settings(TextSettings):
         least=1,
         group="prompts",
     )
-    distractors: int = option("needles on top, with keys that nobody asks for", 0, least=0, group="prompts")
+    distractors: int = option("additional needles whose keys are not asked for", 0, least=0, group="prompts")
     key_kind: Kind = option("", "word", choices=KEY_KINDS, group="prompts")
     value_kind: Kind = option("", "number", choices=KEY_KINDS, group="prompts")
     haystack: str = haystack_option("text to hide needles in", "prompts")
-    answer_prefix: bool = option("begin the answer for the model, as RULER does", True, group="prompts")
+    answer_prefix: bool = option("start the answer for the model, as RULER does", True, group="prompts")
     max_new_tokens: int | None = option("default: what the longest answer needs", None, least=1, group="run")
 
     def validate(self) -> None:
@@ -88,15 +88,15 @@ class Settings(TextSettings):
         if self.task == "single" and self.needles != 1:
             raise ConfigError(
                 f"--task single --needles {self.needles}: single has one needle; "
-                "use --task multikey, or --distractors for needles nobody asks for."
+                "use --task multikey, or --distractors for needles that are not asked for."
             )
         if self.task != "single" and self.needles < 2:
             raise ConfigError(f"--task {self.task} --needles {self.needles}: give at least 2, or --task single.")
         keys, values = self.hidden.keys + self.distractors, self.needles + self.distractors
         if self.key_kind == "word" and keys > len(grammar.TEST_KEYS):
-            raise ConfigError(f"{keys} word keys asked for, there are {len(grammar.TEST_KEYS)}: use --key-kind number.")
+            raise ConfigError(f"{keys} word keys needed, there are {len(grammar.TEST_KEYS)}; use --key-kind number.")
         if self.value_kind == "word" and values > (pool := len(grammar.value_words())):
-            raise ConfigError(f"{values} word values asked for, there are {pool}: use --value-kind number.")
+            raise ConfigError(f"{values} word values needed, there are {pool}; use --value-kind number.")
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -105,7 +105,7 @@ class Settings(TextSettings):
 
     @property
     def hidden(self) -> Needles:
-        """What is hidden and asked for."""
+        """The needles to hide and to ask for."""
         values = self.needles if self.task == "multivalue" else 1
         return Needles(
             keys=self.needles // values,

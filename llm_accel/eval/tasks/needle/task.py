@@ -6,19 +6,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from llm_accel.common.statistics import wilson
-from llm_accel.eval.grid import Place
-from llm_accel.eval.prompts.maker import Prompt, PromptMaker
+from llm_accel.eval.grid import GridPoint
+from llm_accel.eval.prompts.maker import PromptMaker, TextPrompt
 from llm_accel.eval.prompts.needles import NeedleBuilder
-from llm_accel.eval.prompts.puzzle import Puzzle
+from llm_accel.eval.prompts.template import PromptTemplate
 from llm_accel.eval.records import Record
 from llm_accel.eval.summary import mean_of
 from llm_accel.eval.table import NONE, by_length, missing
 from llm_accel.eval.tasks.needle.scoring import score
-from llm_accel.eval.tasks.needle.settings import Settings
-from llm_accel.eval.text_task import TextTask, prepare
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
+from llm_accel.eval.text_task import TextTask
 
 _MARGIN, _MARGIN_WITHOUT_PREFIX = 4, 64  # new tokens beyond the answer's own
 
@@ -27,44 +27,37 @@ _MARGIN, _MARGIN_WITHOUT_PREFIX = 4, 64  # new tokens beyond the answer's own
 class NeedleMaker(PromptMaker):
     """Prompts of the grid; ``length`` is that of the whole prompt."""
 
-    settings: Settings
+    settings: NeedleSettings
+
+    @classmethod
+    def load(cls, settings: NeedleSettings, tokenizer: Any) -> Self:
+        maker = super().load(settings, tokenizer)
+        return replace(maker, settings=replace(maker.settings, max_new_tokens=maker.max_new_tokens))
 
     @cached_property
     def builder(self) -> NeedleBuilder:
-        """What draws the needles."""
+        """Draws the needles."""
         return NeedleBuilder(self.settings.hidden, "bundled", self.encoder, self.haystack)
 
-    def puzzle(self, place: Place) -> Puzzle:
-        rng = random.Random(f"needle/{self.settings.seed}/{place.length}/{place.row}/{place.sample}")
-        drawn = self.builder.draw_at(rng, place.row)
+    def template(self, point: GridPoint) -> PromptTemplate:
+        rng = random.Random(f"needle/{self.settings.seed}/{point.length}/{point.row}/{point.sample}")
+        drawn = self.builder.draw_at(rng, point.row)
         return drawn if self.settings.answer_prefix else replace(drawn, prefix=None)
 
-    def label(self, place: Place) -> str:
+    def label(self, point: GridPoint) -> str:
         return "the prompt with template, question and needles"
 
-    def new_tokens(self, place: Place) -> int:
+    def new_tokens(self, point: GridPoint) -> int:
         return self.max_new_tokens
 
     @cached_property
     def max_new_tokens(self) -> int:
-        """What the settings say, or what a drawn answer takes and some more."""
+        """From the settings, or what a drawn answer takes, with a margin."""
         if self.settings.max_new_tokens is not None:
             return self.settings.max_new_tokens
         answers = self.builder.draw_at(random.Random("answer"), 0.0).answers
         margin = _MARGIN if self.settings.answer_prefix else _MARGIN_WITHOUT_PREFIX
         return len(self.encoder.continuation(", ".join(answers) + " and.")) + margin
-
-
-def make_prompts(settings: Settings, tokenizer: Any) -> tuple[NeedleMaker, Settings]:
-    """See :meth:`TextTask.make_prompts`."""
-    settings, encoder, frame, haystack = prepare(settings, tokenizer)
-    new_tokens = NeedleMaker(encoder, frame, haystack, settings).max_new_tokens
-    settings = replace(settings, max_new_tokens=new_tokens)
-    maker = NeedleMaker(encoder, frame, haystack, settings)
-    for depth in settings.depths:  # if any length is too short, it is this one
-        for sample in range(settings.samples):
-            maker.make(Place(min(settings.lengths), depth, sample))
-    return maker, settings
 
 
 class NeedleTask(TextTask):
@@ -76,10 +69,10 @@ class NeedleTask(TextTask):
     open_settings = ("chat_template", "max_new_tokens", "dtype", "device")
     row_label, score_label = "needle depth in %", "exact match"
     measures = ("exact", "rouge1_recall", "recall")
-    make_prompts = staticmethod(make_prompts)
-    settings: Settings
+    maker_type = NeedleMaker
+    settings: NeedleSettings
 
-    def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+    def scores(self, prompt: TextPrompt, answer: str) -> dict[str, Any]:
         return {
             "task": self.settings.task,
             **score(answer, prompt.expected, self.settings.value_kind),

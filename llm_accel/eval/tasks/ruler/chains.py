@@ -7,8 +7,9 @@ import string
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 
+from llm_accel.eval.prompts import template
 from llm_accel.eval.prompts.encoding import Encoder
-from llm_accel.eval.prompts.puzzle import NOISE, Piece, Puzzle, drawn, inserted, places, tokens
+from llm_accel.eval.prompts.template import NOISE, PromptTemplate, Segment
 
 _HOPS = 4
 _EXAMPLE_TOKENS = 500  # of the solved example in front, at most an eighth of the prompt
@@ -17,21 +18,21 @@ _INTRO = "Memorize and track the chain(s) of variable assignment hidden in the f
 
 @dataclass(frozen=True)
 class ChainBuilder:
-    """Puzzles with one chain of four hops, after a solved example with shorter names."""
+    """Prompts with one chain of four hops, after a solved example with shorter names."""
 
     encoder: Encoder
 
-    def draw(self, rng: random.Random, sample: int, length: int) -> Puzzle:
+    def draw(self, rng: random.Random, sample: int, length: int) -> PromptTemplate:
         """A chain and its value."""
         names, value, lines = _chain(rng, letters=5)
-        hidden: list[Piece] = list(self.encoder.lines([line + "\n" for line in lines]))
+        hidden: list[Segment] = list(self.encoder.lines([line + "\n" for line in lines]))
         (noise,) = self.encoder.lines([NOISE + "\n"])
 
-        def fill(room: int) -> list[Piece]:
-            filler = drawn(repeat(noise), room - tokens(hidden))
-            return inserted(filler, places(rng, filler, len(hidden)), hidden)
+        def fill(size: int) -> list[Segment]:
+            filler = template.take_tokens(repeat(noise), size - template.count_tokens(hidden))
+            return template.insert_segments(filler, template.random_positions(rng, filler, len(hidden)), hidden)
 
-        return Puzzle(
+        return PromptTemplate(
             intro=_example(rng, min(_EXAMPLE_TOKENS, length // 8) // len(noise)) + _INTRO,
             fill=fill,
             question=_question(value),
@@ -51,7 +52,7 @@ def _chain(rng: random.Random, letters: int) -> tuple[list[str], str, list[str]]
 
 
 def _example(rng: random.Random, noises: int) -> str:
-    """A solved puzzle with ``noises`` passages of noise, at least as many as it has lines."""
+    """A solved example with ``noises`` passages of noise, at least as many as it has lines."""
     names, value, lines = _chain(rng, letters=3)
     text = [NOISE] * max(noises, len(lines))
     for moved, (place, line) in enumerate(zip(sorted(rng.sample(range(len(text)), len(lines))), lines, strict=True)):

@@ -18,7 +18,7 @@ from typing import Any
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.prompts.encoding import Encoder
-from llm_accel.eval.prompts.puzzle import NoRoom, Piece, Puzzle, exactly
+from llm_accel.eval.prompts.template import PromptTemplate, Segment, TooShortError, last_tokens
 from llm_accel.eval.rows import read_rows
 
 _TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -26,8 +26,8 @@ _INTRO = f"{_TASK}\n\nThe following are given documents.\n\n"
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question, the answers of which one is enough, and the numbers of its documents."""
+class DocumentQuestion:
+    """A question, its answers, of which one suffices, and the indices of its documents."""
 
     text: str
     answers: tuple[str, ...]
@@ -37,27 +37,27 @@ class Question:
 
 @dataclass(frozen=True)
 class DocumentBuilder:
-    """Puzzles of questions about documents; sample i asks question i."""
+    """Prompts of questions about documents; sample i asks question i."""
 
     encoder: Encoder
-    questions: tuple[Question, ...]
+    questions: tuple[DocumentQuestion, ...]
     documents: tuple[str, ...]
-    _encoded: dict[int, Piece] = field(default_factory=dict)
-    _headings: list[Piece] = field(default_factory=list)
+    _encoded: dict[int, Segment] = field(default_factory=dict)
+    _headings: list[Segment] = field(default_factory=list)
 
-    def draw(self, rng: random.Random, sample: int, length: int) -> Puzzle:
+    def draw(self, rng: random.Random, sample: int, length: int) -> PromptTemplate:
         """The question of a sample; from the first one again after the last one."""
         question = self.questions[sample % len(self.questions)]
-        return Puzzle(
+        return PromptTemplate(
             intro=_INTRO,
-            fill=lambda room: self._fill(rng, room, question),
+            fill=lambda size: self._fill(rng, size, question),
             question=f"{_TASK}\n\nQuestion: {question.text}",
             prefix="Answer:",
             answers=question.answers,
         )
 
-    def _fill(self, rng: random.Random, room: int, question: Question) -> list[Piece]:
-        """Documents until the room is full; the first one is none that holds the answer, and loses its head."""
+    def _fill(self, rng: random.Random, size: int, question: DocumentQuestion) -> list[Segment]:
+        """Documents up to ``size`` tokens; the first one, which loses its head, does not hold the answer."""
         held = set(question.documents)
         near = [i for i in question.more if i not in held]
         far = sorted(set(range(len(self.documents))) - held - set(near))
@@ -66,12 +66,12 @@ class DocumentBuilder:
         others = near + far
         chosen = list(question.documents)
         total = sum(self._size(place, number) for place, number in enumerate(chosen))
-        if total > room:
-            raise NoRoom(total - room)
-        if not others and total < room:
+        if total > size:
+            raise TooShortError(total - size)
+        if not others and total < size:
             raise ConfigError(f"qa: every document belongs to the question {question.text!r}; give more documents.")
         first = None
-        while total < room:  # a file with few documents repeats them
+        while total < size:  # a file with few documents repeats them
             first = others[(len(chosen) - len(held)) % len(others)]
             total += self._size(len(chosen), first)
             chosen.append(first)
@@ -79,31 +79,28 @@ class DocumentBuilder:
         if first is not None:
             place = chosen.index(first)
             chosen[0], chosen[place] = chosen[place], chosen[0]
-        pieces = [[*self._heading(place), *self._document(number)] for place, number in enumerate(chosen)]
-        return exactly(pieces, room)
+        segments = [[*self._heading(place), *self._document(number)] for place, number in enumerate(chosen)]
+        return last_tokens(segments, size)
 
     def _size(self, place: int, number: int) -> int:
         return len(self._heading(place)) + len(self._document(number))
 
-    def _heading(self, place: int) -> Piece:
+    def _heading(self, place: int) -> Segment:
         have = len(self._headings)
         if place >= have:
             names = [f"Document {i + 1}:\n" for i in range(have, max(place + 1, 2 * have))]
             self._headings.extend(self.encoder.lines(names))
         return self._headings[place]
 
-    def _document(self, number: int) -> Piece:
+    def _document(self, number: int) -> Segment:
         if number not in self._encoded:
             (self._encoded[number],) = self.encoder.lines([self.documents[number] + "\n\n"])
         return self._encoded[number]
 
 
 def load_questions(source: str, option: str, encoder: Encoder) -> DocumentBuilder:
-    """Questions and documents of a file or a data set.
-
-    Raises:
-        ConfigError: it cannot be read, or a row has none of the forms above.
-    """
+    """Questions and documents of a file or a data set. Raises :class:`ConfigError`: it cannot be read, or a row has
+    none of the forms above."""
     found: list[tuple[str, list[str], list[str], list[str]]] = []
     for i, row in enumerate(_flat(read_rows(source, option, "validation"))):
         try:
@@ -121,7 +118,9 @@ def load_questions(source: str, option: str, encoder: Encoder) -> DocumentBuilde
     documents = tuple(sorted({text for _, _, own, more in found for text in (*own, *more)}))
     number = {text: i for i, text in enumerate(documents)}
     questions = tuple(
-        Question(text, tuple(answers), tuple(number[d] for d in dict.fromkeys(own)), tuple(number[d] for d in more))
+        DocumentQuestion(
+            text, tuple(answers), tuple(number[d] for d in dict.fromkeys(own)), tuple(number[d] for d in more)
+        )
         for text, answers, own, more in found
     )
     return DocumentBuilder(encoder, questions, documents)
@@ -152,7 +151,7 @@ def _flat(rows: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[str, list[str], list[str], list[str]]:
-    """Question, answers, documents that hold them, documents near to these."""
+    """Question, answers, documents that hold them, related documents."""
     context = row.get("context")
     if isinstance(context, str):  # SQuAD
         answers = row["answers"]

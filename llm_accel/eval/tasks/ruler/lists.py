@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.prompts.encoding import Encoder
-from llm_accel.eval.prompts.puzzle import NoRoom, Piece, Puzzle, exactly
+from llm_accel.eval.prompts.template import PromptTemplate, Segment, TooShortError, last_tokens
 from llm_accel.eval.prompts.words import SINGLE, draw_pairs
 
 Word = TypeVar("Word")
@@ -53,9 +53,9 @@ class ListBuilder:
 
     encoder: Encoder
     words: tuple[str, ...] = ()
-    _numbers: list[Piece] = field(default_factory=list)
+    _numbers: list[Segment] = field(default_factory=list)
 
-    def draw(self, rng: random.Random, sample: int, length: int) -> Puzzle:
+    def draw(self, rng: random.Random, sample: int, length: int) -> PromptTemplate:
         """All words in the order in which the list takes them; the ten common ones first."""
         often, seldom = (30, 3) if length >= _SHORT else (6, 1)
         pool = self.words or SINGLE
@@ -66,22 +66,22 @@ class ListBuilder:
         words = rng.sample(pool, len(pool))
         if not self.words and self._totals(words, often, seldom)[-1] < length - len(self.encoder.start(intro)):
             words = draw_pairs(rng, length // (_ENTRY_TOKENS * seldom))
-        return Puzzle(
+        return PromptTemplate(
             intro=intro,
-            fill=lambda room: self._fill(rng, room, words, often, seldom),
+            fill=lambda size: self._fill(rng, size, words, often, seldom),
             question=_LIST_QUESTION,
             prefix=_LIST_PREFIX,
             answers=tuple(words[:_COMMON]),
         )
 
-    def _fill(self, rng: random.Random, room: int, words: list[str], often: int, seldom: int) -> list[Piece]:
-        """As many words as the room holds; what is too much of the last one is cut off from the list's head."""
+    def _fill(self, rng: random.Random, size: int, words: list[str], often: int, seldom: int) -> list[Segment]:
+        """As many words as ``size`` tokens hold; the excess of the last one is cut off at the head of the list."""
         end = _line_end(self.encoder)
         total = self._totals(words, often, seldom)
-        wanted = room - len(end)
+        wanted = size - len(end)
         others = int(np.searchsorted(total, wanted))
         if total[0] > wanted:
-            raise NoRoom(int(total[0]) - wanted)
+            raise TooShortError(int(total[0]) - wanted)
         if others == len(total):
             raise ConfigError(
                 f"cwe: a list of {wanted} tokens needs more than {len(words)} different words; "
@@ -89,8 +89,8 @@ class ListBuilder:
             )
         encoded = self.encoder.continuations(words[: _COMMON + others])
         listed = _shuffled(rng, encoded[:_COMMON], encoded[_COMMON:], often, seldom)
-        pieces = [[*number, *word] for number, word in zip(self._numbers, listed, strict=False)]
-        return [*exactly(pieces, wanted), end]
+        segments = [[*number, *word] for number, word in zip(self._numbers, listed, strict=False)]
+        return [*last_tokens(segments, wanted), end]
 
     def _totals(self, words: list[str], often: int, seldom: int) -> npt.NDArray[np.int64]:
         """Tokens of the list with no other word than the common ones, with one other, and so on."""
@@ -100,7 +100,7 @@ class ListBuilder:
         numbers = np.cumsum([len(ids) for ids in self._numbered_to(int(entries[-1]))])[entries - 1]
         return np.asarray(numbers + np.cumsum(sizes)[_COMMON - 1 :])
 
-    def _numbered_to(self, count: int) -> list[Piece]:
+    def _numbered_to(self, count: int) -> list[Segment]:
         """Ids of `` 1.``, `` 2.`` and so on, kept for the next prompt."""
         self._numbers.extend(self.encoder.continuations([f"{i + 1}." for i in range(len(self._numbers), count)]))
         return self._numbers[:count]
@@ -113,35 +113,35 @@ class CodedBuilder:
 
     encoder: Encoder
 
-    def draw(self, rng: random.Random, sample: int, length: int) -> Puzzle:
+    def draw(self, rng: random.Random, sample: int, length: int) -> PromptTemplate:
         """Words by rank; the second to the fourth are asked for."""
         words: dict[str, None] = {_DOTS: None}
         while len(words) < max(length // 50, _MINIMUM):
             words["".join(rng.choices(string.ascii_lowercase, k=_LETTERS))] = None
         ranked = list(words)
-        return Puzzle(
+        return PromptTemplate(
             intro=_CODED_INTRO,
-            fill=lambda room: self._fill(rng, room, ranked),
+            fill=lambda size: self._fill(rng, size, ranked),
             question=_CODED_QUESTION,
             prefix=_CODED_PREFIX,
             answers=tuple(ranked[1 : 1 + _ASKED]),
         )
 
-    def _fill(self, rng: random.Random, room: int, ranked: list[str]) -> list[Piece]:
+    def _fill(self, rng: random.Random, size: int, ranked: list[str]) -> list[Segment]:
         encoded, end = self.encoder.continuations(ranked), _line_end(self.encoder)
-        wanted = room - len(end)
+        wanted = size - len(end)
         if wanted < 1:
-            raise NoRoom(1 - wanted)
+            raise TooShortError(1 - wanted)
         sizes = np.array([len(ids) for ids in encoded])
         shares = np.arange(1, len(ranked) + 1) ** -_ALPHA / (math.pi**2 / 6)  # the sum over all ranks is zeta(2)
-        scale = bisect.bisect_left(range(16 * room), wanted, key=lambda n: int((n * shares).astype(int) @ sizes))
+        scale = bisect.bisect_left(range(16 * size), wanted, key=lambda n: int((n * shares).astype(int) @ sizes))
         ranks = np.repeat(np.arange(len(ranked)), (scale * shares).astype(int)).tolist()
         rng.shuffle(ranks)
-        pieces = exactly([encoded[rank] for rank in ranks], wanted)
-        left = Counter(ranks[len(ranks) - len(pieces) + 1 :])  # the first piece may have lost its head
+        segments = last_tokens([encoded[rank] for rank in ranks], wanted)
+        left = Counter(ranks[len(ranks) - len(segments) + 1 :])  # the first segment may have lost its head
         if left[_ASKED] <= max((left[rank] for rank in range(_ASKED + 1, len(ranked))), default=0):
-            raise NoRoom(1)
-        return [*pieces, end]
+            raise TooShortError(1)
+        return [*segments, end]
 
 
 def _shuffled(
@@ -156,6 +156,6 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
-def _line_end(encoder: Encoder) -> Piece:
+def _line_end(encoder: Encoder) -> Segment:
     """Ids of a newline behind a word."""
     return encoder.behind("a", ["\n"])[0]

@@ -6,27 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_accel.errors import ConfigError
-from llm_accel.eval.grid import Place, places
+from llm_accel.eval.grid import GridPoint, points
+from llm_accel.eval.records import reported_errors
 from llm_accel.eval.tasks.ruler.task import RulerMaker
 
 
-def sample_of(maker: RulerMaker, place: Place) -> dict[str, Any]:
+def sample_of(maker: RulerMaker, point: GridPoint) -> dict[str, Any]:
     """One line.
 
     ``index``, ``input``, ``outputs``, ``length`` and ``answer_prefix`` are RULER's, without the chat template;
     ``prompt`` is the whole text with it. ``same_tokens``: the tokenizer makes the very ids of ``prompt`` that were
-    measured; a tokenizer that merges across the seams of the pieces does not always.
+    measured; a tokenizer that merges across the seams of the segments does not always.
     """
-    prompt, tokenizer = maker.make(place), maker.encoder.tokenizer
+    prompt, tokenizer = maker.make(point), maker.encoder.tokenizer
     text = str(tokenizer.decode(list(prompt.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
     inside = slice(len(maker.frame.prefix), prompt.answer_start - len(maker.frame.suffix))
     return {
-        "index": place.sample,
-        "task": place.row,
+        "index": point.sample,
+        "task": point.row,
         "input": maker.encoder.decode(prompt.ids[inside]),
         "outputs": list(prompt.expected),
-        "length": place.length,
+        "length": point.length,
         "answer_prefix": maker.encoder.decode(prompt.ids[prompt.answer_start :]),
         "prompt": text,
         "max_new_tokens": prompt.new_tokens,
@@ -36,20 +36,15 @@ def sample_of(maker: RulerMaker, place: Place) -> dict[str, Any]:
 
 
 def write_samples(path: Path, maker: RulerMaker, shard: tuple[int, int] = (1, 1)) -> dict[str, Any]:
-    """Writes one line for each place of a shard; returns what was written.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Writes one line for each point of a shard; returns what was written. Raises :class:`ConfigError`: the file cannot
+    be written."""
     settings, same = maker.settings, 0
-    wanted = places(settings.lengths, settings.rows, settings.samples)[shard[0] - 1 :: shard[1]]
-    try:
+    wanted = points(settings.lengths, settings.rows, settings.samples)[shard[0] - 1 :: shard[1]]
+    with reported_errors(path, "--write-samples"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            for place in wanted:
-                sample = sample_of(maker, place)
+            for point in wanted:
+                sample = sample_of(maker, point)
                 same += sample["same_tokens"]
                 file.write(json.dumps(sample) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--write-samples {str(path)!r} cannot be written: {error.strerror or error}.") from error
     return {"command": "ruler", "samples": len(wanted), "same_tokens": same, "file": str(path)}

@@ -1,4 +1,4 @@
-"""What a RULER run is made of."""
+"""Settings of a RULER run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from llm_accel.common.arguments import haystack_option, methods_option
 from llm_accel.common.options import flag, option
 from llm_accel.errors import ConfigError, unknown_name
-from llm_accel.eval.lengths import lengths_option
+from llm_accel.eval.lengths import comma_list, lengths_option
 from llm_accel.eval.prompts.needles import WORDINGS, Wording
 from llm_accel.eval.tasks.ruler.tasks import BUNDLED, QA, TASKS, WITHOUT_DATA
 from llm_accel.eval.text_task import TextRunOptions, TextSettings
@@ -19,7 +19,7 @@ ALL = "all"
 
 def parse_tasks(text: str) -> tuple[str, ...]:
     """A comma-separated list of tasks in RULER's order, or ``all``."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = tuple(comma_list(text))
     if not names:
         raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}, or {ALL}.")
     for name in names:
@@ -38,8 +38,8 @@ def _documents_option(task: str, name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TextSettings):
-    """Everything that decides what the records of a RULER run say.
+class RulerSettings(TextSettings):
+    """Everything that determines the records of a RULER run.
 
     ``tasks``: ``("all",)`` stands for all that need no data or were given it, None also for those, and for the bundled
     model for the ones it was trained for.
@@ -47,10 +47,10 @@ class Settings(TextSettings):
 
     methods: tuple[str, ...] = methods_option("dense is the plain model", DEFAULT_METHODS)
     lengths: tuple[int, ...] = lengths_option(
-        "tokens of prompt and answer together, met exactly; 1k = 1024", "1k,2k,4k", "prompts"
+        "exact number of tokens of prompt and answer together; 1k = 1024", "1k,2k,4k", "prompts"
     )
     tasks: tuple[str, ...] = option(
-        f"of {', '.join(TASKS)} (default: all that need no data; bundled model: those it was trained for)",
+        f"some of {', '.join(TASKS)} (default: all that need no data; bundled model: those it was trained for)",
         None,
         metavar="LIST|all",
         parse=parse_tasks,
@@ -58,7 +58,7 @@ class Settings(TextSettings):
     )
     samples: int = option("prompts per task and length; RULER has 500", 10, least=1, group="prompts")
     haystack: str = haystack_option(
-        "prose to hide needles in; RULER takes Paul Graham's essays, which are not shipped", "prompts"
+        "prose to hide needles in; RULER uses Paul Graham's essays, which are not included", "prompts"
     )
     words: str | None = option(
         "words for the lists of cwe (default: built-in ones)", None, metavar="FILE", group="prompts"
@@ -66,7 +66,7 @@ class Settings(TextSettings):
     qa_1: str | None = _documents_option("qa_1", "SQuAD")
     qa_2: str | None = _documents_option("qa_2", "HotpotQA")
     wording: Wording = option(
-        "of needle tasks: RULER's, or what the bundled model was trained on (default: as the model needs)",
+        "wording of the needle tasks: RULER's, or the one the bundled model was trained on (default: by model)",
         None,
         choices=WORDINGS,
         group="prompts",
@@ -99,5 +99,5 @@ class RulerRunOptions(TextRunOptions):
     """How a RULER run is carried out."""
 
     write_samples: str | None = option(
-        "write the prompts as JSON lines for other harnesses, and run nothing", None, metavar="FILE", group="output"
+        "only write the prompts as JSON lines, for other harnesses", None, metavar="FILE", group="output"
     )

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llm_accel.eval.grid import Place
+from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.lengths import length_label
-from llm_accel.eval.prompts.maker import Prompt, PromptMaker
+from llm_accel.eval.prompts.maker import PromptMaker, TextPrompt
 from llm_accel.eval.prompts.needles import NeedleBuilder
-from llm_accel.eval.prompts.puzzle import Builder, Puzzle
+from llm_accel.eval.prompts.template import Builder, PromptTemplate
 from llm_accel.eval.prompts.words import read_words
 from llm_accel.eval.records import Record
 from llm_accel.eval.summary import DENSE, mean_of
@@ -20,10 +20,9 @@ from llm_accel.eval.table import aligned, by_length, missing, number
 from llm_accel.eval.tasks.ruler.chains import ChainBuilder
 from llm_accel.eval.tasks.ruler.documents import load_questions
 from llm_accel.eval.tasks.ruler.lists import CodedBuilder, ListBuilder
-from llm_accel.eval.tasks.ruler.scoring import score
-from llm_accel.eval.tasks.ruler.settings import Settings
-from llm_accel.eval.tasks.ruler.tasks import QA, TASKS, Task
-from llm_accel.eval.text_task import TextTask, prepare
+from llm_accel.eval.tasks.ruler.settings import RulerSettings
+from llm_accel.eval.tasks.ruler.tasks import QA, TASKS, TaskSpec
+from llm_accel.eval.text_task import TextTask
 
 VOID = 0.5  # a task that the dense model solves less than half of says nothing about a method
 
@@ -32,28 +31,28 @@ VOID = 0.5  # a task that the dense model solves less than half of says nothing 
 class RulerMaker(PromptMaker):
     """Prompts of the tasks; ``length`` is that of prompt and answer together."""
 
-    settings: Settings
+    settings: RulerSettings
 
-    def puzzle(self, place: Place) -> Puzzle:
-        rng = random.Random(f"ruler/{self.settings.seed}/{place.row}/{place.length}/{place.sample}")
-        return self.builders[place.row].draw(rng, place.sample, place.length)
+    def template(self, point: GridPoint) -> PromptTemplate:
+        rng = random.Random(f"ruler/{self.settings.seed}/{point.row}/{point.length}/{point.sample}")
+        return self.builders[point.row].draw(rng, point.sample, point.length)
 
-    def new_tokens(self, place: Place) -> int:
-        return TASKS[place.row].new_tokens
+    def new_tokens(self, point: GridPoint) -> int:
+        return TASKS[point.row].new_tokens
 
-    def length(self, place: Place) -> int:
-        return place.length - self.new_tokens(place)
+    def length(self, point: GridPoint) -> int:
+        return point.length - self.new_tokens(point)
+
+    def tried_samples(self, row: str) -> int:
+        return self.settings.samples if row in QA else 1  # the documents of a question may be longer than the others'
 
     @cached_property
     def builders(self) -> dict[str, Builder]:
-        """What draws the puzzles of each task.
-
-        Raises:
-            ConfigError: the questions of a task, or the words for lists, cannot be read.
-        """
+        """What draws the prompts of each task. Raises :class:`ConfigError`: the questions of a task, or the words for
+        lists, cannot be read."""
         return {name: self._builder(TASKS[name]) for name in self.settings.tasks}
 
-    def _builder(self, task: Task) -> Builder:
+    def _builder(self, task: TaskSpec) -> Builder:
         if task.needles is not None:
             return NeedleBuilder(task.needles, self.settings.wording, self.encoder, self.haystack)
         if task.family == "vt":
@@ -63,16 +62,6 @@ class RulerMaker(PromptMaker):
         if task.family == "fwe":
             return CodedBuilder(self.encoder)
         return load_questions(getattr(self.settings, task.name), "--" + task.name.replace("_", "-"), self.encoder)
-
-
-def make_prompts(settings: Settings, tokenizer: Any) -> tuple[RulerMaker, Settings]:
-    """See :meth:`TextTask.make_prompts`."""
-    settings, encoder, frame, haystack = prepare(settings, tokenizer)
-    maker = RulerMaker(encoder, frame, haystack, settings)
-    for task in settings.tasks:  # a question's own documents may be longer than the others'
-        for sample in range(settings.samples if task in QA else 1):
-            maker.make(Place(min(settings.lengths), task, sample))
-    return maker, settings
 
 
 class RulerTask(TextTask):
@@ -85,15 +74,15 @@ class RulerTask(TextTask):
     score = "score"
     row_label, score_label = "", "RULER's score"
     measures = ("score",)
-    make_prompts = staticmethod(make_prompts)
-    settings: Settings
+    maker_type = RulerMaker
+    settings: RulerSettings
 
-    def alike(self, place: Place) -> Any:
-        return place.length, place.row
+    def alike(self, point: GridPoint) -> Any:
+        return point.length, point.row
 
-    def scores(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        task = TASKS[prompt.place.row]
-        return {"wording": self.settings.wording, "score": score(task, answer, prompt.expected)}
+    def scores(self, prompt: TextPrompt, answer: str) -> dict[str, Any]:
+        task = TASKS[prompt.point.row]
+        return {"wording": self.settings.wording, "score": task.score(answer, prompt.expected)}
 
     def column(self, records: Sequence[Record]) -> dict[str, Any]:
         """The mean of each task, and over tasks: each weighs the same."""

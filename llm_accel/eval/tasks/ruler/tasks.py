@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llm_accel.eval.prompts.grammar import recall
 from llm_accel.eval.prompts.needles import Needles
 
 Family = Literal["niah", "vt", "cwe", "fwe", "qa"]
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSpec:
     """One task; ``new_tokens``: tokens to generate at most; ``needles``: what is hidden, for needle tasks."""
 
     name: str
     family: Family
     new_tokens: int
     needles: Needles | None = None
+
+    def score(self, answer: str, expected: Sequence[str]) -> float:
+        """RULER's scores, in [0, 1]: the share of the expected strings in the answer, case ignored
+        (``string_match_all``); for questions about documents whether it has one of them (``string_match_part``)."""
+        if self.family == "qa":
+            return float(any(text.lower() in answer.lower() for text in expected))
+        return round(recall(answer, expected), 4)
 
 
 _NEEDLES = {
@@ -30,13 +39,13 @@ _NEEDLES = {
     "niah_multivalue": Needles(values=4),
     "niah_multiquery": Needles(keys=4, queries=4),
 }
-TASKS: dict[str, Task] = {
-    **{name: Task(name, "niah", 128, needles) for name, needles in _NEEDLES.items()},
-    "vt": Task("vt", "vt", 30),
-    "cwe": Task("cwe", "cwe", 120),
-    "fwe": Task("fwe", "fwe", 50),
-    "qa_1": Task("qa_1", "qa", 32),
-    "qa_2": Task("qa_2", "qa", 32),
+TASKS: dict[str, TaskSpec] = {
+    **{name: TaskSpec(name, "niah", 128, needles) for name, needles in _NEEDLES.items()},
+    "vt": TaskSpec("vt", "vt", 30),
+    "cwe": TaskSpec("cwe", "cwe", 120),
+    "fwe": TaskSpec("fwe", "fwe", 50),
+    "qa_1": TaskSpec("qa_1", "qa", 32),
+    "qa_2": TaskSpec("qa_2", "qa", 32),
 }
 QA = tuple(name for name, task in TASKS.items() if task.family == "qa")
 WITHOUT_DATA = tuple(name for name in TASKS if name not in QA)

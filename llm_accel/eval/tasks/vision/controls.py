@@ -1,5 +1,5 @@
-"""Rows that are no methods and belong beside them: what the language model knows without the image, and what a choice
-of patches could reach."""
+"""Controls that are compared with methods: what the language model knows without the image, and what an ideal choice of
+patches reaches."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Blind(InputControl):
 
 @dataclass(frozen=True)
 class Blank(InputControl):
-    """A grey image of the same size: what is said about nothing."""
+    """A grey image of the same size: what is answered without content."""
 
     name: ClassVar[str] = "blank"
 
 
 @dataclass(frozen=True)
 class OracleTokens(VisualTokens):
-    """Keeps the patches that things cover, as many as fit, and background for the rest: what a method that looks at the
-    image alone could reach. Only for data that says where things are."""
+    """Keeps the patches that objects cover, as many as fit, and background for the rest: an upper bound for methods
+    that see the image only. Needs data that says where objects are."""
 
     order: tuple[int, ...] = option("filled in for each image: its visual tokens, those to keep first", ())
 
@@ -53,7 +53,7 @@ class OracleTokens(VisualTokens):
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
         if len(self.order) != count:
             raise ConfigError(
-                f"oracle: the image has {count} visual tokens, but the data says where things are on {len(self.order)} "
+                f"oracle: the image has {count} visual tokens, but the data locates objects on {len(self.order)} "
                 "patches; leave it out for this model."
             )
         return torch.tensor(sorted(self.order[: self.tokens(count)]), dtype=torch.int64, device=device)
@@ -62,18 +62,15 @@ class OracleTokens(VisualTokens):
 CONTROLS: Mapping[str, type[MethodConfig]] = {"blind": Blind, "blank": Blank, "oracle": OracleTokens}
 
 
-def bound(
+def with_patch_order(
     configs: Sequence[MethodConfig], patches: npt.NDArray[np.bool_] | None, seed: int
 ) -> tuple[MethodConfig, ...]:
-    """The methods with the oracle told about one image: its covered patches in random order, then the others.
-
-    Raises:
-        ConfigError: an oracle on an image of which nobody knows where things are.
-    """
+    """The methods, the oracle with the patches of one image: the covered ones in random order, then the others. Raises
+    :class:`ConfigError`: an oracle on an image without known object positions."""
     if not any(isinstance(config, OracleTokens) for config in configs):
         return tuple(configs)
     if patches is None:
-        raise ConfigError("oracle: this data does not say where things are; leave it out.")
+        raise ConfigError("oracle: this data does not say where objects are; leave it out.")
     shuffled = np.random.default_rng(seed).permutation(patches.size)
     order = tuple(shuffled[np.argsort(~patches.ravel()[shuffled], kind="stable")].tolist())
     return tuple(replace(config, order=order) if isinstance(config, OracleTokens) else config for config in configs)

@@ -7,18 +7,18 @@ import textwrap
 from dataclasses import replace
 from typing import Any
 
-from llm_accel.eval.plots import INK, MUTED, new_figure, plain, series
+from llm_accel.eval.plots import INK, MUTED, new_figure, series, strip_axes
 from llm_accel.eval.tasks.vision.settings import parse_method
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import spec_of
 
 _FLAT = {"dense": ("-", INK), "blind": (":", MUTED), "blank": ("-.", MUTED)}
 
 
 def family(spec: str) -> str:
-    """A method without its number of tokens: what is one line in the plot."""
+    """A method without its budget: one line of the plot."""
     open_ = [
-        replace(config, target=None, keep_ratio=None) if isinstance(config, VisualBudget) else config
+        replace(config, budget=None, ratio=None) if isinstance(config, VisualBudget) else config
         for config in parse_method(spec)
     ]
     return spec_of(open_)
@@ -83,4 +83,4 @@ def _panel(axes: Any, task: str, methods: dict[str, Any], lines: dict[str, list[
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlim(0, 1.04 * max(entry["visual_before"] for entry in methods.values()) or 1)
     axes.grid(color="#E6E8EA", linewidth=0.6)
-    plain(axes)
+    strip_axes(axes)

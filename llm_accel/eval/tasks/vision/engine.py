@@ -12,15 +12,16 @@ from transformers import StoppingCriteriaList
 from llm_accel.api import apply
 from llm_accel.common.generation import Clock, cut, end_tokens, greedy
 from llm_accel.errors import ConfigError
-from llm_accel.eval.tasks.vision.controls import Blank, Blind, InputControl, bound
+from llm_accel.eval.cost import mean_flops
+from llm_accel.eval.tasks.vision.controls import Blank, Blind, InputControl, with_patch_order
 from llm_accel.eval.tasks.vision.examples import Example
-from llm_accel.eval.tasks.vision.reader import Reader, blank
-from llm_accel.eval.tasks.vision.watch import counting, kept_patches, mean_flops
+from llm_accel.eval.tasks.vision.prefill import counting, kept_patches
+from llm_accel.eval.tasks.vision.processor import VisionProcessor, blank
 from llm_accel.methods import MethodConfig, StepEviction
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VisionOutcome:
     """One batch of prompts. All but answers and patches is the mean of a prompt.
 
     Attributes:
@@ -31,7 +32,7 @@ class Outcome:
         visual_per_layer: those that a layer sees, mean over layers.
         flops: operations of the decoder layers on the prompt, or None.
         kept: per prompt, of each visual token the share of KV heads of the last layer that hold it after the prompt;
-            None where nobody traced it.
+            None where it was not traced.
     """
 
     answers: list[str]
@@ -43,29 +44,24 @@ class Outcome:
     kept: list[list[float]] | None
 
 
-class Engine:
-    """A vision-language model and its reader, and one method at a time on it."""
+class VisionEngine:
+    """A vision-language model with its processor, and one method at a time applied to it."""
 
-    def __init__(self, model: Any, reader: Reader, max_new_tokens: int, seed: int = 0) -> None:
+    def __init__(self, model: Any, reader: VisionProcessor, max_new_tokens: int, seed: int = 0) -> None:
         self.model, self.reader, self.max_new_tokens, self.seed = model, reader, max_new_tokens, seed
         self.image_token = int(reader.tokenizer.convert_tokens_to_ids(reader.image_token))
         self.ends = end_tokens(model, reader.tokenizer)
         self._options = greedy(self.ends, reader.tokenizer)
 
-    def run(self, examples: Sequence[Example], configs: Sequence[MethodConfig]) -> Outcome:
-        """Answers examples that share an image. The methods are on the model during this call only."""
+    def run(self, examples: Sequence[Example], configs: Sequence[MethodConfig]) -> VisionOutcome:
+        """Answers examples that share an image. The methods stay on the model for this call only."""
         control = next((config for config in configs if isinstance(config, InputControl)), None)
-        if control is not None:
+        if control is not None or not configs:
             return self._answer(examples, None, control)
-        if not configs:
-            return self._answer(examples, None, None)
-        told = bound(configs, examples[0].patches, self.seed + examples[0].sample)
+        told = with_patch_order(configs, examples[0].patches, self.seed + examples[0].sample)
         stepwise = any(isinstance(config, StepEviction) for config in told)  # which positions stay changes all the time
-        handle = apply(self.model, list(told), trace=not stepwise)
-        try:
+        with apply(self.model, list(told), trace=not stepwise) as handle:
             return self._answer(examples, handle, None)
-        finally:
-            handle.remove()
 
     def try_method(self, configs: Sequence[MethodConfig]) -> None:
         """Applies and removes, so that what cannot work is known before a run begins."""
@@ -75,7 +71,7 @@ class Engine:
         if configs and not controls:
             apply(self.model, list(configs)).remove()
 
-    def _answer(self, examples: Sequence[Example], handle: Any, control: InputControl | None) -> Outcome:
+    def _answer(self, examples: Sequence[Example], handle: Any, control: InputControl | None) -> VisionOutcome:
         sighted = not isinstance(control, Blind)
         images = [blank(e.image) if isinstance(control, Blank) else e.image for e in examples] if sighted else []
         batch = self.reader.encode([self.reader.text(e.question, sighted) for e in examples], images)
@@ -100,7 +96,7 @@ class Engine:
             kept = kept_patches(report.layers[-1], ids, mask, self.image_token)
             if report.visual_tokens_after is not None:
                 after = report.visual_tokens_after / len(examples)
-        return Outcome(
+        return VisionOutcome(
             answers=[self.reader.decode(cut(row, self.ends)) for row in output.sequences[:, ids.shape[1] :].tolist()],
             prefill_ms=1e3 * (clock.ticks[0] - begin) / len(examples),
             visual_before=before,

@@ -15,33 +15,21 @@ from llm_accel.eval.tasks.vision.scenes import SPLITS, SplitName, draw_scene
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One question about one image.
+    """One question about one image."""
 
-    Attributes:
-        sample: which image; all examples of an image stand together.
-        number: which question of its task about the image.
-        task: what is asked, see :mod:`llm_accel.eval.tasks.vision.questions`.
-        split: of existence questions, how absent objects were chosen; else empty.
-        image: uint8 [H, W, 3], or a PIL image.
-        question: the text beside the image, without a placeholder.
-        answer: the expected answer.
-        objects: what is in the image, for captions; None where that is unknown.
-        patches: bool [rows, columns], which parts of the image things cover; None where that is unknown.
-    """
-
-    sample: int
-    number: int
-    task: str
-    split: str
-    image: Any
-    question: str
-    answer: str
-    objects: frozenset[str] | None = None
-    patches: npt.NDArray[np.bool_] | None = None
+    sample: int  # which image; all examples of an image stand together
+    number: int  # which question of its task about the image
+    task: str  # what is asked, see :mod:`llm_accel.eval.tasks.vision.questions`
+    split: str  # of existence questions, how absent objects were chosen; else empty
+    image: Any  # uint8 [H, W, 3], or a PIL image
+    question: str  # the text that goes with the image, without a placeholder
+    answer: str  # the expected answer
+    objects: frozenset[str] | None = None  # what is in the image, for captions; None where that is unknown
+    patches: npt.NDArray[np.bool_] | None = None  # bool [rows, columns], covered by objects; None: unknown
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """What records tell it by."""
+        """The values that identify its records."""
         return self.sample, self.task, self.number
 
 
@@ -87,7 +75,7 @@ class SceneSource:
         ]
 
     def keys(self, sample: int) -> list[tuple[int, str, int]]:
-        """What records tell the questions about a scene by."""
+        """Keys of the questions about a scene."""
         return [example.key for example in self.examples(sample)]
 
     def digest(self) -> tuple[int, str]:

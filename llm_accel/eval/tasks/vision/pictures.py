@@ -17,7 +17,7 @@ _FRAME = "#D55E00"
 
 
 def file_name(method: str) -> str:
-    """``kept-flowcut-keep_ratio-0.33.png``"""
+    """``kept-flowcut-ratio-0.33.png``"""
     return f"kept-{re.sub(r'[^A-Za-z0-9_.]+', '-', method)}.png"
 
 

@@ -3,7 +3,7 @@
 Existence is asked as POPE asks it (Li et al. 2023, arXiv:2305.10355): as many pairs that are there as pairs that are
 not, and three ways to choose what is not there, scored apart. ``random``: any absent pair. ``popular``: one of the
 three absent pairs that are most frequent in the data. ``adversarial``: one of the three absent pairs that most often
-stand beside what is there. Habit helps a model with the first, and misleads it with the last.
+occur together with what is there. Prior knowledge helps a model with the first, and misleads it with the last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CANDIDATES = 3  # absent pairs to choose from, half of POPE's six questions per 
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A prompt as the processor takes it (one ``<image>``) and its answer; ``split`` is POPE's, for existence only."""
 
     task: Task
@@ -36,7 +36,7 @@ class Question:
 
 def questions(
     scene: Scene, rng: np.random.Generator, task: Task, limit: int = 1, prior: Prior = SKEWED
-) -> tuple[Question, ...]:
+) -> tuple[SceneQuestion, ...]:
     """Up to ``limit`` different questions of a task in random order.
 
     Existence gives ``limit`` times one yes and one no for each of POPE's splits (fewer if the scene has fewer things).
@@ -45,16 +45,16 @@ def questions(
     """
     if task == "existence":
         return _existence(scene, rng, min(limit, len(scene.things)), prior)
-    asked = [Question(task, f"<image> {text}", answer) for text, answer in _WRITERS[task](scene)]
+    asked = [SceneQuestion(task, f"<image> {text}", answer) for text, answer in _WRITERS[task](scene)]
     return tuple(asked[i] for i in rng.permutation(len(asked))[:limit])
 
 
 def caption(things: Iterable[Thing]) -> str:
-    """What the model says of an image: its things in reading order."""
+    """The caption of an image: its things in reading order."""
     return ", ".join(f"a {thing.colour} {thing.shape}" for thing in things) + "."
 
 
-def _existence(scene: Scene, rng: np.random.Generator, number: int, prior: Prior) -> tuple[Question, ...]:
+def _existence(scene: Scene, rng: np.random.Generator, number: int, prior: Prior) -> tuple[SceneQuestion, ...]:
     present = [thing.pair for thing in scene.things]
     absent = np.setdiff1d(np.arange(PAIRS), present)
     order: dict[PopeSplit, list[int]] = {
@@ -70,7 +70,7 @@ def _existence(scene: Scene, rng: np.random.Generator, number: int, prior: Prior
             for pair in pairs:
                 shape, colour = divmod(pair, len(COLOURS))
                 text = f"<image> is there a {COLOURS[colour]} {SHAPES[shape]}?"
-                asked.append(Question("existence", text, answer, split))
+                asked.append(SceneQuestion("existence", text, answer, split))
     return tuple(asked)
 
 

@@ -96,7 +96,7 @@ class Prior:
     boost: Floats
 
     def following(self, present: Sequence[int]) -> Floats:
-        """Probability of each pair to be the next thing beside those ``present``, which do not occur again."""
+        """Probability of each pair to be the next object, given those ``present``, which do not occur again."""
         p: Floats = self.weights * (self.boost[list(present)].mean(0) if present else 1.0)
         p[list(present)] = 0.0
         p /= p.sum()
@@ -117,11 +117,7 @@ SKEWED = _skewed()
 
 
 def draw_scene(rng: np.random.Generator, count: int, prior: Prior = SKEWED) -> Scene:
-    """A scene of ``count`` things (1 to 16).
-
-    Raises:
-        ValueError: ``count`` does not fit into the grid.
-    """
+    """A scene of ``count`` things (1 to 16). Raises :class:`ValueError`: ``count`` does not fit into the grid."""
     if not 1 <= count <= GRID * GRID:
         raise ValueError(f"a scene has 1 to {GRID * GRID} things, got {count}")
     pairs: list[int] = []

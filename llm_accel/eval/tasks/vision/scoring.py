@@ -1,10 +1,9 @@
-"""Scores of answers: exact match, POPE's confusion counts, and CHAIR."""
+"""Scores of answers: exact match, POPE, and CHAIR."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.eval.tasks.vision.scenes import COLOURS, SHAPES
@@ -15,14 +14,14 @@ _PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
 Mentions = Callable[[str], list[str]]
 
 
-def normal(text: str) -> str:
+def normalized(text: str) -> str:
     """Lower case, white space made single, the last full stop left out."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def exact(answer: str, expected: str) -> float:
     """Whether an answer is the expected one, 0 or 1."""
-    return float(normal(answer) == normal(expected))
+    return float(normalized(answer) == normalized(expected))
 
 
 def yes_no(answer: str) -> str | None:
@@ -44,7 +43,7 @@ def score(task: str, answer: str, expected: str, objects: frozenset[str] | None,
     """
     if task == "existence":
         said = yes_no(answer)
-        return {"exact": float(said == normal(expected)), "said": said}
+        return {"exact": float(said == normalized(expected)), "said": said}
     if task != "caption":
         return {"exact": exact(answer, expected)}
     assert objects is not None
@@ -59,67 +58,25 @@ def score(task: str, answer: str, expected: str, objects: frozenset[str] | None,
     return {"exact": exact(answer, expected) if expected else float(objects == set(named))} | scores
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Counts of yes-no questions. An answer that says neither is wrong, and counts as not yes.
+def pope_scores(answers: Sequence[tuple[str | None, str]]) -> dict[str, Any]:
+    """POPE's scores of yes-no questions, from pairs of what was said (yes, no or None) and what is right (yes or no).
 
-    Attributes:
-        true_yes, false_yes, true_no, false_no: the answer was right or wrong, and this.
-        neither: answers without yes or no; they count in no other attribute.
-        missed: those of ``neither`` to which yes was right.
+    An answer that says neither is wrong, and counts as not yes. Ratios are None where there is nothing to divide by.
     """
-
-    true_yes: int = 0
-    false_yes: int = 0
-    true_no: int = 0
-    false_no: int = 0
-    neither: int = 0
-    missed: int = 0
-
-    @staticmethod
-    def of(answers: Sequence[tuple[str | None, str]]) -> Confusion:
-        """From what was said (yes, no or None) and what was right (yes or no)."""
-        return Confusion(
-            true_yes=answers.count(("yes", "yes")),
-            false_yes=answers.count(("yes", "no")),
-            true_no=answers.count(("no", "no")),
-            false_no=answers.count(("no", "yes")),
-            neither=sum(said is None for said, _ in answers),
-            missed=answers.count((None, "yes")),
-        )
-
-    @property
-    def n(self) -> int:
-        """All answers."""
-        return self.true_yes + self.false_yes + self.true_no + self.false_no + self.neither
-
-    @property
-    def right(self) -> int:
-        """Right answers."""
-        return self.true_yes + self.true_no
-
-    @property
-    def precision(self) -> float | None:
-        """Share of right ones among the answers yes; None where there is none."""
-        return ratio(self.true_yes, self.true_yes + self.false_yes)
-
-    @property
-    def recall(self) -> float | None:
-        """Share of answers yes where yes was right."""
-        return ratio(self.true_yes, self.true_yes + self.false_no + self.missed)
-
-    @property
-    def f1(self) -> float | None:
-        """Harmonic mean of precision and recall; 0 where no yes was right."""
-        wrong = self.false_yes + self.false_no + self.missed
-        return ratio(2 * self.true_yes, 2 * self.true_yes + wrong)
-
-    @property
-    def yes_ratio(self) -> float | None:
-        """Share of answers yes."""
-        return ratio(self.true_yes + self.false_yes, self.n)
+    said_yes, right_yes = (sum(pair[side] == "yes" for pair in answers) for side in (0, 1))
+    correct, true_yes = sum(said == right for said, right in answers), answers.count(("yes", "yes"))
+    return {
+        "n": len(answers),
+        "correct": correct,
+        "accuracy": ratio(correct, len(answers)),
+        "precision": ratio(true_yes, said_yes),
+        "recall": ratio(true_yes, right_yes),
+        "f1": ratio(2 * true_yes, said_yes + right_yes),
+        "yes_ratio": ratio(said_yes, len(answers)),
+        "neither": sum(said is None for said, _ in answers),
+    }
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """A share, or None of nothing."""
+    """The quotient, or None where ``whole`` is 0."""
     return part / whole if whole else None

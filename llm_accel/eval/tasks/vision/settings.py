@@ -1,4 +1,4 @@
-"""What a vision run is made of."""
+"""Settings of a vision run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, Self
 from llm_accel.common.arguments import ModelOptions, canonical_methods
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
+from llm_accel.eval.lengths import comma_list
 from llm_accel.eval.task import RunOptions
 from llm_accel.eval.tasks.vision.controls import CONTROLS
 from llm_accel.eval.tasks.vision.questions import TASKS
 from llm_accel.eval.tasks.vision.scenes import SPLITS
 from llm_accel.methods import MethodConfig
-from llm_accel.methods.visual import VisualBudget
+from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import parse_all, spec_of
 
 SCENES = "scenes"
@@ -28,7 +29,7 @@ PLACEHOLDER, QUESTION = "<image>", "{question}"
 def parse_keep(text: str) -> tuple[float, ...]:
     """``0.11,0.22,0.33`` as shares of the visual tokens, ascending, each once."""
     try:
-        shares = sorted({float(part) for part in text.split(",") if part.strip()})
+        shares = sorted({float(part) for part in comma_list(text)})
     except ValueError as error:
         raise ConfigError(f"--keep {text!r} is not allowed; give shares such as 0.11,0.22,0.33.") from error
     if not shares or not all(0 < share <= 1 for share in shares):
@@ -36,30 +37,26 @@ def parse_keep(text: str) -> tuple[float, ...]:
     return tuple(shares)
 
 
-def _parse_tasks(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelOptions):
-    """Everything that decides what the records of a vision run say. Two runs with equal settings may share a directory.
+class VisionSettings(ModelOptions):
+    """Everything that determines the records of a vision run. Runs with equal settings may share a directory.
 
     ``methods`` are specifications in canonical form, ``dense``, ``blind`` and ``blank`` included, no two alike;
     ``samples`` None: all images that the data has; ``max_new_tokens`` None: as many as the longest answer needs.
     """
 
     model: str | None = option("HuggingFace model (default: the bundled vision model)", None, metavar="ID|PATH")
-    gaps: bool = option("of the bundled model, the weights trained on images with gaps, or those before that", True)
+    gaps: bool = option("bundled model: weights trained on images with gaps, or those from before that training", True)
     methods: tuple[str, ...] = option(
         "repeatable; methods joined by + run together. dense is the plain model, blank a grey image, oracle keeps the "
-        f"patches that things cover (default: {' '.join(DEFAULT_METHODS)})",
+        f"patches that objects cover (default: {' '.join(DEFAULT_METHODS)})",
         (*DEFAULT_METHODS, "blind"),
         flag="--method",
         metavar="NAME[:OPTION=VALUE,...][+NAME...]",
         repeated=True,
     )
     data: str = option(
-        "drawn scenes, or POPE or CHAIR on rows of a .jsonl file or a dataset NAME[,split=test,config=NAME]",
+        "generated scenes, or POPE or CHAIR on the rows of a .jsonl file or a dataset NAME[,split=test,config=NAME]",
         SCENES,
         metavar="scenes|pope:SOURCE|chair:SOURCE",
         group="data",
@@ -70,25 +67,25 @@ class Settings(ModelOptions):
         least=1,
         group="data",
     )
-    split: str = option("scenes with 1 to 4 things, or 8 to 12", "standard", choices=tuple(SPLITS), group="data")
+    split: str = option("scenes with 1 to 4 objects, or 8 to 12", "standard", choices=tuple(SPLITS), group="data")
     tasks: tuple[str, ...] = option(
-        "asked about scenes",
+        "questions about scenes",
         TASKS,
         metavar="LIST",
         choices=TASKS,
-        parse=_parse_tasks,
+        parse=lambda text: tuple(comma_list(text)),
         shown=",".join(TASKS),
         group="data",
     )
     seed: int = option("seed of the scenes", 0, least=0, group="data")
     prompt: str | None = option(
-        f"form of a prompt, with {PLACEHOLDER} and {QUESTION} (default: the processor's chat template, else "
+        f"prompt template with {PLACEHOLDER} and {QUESTION} (default: the processor's chat template, else "
         f"'{PLACEHOLDER} {QUESTION}')",
         None,
         metavar="TEXT",
         group="run",
     )
-    batch_size: int = option("questions per call, of one image", 16, least=1, group="run")
+    batch_size: int = option("questions about one image per call", 16, least=1, group="run")
     max_new_tokens: int | None = option("default: what the longest answer needs", None, least=1, group="run")
 
     def validate(self) -> None:
@@ -108,7 +105,7 @@ class Settings(ModelOptions):
         if args.data not in (None, SCENES):
             for name in ("split", "tasks"):
                 if getattr(args, name) is not None:
-                    raise ConfigError(f"--{name} belongs to drawn scenes, not to --data {args.data!r}; leave it out.")
+                    raise ConfigError(f"--{name} belongs to generated scenes, not --data {args.data!r}; leave it out.")
             more["samples"] = args.samples
         methods: Sequence[str] = args.methods or DEFAULT_METHODS
         if args.keep is not None:
@@ -123,21 +120,18 @@ class VisionRunOptions(RunOptions):
     """How a vision run is carried out, and rows that are added to those of ``--method``."""
 
     keep: tuple[float, ...] | None = option(
-        "shares of the visual tokens, such as 0.11,0.22,0.33: each --method that does not say how many it keeps runs "
-        "at each of them",
+        "ratios of visual tokens to keep, such as 0.11,0.22,0.33: each --method without a budget of its own runs at "
+        "each of them",
         None,
         metavar="LIST",
         parse=parse_keep,
     )
-    blind: bool = option("a row for the prompts without their image: what can be guessed", True)
+    blind: bool = option("also run the prompts without their image, to see what can be guessed", True)
 
 
 def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
     """Every method that keeps a share of the visual tokens and was given none, at each of these; the others once.
-
-    Raises:
-        ConfigError: every method was given a share, or takes none.
-    """
+    Raises :class:`ConfigError`: every method was given a share, or takes none."""
     found: list[str] = []
     for spec in specs:
         configs = parse_method(spec)
@@ -147,14 +141,14 @@ def sweep(specs: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
         else:
             found += [spec_of((*configs[:place], at_share(configs[place], s), *configs[place + 1 :])) for s in shares]
     if found == list(specs):
-        raise ConfigError("--keep: every --method takes no share of the visual tokens, or was given its own.")
+        raise ConfigError("--keep: no --method takes a ratio of visual tokens without having one of its own.")
     return tuple(found)
 
 
 def at_share(config: MethodConfig, share: float) -> MethodConfig:
     """A method that keeps this share of the visual tokens."""
     assert isinstance(config, VisualBudget)
-    return replace(config, keep_ratio=share)
+    return replace(config, ratio=share)
 
 
 def parse_method(spec: str) -> tuple[MethodConfig, ...]:
@@ -163,4 +157,4 @@ def parse_method(spec: str) -> tuple[MethodConfig, ...]:
 
 
 def _open(config: MethodConfig) -> bool:
-    return isinstance(config, VisualBudget) and config.target is None and config.keep_ratio is None
+    return isinstance(config, VisualBudget) and config.budget is None and config.ratio is None

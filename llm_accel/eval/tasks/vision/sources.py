@@ -1,4 +1,4 @@
-"""POPE and CHAIR on images of one's own: rows of a JSON-lines file, or of a ``datasets`` dataset."""
+"""POPE and CHAIR on your own images: rows of a JSON-lines file, or of a ``datasets`` dataset."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RowSource:
     def examples(self, sample: int) -> list[Example]:
         """All questions about one image."""
         rows = self.groups[sample]
-        image = opened(rows[0]["image"], self.folder)
+        image = open_image(rows[0]["image"], self.folder)
         if self.kind == "chair":
             question = str(rows[0].get("question") or DESCRIBE)
             return [Example(sample, 0, "caption", "", image, question, "", _objects(rows[0]))]
@@ -50,7 +50,7 @@ class RowSource:
         ]
 
     def keys(self, sample: int) -> list[tuple[int, str, int]]:
-        """What records tell the questions about an image by, without opening it."""
+        """Keys of the questions about an image, without opening it."""
         if self.kind == "chair":
             return [(sample, "caption", 0)]
         return [(sample, "existence", number) for number in range(len(self.groups[sample]))]
@@ -66,11 +66,8 @@ Source = SceneSource | RowSource
 
 
 def load_rows(data: str, limit: int | None) -> RowSource:
-    """What ``--data pope:SOURCE`` or ``chair:SOURCE`` names, at most ``limit`` images of it.
-
-    Raises:
-        ConfigError: the source cannot be read, or a row lacks what is needed.
-    """
+    """What ``--data pope:SOURCE`` or ``chair:SOURCE`` names, at most ``limit`` images of it. Raises
+    :class:`ConfigError`: the source cannot be read, or a row lacks what is needed."""
     kind, _, place = data.partition(":")
     path = Path(place).expanduser()
     raw = read_rows(place, "--data")
@@ -106,7 +103,7 @@ def _chair_row(row: Row, where: str, default: str) -> Row:
         raise ConfigError(f"{where}: CHAIR needs image and objects, the names of COCO categories in it.")
     unknown = sorted({str(name) for name in objects} - set(known))
     if unknown:
-        raise ConfigError(f"{where}: {', '.join(map(repr, unknown))} is no COCO category; they are {', '.join(known)}.")
+        raise ConfigError(f"{where}: {', '.join(map(repr, unknown))} is not a COCO category: {', '.join(known)}.")
     return {**row, "key": where}
 
 
@@ -116,8 +113,8 @@ def _objects(row: Row) -> frozenset[str]:
     return frozenset(row["objects"]).union(*(objects_in(text) for text in captions))
 
 
-def opened(image: Any, folder: Path) -> Any:
-    """A PIL image in RGB: as it came, or from a path beside the file."""
+def open_image(image: Any, folder: Path) -> Any:
+    """A PIL image in RGB: as given, or from a path relative to the file."""
     if not isinstance(image, str):
         return image.convert("RGB")
     from PIL import Image

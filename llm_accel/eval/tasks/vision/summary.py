@@ -1,4 +1,4 @@
-"""Records to the summary: what was right, what was invented, and what it cost, per method."""
+"""From records to the summary: correct answers, hallucinated objects and cost, per method."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llm_accel.common.statistics import Floats, bootstrap, share_of_sums, wilson
 from llm_accel.eval.records import Record
 from llm_accel.eval.summary import mean_of, progress_of
 from llm_accel.eval.tasks.vision.questions import POPE_SPLITS
-from llm_accel.eval.tasks.vision.scoring import Confusion, ratio
-from llm_accel.eval.tasks.vision.settings import Settings
+from llm_accel.eval.tasks.vision.scoring import pope_scores, ratio
+from llm_accel.eval.tasks.vision.settings import VisionSettings
 
 DENSE, BLIND = "dense", "blind"
 Ends = list[float | None] | None
 _COSTS = ("patch_recall", "visual_before", "visual_after", "visual_per_layer", "flops")
 
 
-def summarize(settings: Settings, records: Sequence[Record], wanted: int, **about: Any) -> dict[str, Any]:
+def summarize(settings: VisionSettings, records: Sequence[Record], wanted: int, **about: Any) -> dict[str, Any]:
     """The summary as plain data. Intervals are of 95 %: Wilson's for shares of questions, else over images drawn with
     replacement.
 
@@ -98,22 +98,19 @@ def _task(own: Sequence[Record], dense: dict[Any, float], method: str, seed: int
 
 
 def _pope(own: Sequence[Record], seed: int) -> dict[str, Any]:
-    counts = Confusion.of([(record["said"], record["expected"]) for record in own])
+    scores = pope_scores([(record["said"], record["expected"]) for record in own])
+    rates = {name: _rounded(scores[name]) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
 
-    def f1(record: Record) -> tuple[float, float]:
-        one = Confusion.of([(record["said"], record["expected"])])
-        return 2.0 * one.true_yes, 2.0 * one.true_yes + one.false_yes + one.false_no + one.missed
+    def f1_parts(record: Record) -> tuple[float, float]:
+        yes = record["said"] == "yes", record["expected"] == "yes"
+        return 2.0 * all(yes), float(sum(yes))
 
     return {
-        "n": counts.n,
-        "accuracy": _rounded(ratio(counts.right, counts.n)),
-        "accuracy_ci95": [_rounded(end) for end in wilson(counts.right, counts.n)],
-        "precision": _rounded(counts.precision),
-        "recall": _rounded(counts.recall),
-        "f1": _rounded(counts.f1),
-        "f1_ci95": _interval(own, f1, share_of_sums, seed),
-        "yes_ratio": _rounded(counts.yes_ratio),
-        "neither": counts.neither,
+        "n": scores["n"],
+        **rates,
+        "neither": scores["neither"],
+        "accuracy_ci95": [_rounded(end) for end in wilson(scores["correct"], scores["n"])],
+        "f1_ci95": _interval(own, f1_parts, share_of_sums, seed),
     }
 
 
@@ -125,13 +122,13 @@ def _chair(own: Sequence[Record], seed: int) -> dict[str, Any]:
     chair_i, chair_i_ci95 = over("invented", "named")
     recall, recall_ci95 = over("found", "there")
     mentions = sum(len(record["named"]) for record in own)
-    lying = sum(bool(record["invented"]) for record in own)
+    hallucinated = sum(bool(record["invented"]) for record in own)
     return {
         "n": len(own),
         "chair_i": chair_i,
         "chair_i_ci95": chair_i_ci95,
-        "chair_s": _rounded(lying / len(own)),
-        "chair_s_ci95": [_rounded(end) for end in wilson(lying, len(own))],
+        "chair_s": _rounded(hallucinated / len(own)),
+        "chair_s_ci95": [_rounded(end) for end in wilson(hallucinated, len(own))],
         "recall": recall,
         "recall_ci95": recall_ci95,
         "words": mean_of([record["words"] for record in own]),

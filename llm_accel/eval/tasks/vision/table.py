@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from llm_accel.eval.table import NONE, aligned, interval, missing, number
-from llm_accel.eval.tasks.vision.settings import SCENES, Settings
+from llm_accel.eval.tasks.vision.settings import SCENES, VisionSettings
 
 _VOID = 0.1  # a task on which the dense model is no better than this above the blind one says nothing
 
 
-def title(settings: Settings, model: str) -> str:
-    """One line that says what was run."""
+def title(settings: VisionSettings, model: str) -> str:
+    """One line that describes the run."""
     what = f"{settings.split} scenes" if settings.data == SCENES else settings.data
     return f"vision: {model}, {what}"
 
 
-def render(settings: Settings, summary: dict[str, Any], model: str) -> str:
+def render(settings: VisionSettings, summary: dict[str, Any], model: str) -> str:
     """Exact match per task with tokens and cost, then POPE by split, then captions; 95 % intervals in brackets."""
     methods = {name: entry for name, entry in summary["methods"].items() if entry["n"]}
     blocks = [title(settings, model), _answers(methods), _pope(methods), _captions(methods), _footer(summary, methods)]
@@ -92,5 +92,5 @@ def _footer(summary: dict[str, Any], methods: dict[str, Any]) -> str:
     lines = [f"{summary['samples']} images{missing(summary)}"]
     void = void_tasks(methods)
     if void:
-        lines.append(f"void: {', '.join(void)}; the model answers as well without the image, so this says nothing")
+        lines.append(f"void: {', '.join(void)}; the model answers as well without the image")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The vision task: what is still seen with fewer visual tokens, and what is made up."""
+"""The vision task: accuracy and hallucination with fewer visual tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +15,13 @@ from llm_accel.eval.task import Task as EvalTask
 from llm_accel.eval.tasks.vision import curves, pictures, table
 from llm_accel.eval.tasks.vision.coco import objects_in
 from llm_accel.eval.tasks.vision.controls import InputControl
-from llm_accel.eval.tasks.vision.engine import Engine, Outcome
+from llm_accel.eval.tasks.vision.engine import VisionEngine, VisionOutcome
 from llm_accel.eval.tasks.vision.examples import Example, SceneSource
+from llm_accel.eval.tasks.vision.processor import VisionProcessor
 from llm_accel.eval.tasks.vision.questions import Task
-from llm_accel.eval.tasks.vision.reader import Reader
 from llm_accel.eval.tasks.vision.scenes import SplitName
 from llm_accel.eval.tasks.vision.scoring import pairs, score
-from llm_accel.eval.tasks.vision.settings import SCENES, Settings, parse_method
+from llm_accel.eval.tasks.vision.settings import SCENES, VisionSettings, parse_method
 from llm_accel.eval.tasks.vision.sources import Source, load_rows
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.methods import DyVTE, MethodConfig
@@ -30,13 +30,13 @@ PICTURED = 4  # images of which records say which patches stayed, for the pictur
 
 
 def model_name(model: str | None, gaps: bool = True) -> str:
-    """What titles call the model."""
+    """The model's name in titles."""
     if model is not None:
         return short_name(model)
     return "bundled vision model" if gaps else "bundled vision model without gaps in training"
 
 
-def make_source(settings: Settings) -> Source:
+def make_source(settings: VisionSettings) -> Source:
     """Where images and questions come from; raises :class:`ConfigError` for files that cannot be read."""
     if settings.data != SCENES:
         return load_rows(settings.data, settings.samples)
@@ -45,17 +45,17 @@ def make_source(settings: Settings) -> Source:
     return SceneSource(settings.samples, settings.seed, cast(SplitName, settings.split), tasks)
 
 
-class VisionTask(EvalTask[int, Example, Outcome]):
-    """Questions about images; a place is the number of an image."""
+class VisionTask(EvalTask[int, Example, VisionOutcome]):
+    """Questions about images; an item is the number of an image."""
 
     command = "vision"
     fields = ("method", "sample", "task", "number")
     plots = ("curves.png", "kept-*.png")
     open_settings = ("max_new_tokens", "dtype", "device")
     unit = "image"
-    settings: Settings
+    settings: VisionSettings
 
-    def __init__(self, settings: Settings, model: Any, engine: Engine, source: Source) -> None:
+    def __init__(self, settings: VisionSettings, model: Any, engine: VisionEngine, source: Source) -> None:
         self.settings, self.model, self.engine, self.source = settings, model, engine, source
         self.configs = {method: parse_method(method) for method in settings.methods}
         self.name = model_name(settings.model, settings.gaps)
@@ -63,12 +63,12 @@ class VisionTask(EvalTask[int, Example, Outcome]):
         self._questions, self._digest = source.digest()
 
     @classmethod
-    def load(cls, settings: Settings) -> VisionTask:
+    def load(cls, settings: VisionSettings) -> VisionTask:
         """With model and data; raises :class:`ConfigError` for what cannot be loaded."""
         source = make_source(settings)
         new_tokens = settings.max_new_tokens or source.max_new_tokens
         model, processor, settings = load_vision_model(replace(settings, max_new_tokens=new_tokens), settings.gaps)
-        engine = Engine(model, Reader(processor, settings.prompt), new_tokens, settings.seed)
+        engine = VisionEngine(model, VisionProcessor(processor, settings.prompt), new_tokens, settings.seed)
         return cls(settings, model, engine, source)
 
     @property
@@ -82,34 +82,21 @@ class VisionTask(EvalTask[int, Example, Outcome]):
         """The form of a prompt."""
         return {"prompt": self.engine.reader.text("{question}")}
 
-    def try_method(self, configs: Sequence[MethodConfig]) -> None:
-        self.engine.try_method(configs)
-
-    def places(self) -> Sequence[int]:
+    def items(self) -> Sequence[int]:
         return range(len(self.source))
 
-    def keys(self, place: int) -> Iterable[tuple[Any, ...]]:
-        return self.source.keys(place)
+    def keys(self, item: int) -> Iterable[tuple[Any, ...]]:
+        return self.source.keys(item)
 
-    def size(self, place: int) -> int:
-        return 1
-
-    def batches(self, places: Iterable[int]) -> Iterator[Sequence[int]]:
-        """Questions of a call are about one image."""
-        return ((place,) for place in places)
-
-    def prompts(self, place: int) -> Sequence[Example]:
-        return self.source.examples(place)
+    def prompts(self, item: int) -> Sequence[Example]:
+        return self.source.examples(item)
 
     def calls(self, prompts: Sequence[Example], configs: Sequence[MethodConfig]) -> Iterable[Sequence[Example]]:
         """Rows of a batch share the decision of routers, so there each prompt runs alone."""
         routed = any(isinstance(config, DyVTE) and config.routers is not None for config in configs)
         return chunks(prompts, 1 if routed else self.settings.batch_size)
 
-    def answer(self, prompts: Sequence[Example], configs: Sequence[MethodConfig]) -> Outcome:
-        return self.engine.run(prompts, configs)
-
-    def record(self, prompt: Example, row: int, outcome: Outcome) -> Record:
+    def record(self, prompt: Example, row: int, outcome: VisionOutcome) -> Record:
         """The answer, its scores and its cost; times and tokens are means over its call."""
         answer = outcome.answers[row]
         kept = None if outcome.kept is None else outcome.kept[row]
@@ -163,7 +150,7 @@ class VisionTask(EvalTask[int, Example, Outcome]):
 
 
 def patch_recall(kept: Sequence[float] | None, example: Example) -> float | None:
-    """Share of the patches with things on them that are kept; None where either is unknown, or the model does not see
+    """Share of the patches with objects on them that are kept; None where either is unknown, or the model does not see
     the image as these patches."""
     if kept is None or example.patches is None or len(kept) != example.patches.size:
         return None

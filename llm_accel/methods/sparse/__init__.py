@@ -1,0 +1,1 @@
+"""Sparse attention: what attention computes; every entry stays in the cache."""

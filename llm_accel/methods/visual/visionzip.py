@@ -1,0 +1,80 @@
+"""VisionZip: the tokens that the class token looks at stay, the others are merged by the likeness of their keys
+(arXiv 2412.04467).
+
+In the layer of the tower whose features are used:
+
+- dominant tokens are those that the class token pays most attention, mean over heads; in a tower without a class token
+  those that receive most attention from all patches;
+- contextual tokens are evenly spaced among the rest, in raster order. Every other token joins that one of them whose
+  key, averaged over heads, has the largest cosine with its own; the features of each group are averaged.
+
+The paper has 54 dominant and 10 contextual tokens of 64, and the same shares of 128 and 192. Its code adds the average
+of the tokens that join to the one that they join; here that one is part of the average, which keeps its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
+from llm_accel.methods.selection import evenly_spaced, top_tokens
+from llm_accel.methods.visual.tower import TowerMerge, TowerView, received, relation
+
+
+@dataclass(frozen=True)
+class VisionZip(TowerMerge):
+    """Keeps the visual tokens that the class token looks at, and merges the others into a few."""
+
+    dominant: int = option(
+        "tokens kept by attention received; a proportion where budget or ratio is given",
+        54,
+        most=ENTRIES,
+        least=1,
+    )
+    contextual: int = option(
+        "tokens that the others are merged into; a proportion where budget or ratio is given",
+        10,
+        most=ENTRIES,
+        least=0,
+    )
+
+    name: ClassVar[str] = "visionzip"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        "VisionZip, arXiv 2412.04467", "visual tokens, after the vision tower", kinds=("vision",)
+    )
+
+    @property
+    def default_budget(self) -> int | None:
+        return self.dominant + self.contextual
+
+    @property
+    def last_layer_only(self) -> bool:
+        return True
+
+    def score(self, view: TowerView, before: Tensor | None) -> Tensor:
+        return relation(view)[:, 1:] if view.class_token else received(view)
+
+    def metric(self, view: TowerView) -> Tensor:
+        return view.key[:, :, int(view.class_token) :].float().mean(1)
+
+    def split(self, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        contextual = kept * self.contextual // (self.dominant + self.contextual)
+        dominant = top_tokens(scores, kept - contextual)
+        rest = scores.new_ones(scores.shape).index_fill(0, dominant, 0).nonzero()[:, 0]
+        return dominant, rest[evenly_spaced(len(rest), contextual, rest.device)]
+
+    def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], metric: Tensor) -> Tensor:
+        dominant, centres = parts
+        if len(centres) == 0:
+            return features
+        direction = F.normalize(metric, dim=-1)
+        nearest = (direction @ direction[centres].mT).argmax(-1)
+        member = F.one_hot(nearest, len(centres)).float()
+        member[centres] = F.one_hot(nearest.new_tensor(range(len(centres))), len(centres)).float()
+        member[dominant] = 0
+        merged = (member.mT @ features.float()) / member.sum(0)[:, None]
+        return features.index_copy(0, centres, merged.to(features.dtype))

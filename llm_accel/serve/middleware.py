@@ -1,0 +1,179 @@
+"""The outermost layer: key, size, outcome. Every request is counted here, whatever becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from llm_accel.serve.body import ValueCounter
+from llm_accel.serve.errors import STATUS, ApiError
+from llm_accel.serve.metrics import Metrics
+from llm_accel.serve.settings import is_loopback
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_OPEN = ("/health",)  # needs no key
+_UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
+_BODY_SECONDS = 30.0
+_DIGITS = 18  # of a length
+_DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
+_PORT = re.compile(r":\d+$")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+
+
+class Middleware:
+    """ASGI application around another one.
+
+    Args:
+        app: what is behind.
+        keys: bearer keys; with none, requests must name a loopback address as their host, so that no page in a browser
+            reaches the server under a name of its own.
+        max_body: bytes of a request at most.
+        max_values: values in the JSON of a request at most.
+        max_inside: requests inside at a time at most, so that bodies together are bounded too.
+        metrics: where requests are counted.
+    """
+
+    def __init__(
+        self, app: Any, keys: Sequence[str], max_body: int, max_values: int, max_inside: int, metrics: Metrics
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_body, self._max_values, self._max_inside = max_body, max_values, max_inside
+        self._inside = 0
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
+        gets: ``x-request-id``, and what the application adds."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served here")  # uvicorn answers with a refusal
+        path = scope["path"]
+        endpoint = next((known for known in _ENDPOINTS if path == known or path.startswith(known + "/")), "other")
+        state = scope.setdefault("state", {})
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        state |= {"outcome": "error", "headers": [(b"x-request-id", number)]}
+        begin = time.monotonic()
+        if path not in _UNCOUNTED:
+            self._metrics.received.labels(endpoint).inc()
+        try:
+            await self._pass(scope, receive, send, state)
+        finally:
+            if path not in _UNCOUNTED:
+                self._metrics.requests.labels(endpoint, state["outcome"]).inc()
+                seconds = time.monotonic() - begin
+                log.info("%s %s %.3f s %s", endpoint, state["outcome"], seconds, number.decode())
+
+    async def _pass(self, scope: Message, receive: Receive, send: Send, state: dict[str, Any]) -> None:
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state["outcome"] = _outcome(message["status"])
+                message["headers"] = [*message.get("headers", ()), *state["headers"]]
+            await send(message)
+
+        self._inside += 1
+        try:
+            headers = dict(scope["headers"])
+            if scope["path"] not in _OPEN:
+                state["key"] = self._key(headers)
+            if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
+                raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
+            state["body"] = await self._body(headers, receive)
+            await self._app(scope, receive, watched)
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, watched)
+        except Exception as error:  # answered inside; its text may quote the request, so only its place is logged
+            state["outcome"] = "error"
+            frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
+            log.error("a request failed with %s\n%s", type(error).__name__, frames)
+        finally:
+            self._inside -= 1
+
+    def _key(self, headers: dict[bytes, bytes]) -> str:
+        """Which key the request carries; the same work for every key, right or wrong."""
+        if not self._digests:
+            host = _PORT.sub("", headers.get(b"host", b"").decode("latin-1"))
+            if not is_loopback(host):
+                raise ApiError("unauthorized", "a server without a key answers only to localhost, 127.0.0.1 or [::1].")
+            return ""
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        digest = _digest(given.strip())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer" or not any(found):
+            raise ApiError(
+                "unauthorized",
+                "send a valid key as 'Authorization: Bearer KEY'.",
+                {"WWW-Authenticate": "Bearer"},
+                "invalid_api_key",
+            )
+        return str(found.index(True))
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        too_large = ApiError("too_large", f"a request may have {self._max_body} bytes.", {"Connection": "close"})
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
+            await self._discard(receive)
+            raise too_large
+        body, counter = bytearray(), ValueCounter(self._max_values)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError("client_left", "the connection was closed before the request was complete.")
+                    chunk = message.get("body", b"")
+                    body += chunk
+                    more = message.get("more_body", False)
+                    if len(body) > self._max_body:
+                        raise too_large
+                    counter.add(chunk)
+        except ApiError:
+            body.clear()
+            if more:
+                await self._discard(receive)
+            raise
+        except TimeoutError:
+            raise ApiError(
+                "body_timeout",
+                f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.",
+                {"Connection": "close"},
+            ) from None
+        return bytes(body)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on for a while without keeping anything: a client that still sends would not see the answer."""
+        left, more = _DISCARD * self._max_body, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                while more and left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    more = message.get("more_body", False)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _outcome(status: int) -> str:
+    return next((name for name, known in STATUS.items() if known == status), "ok" if status < 400 else "bad_request")

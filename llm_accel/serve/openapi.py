@@ -1,0 +1,120 @@
+"""The OpenAPI description of a running server, ``/openapi.json``: with the name of its model and its own limits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from llm_accel import __version__
+from llm_accel.serve.errors import STATUS
+from llm_accel.serve.input_processor import MOST_ANSWERS
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
+from llm_accel.serve.settings import ServeSettings
+
+Json = dict[str, Any]
+
+_REF = "#/components/schemas/"
+_LENGTHS = ("max_tokens", "max_completion_tokens", "min_tokens")
+
+
+def _object(**properties: Json) -> Json:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items}
+
+
+_TEXT: Json = {"type": "string"}
+_COUNT: Json = {"type": "integer", "minimum": 0}
+_LENGTH: Json = {"type": ["integer", "null"]}
+_FINISH: Json = {"enum": ["stop", "length"]}
+_USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
+
+
+def _answer(name: str, **content: Json) -> Json:
+    choice = _object(index=_COUNT, finish_reason=_FINISH, **content)
+    return _object(id=_TEXT, object={"const": name}, created=_COUNT, model=_TEXT, choices=_list(choice), usage=_USAGE)
+
+
+_SCHEMAS: Json = {
+    "Error": _object(error=_object(message=_TEXT, type=_TEXT, code=_TEXT)),
+    "ChatResponse": _answer("chat.completion", message=_object(role={"const": "assistant"}, content=_TEXT)),
+    "CompletionResponse": _answer("text_completion", text=_TEXT),
+    "Tokens": _object(count=_COUNT, max_model_len=_LENGTH, tokens=_list(_COUNT)),
+    "Text": _object(prompt=_TEXT),
+    "Version": _object(version=_TEXT),
+    "Model": _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT, max_model_len=_LENGTH),
+    "ModelList": _object(object={"const": "list"}, data=_list({"$ref": _REF + "Model"})),
+    "Health": _object(status=_TEXT),
+}
+_EVENTS = {"text/event-stream": {"schema": _object(data=_TEXT)}}
+_BODIES: dict[str, tuple[type[ModelRequest], str, Json]] = {
+    "/v1/chat/completions": (ChatRequest, "ChatResponse", _EVENTS),
+    "/v1/completions": (CompletionRequest, "CompletionResponse", _EVENTS),
+    "/tokenize": (TokenizeRequest, "Tokens", {}),
+    "/detokenize": (DetokenizeRequest, "Text", {}),
+}
+_PAGES = {"/v1/models": "ModelList", "/v1/models/{model_name}": "Model", "/version": "Version"}
+
+
+def add_description(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> None:
+    """Makes ``/openapi.json`` say what this server takes.
+
+    Args:
+        name: the model, the only one that requests may name.
+        keyed: whether the server asks for a key.
+    """
+    app.openapi = functools.cache(lambda: _describe(app, name, settings, keyed))  # type: ignore[method-assign]
+
+
+def _describe(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> Json:
+    found = get_openapi(title="llm_accel", version=__version__, routes=app.routes)
+    found["components"] = {"schemas": _requests(name, settings) | _SCHEMAS}
+    for path, (request, response, more) in _BODIES.items():
+        operation = found["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "content": _content(request.__name__)}
+        operation["responses"] = _responses(_content(response) | more)
+    for path, response in _PAGES.items():
+        found["paths"][path]["get"]["responses"] = _responses(_content(response))
+    health = {status: {"description": "", "content": _content("Health")} for status in ("200", "503")}
+    found["paths"]["/health"]["get"]["responses"] = health
+    found["paths"]["/metrics"]["get"]["responses"] = _responses({"text/plain": {"schema": _TEXT}})
+    if keyed:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}]
+        found["paths"]["/health"]["get"]["security"] = []
+    return found
+
+
+def _requests(name: str, settings: ServeSettings) -> Json:
+    """The schemas of requests, with the limits of this server."""
+    kinds: Any = [(request, "validation") for request, _, _ in _BODIES.values()]
+    _, made = models_json_schema(kinds, ref_template=_REF + "{model}")
+    schemas: Json = made["$defs"]
+    for request, _, _ in _BODIES.values():
+        properties = schemas[request.__name__]["properties"]
+        properties["model"] = {"enum": [name]}
+        for field, limit in (("n", MOST_ANSWERS), *((key, settings.max_new_tokens) for key in _LENGTHS)):
+            for one in properties.get(field, {}).get("anyOf", ()):
+                if limit is not None and one.get("type") == "integer":
+                    one["maximum"] = limit
+    if not settings.strict_fields:
+        for schema in schemas.values():
+            schema.pop("additionalProperties", None)
+    methods = ", ".join(sorted(settings.allowed()))
+    schemas["Extension"]["properties"]["method"]["description"] = f"with options, and joined by +: {methods}"
+    return schemas
+
+
+def _content(name: str) -> Json:
+    return {"application/json": {"schema": {"$ref": _REF + name}}}
+
+
+def _responses(content: Json) -> Json:
+    refusals = {str(status): {"description": name, "content": _content("Error")} for name, status in STATUS.items()}
+    return {"200": {"description": "ok", "content": content}, **refusals}

@@ -1,0 +1,178 @@
+"""Responses in the shapes of OpenAI's API: whole, or as chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from llm_accel.serve.logprobs import TokenLogprob
+from llm_accel.serve.prompts import Prompt, PromptReader
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest
+from llm_accel.serve.sequences import Delta, Job
+
+Json = dict[str, Any]
+
+
+class ApiResponse:
+    """What the responses to chats and completions share.
+
+    Args:
+        job: the request, on its way.
+        model: the name of the model.
+        reader: turns single tokens into text, for log-probabilities.
+        prompts: each one once, whatever ``n`` is.
+    """
+
+    prefix = object_name = chunk_name = ""
+
+    def __init__(
+        self,
+        job: Job,
+        body: ChatRequest | CompletionRequest,
+        model: str,
+        reader: PromptReader,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        self.job, self.stream, self.include_usage = job, body.stream, body.stream_options.include_usage
+        self._n, self._tokenizer, self._prompts = body.n, reader.tokenizer, prompts
+        self._begun: set[int] = set()
+        self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self._prompt_logprobs = body.prompt_logprobs
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, deltas: Sequence[Delta]) -> Json:
+        """The body of a response that is not streamed."""
+        choices, answers = [], defaultdict[int, list[Delta]](list)
+        for delta in deltas:
+            answers[delta.index].append(delta)
+        for index, own in sorted(answers.items()):
+            logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
+            choices.append(self._whole(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish)))
+        return self._head | {"object": self.object_name, "choices": choices} | self._usage()
+
+    def opening(self) -> list[Json]:
+        """Chunks before the first text."""
+        return []
+
+    def chunk(self, delta: Delta) -> Json:
+        """One chunk of a stream."""
+        return self._wrap([self._part(delta)])
+
+    def last(self) -> Json:
+        """The chunk with the usage, for clients that ask for it."""
+        return self._wrap([]) | self._usage()
+
+    def _whole(self, delta: Delta) -> Json:
+        """One answer of a whole response."""
+        raise NotImplementedError
+
+    def _part(self, delta: Delta) -> Json:
+        """One answer of a chunk."""
+        raise NotImplementedError
+
+    def _usage(self) -> Json:
+        """Tokens of the request, ``cached_tokens`` those that a kept cache held already; and our extension."""
+        generated = self.job.generated_tokens
+        usage = {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": self.job.reused_tokens},
+        }
+        return {"usage": usage, "llm_accel": {"method": self.job.method_name}}
+
+    def _wrap(self, choices: list[Json]) -> Json:
+        return self._head | {"object": self.chunk_name, "choices": choices}
+
+    def _choice(self, delta: Delta, content: Json, logprobs: Json) -> Json:
+        """With the log-probabilities, where the request asked for any, and at its beginning those of the prompt."""
+        wanted = self.job.sampling.logprobs is not None
+        choice = {"index": delta.index, **content, "logprobs": logprobs if wanted else None}
+        if self._prompt_logprobs is not None and delta.index not in self._begun:
+            known = self.job.sequences[delta.index].prompt_logprobs
+            choice["prompt_logprobs"] = [one and self._by_id(one) for one in known]
+        self._begun.add(delta.index)
+        return choice | {"finish_reason": delta.finish}
+
+    def _by_id(self, one: TokenLogprob) -> Json:
+        """As vLLM writes it."""
+        pairs = {one.token: one.logprob} | dict(one.top[: self._prompt_logprobs])
+        return {str(token): {"logprob": value, "decoded_token": self._text(token)} for token, value in pairs.items()}
+
+    def _text(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
+
+
+class ChatResponse(ApiResponse):
+    """``/v1/chat/completions``."""
+
+    prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> list[Json]:
+        """The role of every answer, before its text."""
+        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._wrap([{"index": sequence.index, **role}]) for sequence in self.job.sequences]
+
+    def _whole(self, delta: Delta) -> Json:
+        message = {"role": "assistant", "content": delta.text}
+        return self._choice(delta, {"message": message}, self._logprobs(delta))
+
+    def _part(self, delta: Delta) -> Json:
+        return self._choice(delta, {"delta": {"content": delta.text} if delta.text else {}}, self._logprobs(delta))
+
+    def _logprobs(self, delta: Delta) -> Json:
+        entries = [
+            self._entry(one.token, one.logprob) | {"top_logprobs": [self._entry(*pair) for pair in one.top]}
+            for one in delta.logprobs
+        ]
+        return {"content": entries}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+class CompletionResponse(ApiResponse):
+    """``/v1/completions``, with the prompt before the answer where ``echo`` asks for it."""
+
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, job: Job, body: CompletionRequest, *more: Any) -> None:
+        super().__init__(job, body, *more)
+        self._echo = body.echo
+        self._offsets = [0] * len(job.sequences)
+
+    def _whole(self, delta: Delta) -> Json:
+        text, logprobs = delta.text, list[TokenLogprob | None](delta.logprobs)
+        if self._echo and delta.index not in self._begun:
+            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self._n]
+            text, logprobs = prompt.text + text, [*sequence.prompt_logprobs, *logprobs]
+        return self._choice(delta, {"text": text}, self._logprobs(delta.index, logprobs))
+
+    _part = _whole
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
+        """In columns; the first token of a prompt has no probability."""
+        tokens, offsets = [], []
+        for place, one in enumerate(logprobs):
+            token = self.job.sequences[index].prompt[place] if one is None else one.token
+            tokens.append(self._text(token))
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(tokens[-1])
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one and one.logprob for one in logprobs],
+            "top_logprobs": [one and self._by_text(one) for one in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _by_text(self, one: TokenLogprob) -> Json:
+        """Of several tokens that decode to the same text, the likeliest."""
+        known: Json = {}
+        for token, logprob in one.top[: self.job.sampling.logprobs]:
+            known.setdefault(self._text(token), logprob)
+        return known

@@ -1,0 +1,117 @@
+"""Compiles every kernel configuration for GPUs that need not be there, and says what it takes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_accel.kernels.launch import SHARED_MEMORY, Launch
+from tests.kernels.compiled import CONFIGURATIONS
+
+ARCHITECTURES = (80, 90)
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes.
+
+    Attributes:
+        shared: bytes of shared memory per program.
+        registers: per thread.
+        spilled: bytes per thread that did not fit into registers.
+    """
+
+    shared: int
+    registers: int
+    spilled: int
+
+    def complaint(self, arch: int) -> str | None:
+        """What makes it unfit for this architecture, or None."""
+        if self.shared > SHARED_MEMORY[arch]:
+            return f"{self.shared} bytes of shared memory, the limit of sm_{arch} is {SHARED_MEMORY[arch]}"
+        return f"{self.spilled} bytes per thread spilled" if self.spilled else None
+
+
+def compiled() -> dict[tuple[str, str], list[Launch]]:
+    """(operation, configuration) -> its launches, planned on meta tensors."""
+    return {(op, label): plans for op, make in CONFIGURATIONS.items() for label, plans in make().items()}
+
+
+def fingerprint(launch: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    signature, constants, attributes = _source(launch)
+    text = repr((launch.kernel.cache_key, signature, constants, attributes, launch.warps, launch.stages))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compile_for(launch: Launch, arch: int) -> Usage:
+    """Compiles one launch for ``sm_<arch>``, with the specialisation that its arguments would get when launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _source(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return Usage(int(compiled.metadata.shared), registers, spilled)
+
+
+def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Types, compile-time constants and alignments as Triton derives them from the arguments of a launch."""
+    given: Mapping[str, Any] = {**launch.arguments, **launch.constants}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (_specialised(parameter, value) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and _specialised(parameter, value):
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return signature, constants, attributes
+
+
+def _specialised(parameter: Any, value: object) -> bool:
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes per thread in local memory."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    usage = dict(field.split(":")[:2] for field in line.split() if ":" in field)
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
