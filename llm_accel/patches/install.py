@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods import AttentionMethod, MethodConfig, ScoreAndKeep, StepEviction, VASparse
+from llm_accel.methods import AttentionMethod, MethodConfig, PromptCompression, ScoreAndKeep, StepEviction, VASparse
 from llm_accel.patches.acceptance import check_derived, check_positions, check_readers, decoder_of, skipped_layers
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED, stores_latents
@@ -82,7 +82,7 @@ def make_plan(
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
         backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
     for config in configs:
-        if isinstance(config, AttentionMethod | VASparse | StepEviction):
+        if isinstance(config, AttentionMethod | VASparse | StepEviction | PromptCompression):
             backends |= config.backends(_problem(decoder))
     shard = head_shard(model)
     heads = plan_heads(model, configs, skipped, shard)
