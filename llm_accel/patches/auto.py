@@ -80,7 +80,7 @@ def _limits(model: Any, auto: Auto) -> tuple[int | None, int | None]:
     if total is None or not entry:
         return longest, None
     fixed = sum(wiring.states.values()) + sum(
-        held.nbytes * layers[index].sliding_window  # type: ignore[attr-defined]
+        held.nbytes * layers[index].sliding_window
         for index, held in wiring.entries.items()
         if getattr(layers[index], "is_sliding", False)
     )

@@ -10,7 +10,6 @@ from llm_accel.methods.base import ENTRIES, MethodConfig, MethodInfo, option
 from llm_accel.methods.budget import DEFAULT_BUDGET, fraction
 from llm_accel.methods.claims import Claim
 
-Question = Literal["in_prompt", "later"]
 SHARE = 0.25  # of the longest prompt that stays: shorter prompts keep more, and those within the budget everything
 LEAST = 128  # entries below which no budget is chosen
 
@@ -20,7 +19,7 @@ class Auto(MethodConfig):
     """Chooses method and budget when it is applied: by the model, by where the question stands, by the longest prompt
     and by memory. The budget is absolute, so that prompts within it are not cut: there the model is the dense one."""
 
-    question: Question = option(
+    question: Literal["in_prompt", "later"] = option(
         "in_prompt: the prompt ends with what is asked; later: it is asked of the compressed cache", "in_prompt"
     )
     context: int | None = option(
@@ -72,7 +71,6 @@ class Auto(MethodConfig):
         why = f"{SHARE:.0%} of prompts of {context} tokens" if wanted > DEFAULT_BUDGET else f"at least {DEFAULT_BUDGET}"
         if fitting is not None and fitting < wanted:
             if fitting < LEAST:
-                entries = f"room for at least {LEAST} entries per KV head and layer; this holds {fitting} in each prompt"
-                self.fail("memory", entries)
+                self.fail("memory", f"room for {LEAST} entries per KV head and layer; each prompt gets {fitting}")
             wanted, why = fitting, "what memory holds"
         return {"budget": wanted}, why

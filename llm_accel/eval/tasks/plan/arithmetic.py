@@ -120,12 +120,10 @@ def prompt_bytes(shape: Geometry, plan: Plan, context: int) -> int:
     """One row while its prompt is read: activations, states, and keys and values, which are cut layer by layer. Layers
     with a sliding window hold the whole prompt until the first decode step."""
     whole = {layer: context * nbytes for layer, nbytes in shape.entry_bytes.items()}
-    kept = whole
+    kept = dict(whole)
     if isinstance(plan.keeper, ScoreAndKeep) and not plan.keeper.deferred and not reads_again(plan.keeper):
-        cut = {i for i in whole if i not in shape.windows and i not in plan.skipped}
-        load = Load(context, 1)
-        kept = {i: round(held_entries(shape, plan, i, load) * shape.entry_bytes[i]) if i in cut else n
-                for i, n in whole.items()}  # fmt: skip
+        for layer in whole.keys() - shape.windows.keys() - plan.skipped.keys():
+            kept[layer] = round(held_entries(shape, plan, layer, Load(context, 1)) * shape.entry_bytes[layer])
     largest = max((n - kept[i] for i, n in whole.items()), default=0)
     return sum(kept.values()) + largest + shape.state_bytes + context * shape.token_bytes
 

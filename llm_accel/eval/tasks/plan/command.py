@@ -107,7 +107,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"plan: {settings['model'] or 'bundled needle model'}, {model['dtype']}, prompt "
         f"{length_label(settings['context'])}, batch {settings['batch']}, {settings['new_tokens']} new tokens, "
-        f"{'no memory limit' if memory is None else size(memory)}, {rate['name']} ({rate['bytes_per_s'] / 1e9:.0f} GB/s)",
+        f"{'no memory limit' if memory is None else size(memory)}, {rate['name']} "
+        f"({rate['bytes_per_s'] / 1e9:.0f} GB/s)",
         f"weights {size(model['weight_bytes'])} ({model['parameters'] / 1e9:.2f} billion), of which a step reads "
         f"{size(model['step_weight_bytes'])}",
         f"cache per token {size(model['kv_bytes_per_token'])}: {model['full_layers']} full layers, "

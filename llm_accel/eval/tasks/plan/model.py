@@ -63,7 +63,7 @@ class Geometry:
         return sum(self.wiring.states.values())
 
 
-def load_config(name: str | None, flag: str = "--model") -> Any:
+def load_config(name: str | None) -> Any:
     """The configuration of a model: of the bundled one, a geometry by name, a file or folder, or from the hub.
 
     Raises:
@@ -73,12 +73,12 @@ def load_config(name: str | None, flag: str = "--model") -> Any:
 
     if name in SHAPES:
         return shape_config(name)
-    path = NEEDLE if name is None else Path(name).expanduser()
+    place = str(NEEDLE) if name is None else name
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else name)
+        return AutoConfig.from_pretrained(Path(place).expanduser() if Path(place).expanduser().exists() else place)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{flag} {name!r} has no configuration: {str(error).splitlines()[0]} Give a HuggingFace id, a folder or "
+            f"--model {name!r} has no configuration: {str(error).splitlines()[0]} Give a HuggingFace id, a folder or "
             f"config.json, or one of {', '.join(SHAPES)}."
         ) from error
 
@@ -93,15 +93,13 @@ def geometry(config: Any, dtype: str) -> Geometry:
     wanted = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     model = build(config, wanted or torch.bfloat16, torch.device("meta"), None, 0)
     decoder, cost = model.get_decoder(), ModelCost.of(model)
-    decoder.config._experts_implementation_internal = "grouped_mm"  # others ask values which expert a token goes to
+    decoder.config._experts_implementation_internal = "batched_mm"  # others ask values which expert a token goes to
     wiring = wiring_of(decoder)
     if wiring.problem is not None:
         raise UnsupportedModelError(f"{decoder.config.model_type} cannot be planned: {wiring.problem}.")
     experts, active, expert_bytes = _experts(decoder)
-    layers = DynamicCache(config=decoder.config).layers
+    layers: list[Any] = DynamicCache(config=decoder.config).layers
     windows = {index: layer.sliding_window for index, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
-    entry_bytes = sum(entry.nbytes for entry in wiring.entries.values())
-    peaks = [_peak(decoder, count) - count * entry_bytes for count in (_TOKENS, 2 * _TOKENS)]
     return Geometry(
         model,
         wiring,
@@ -111,8 +109,23 @@ def geometry(config: Any, dtype: str) -> Geometry:
         expert_bytes,
         experts,
         active,
-        (peaks[1] - peaks[0]) // _TOKENS,
+        _token_bytes(model, wiring),
     )
+
+
+def _token_bytes(model: Any, wiring: Wiring) -> int:
+    """Activations of one token, from the peaks of two lengths. Experts are run as they are on a GPU, all tokens of one
+    together; the operation for that takes shapes of one type only, bfloat16."""
+    decoder, dtype = model.get_decoder(), model.dtype
+    decoder.config._experts_implementation_internal = "grouped_mm"
+    model.to(torch.bfloat16)
+    try:
+        short, long = _peak(decoder, _TOKENS), _peak(decoder, 2 * _TOKENS)
+    finally:
+        model.to(dtype)
+    entries = sum(entry.nbytes for entry in wiring.entries.values())
+    itemsize: int = dtype.itemsize
+    return (long - short) * itemsize // (2 * _TOKENS) - entries
 
 
 def _experts(decoder: Any) -> tuple[int, int, int]:
@@ -132,12 +145,13 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_:
 
 def _peak(decoder: Any, count: int) -> int:
     """Bytes of all tensors that reading ``count`` tokens holds at most."""
+    tensors = TensorBytes()
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
     ids, before = torch.ones(1, count, dtype=torch.long, device="meta"), decoder.config._attn_implementation
     decoder.config._attn_implementation_internal = _NAME
     try:
-        with torch.no_grad(), TensorBytes() as tensors:
+        with torch.no_grad(), tensors:
             decoder(input_ids=ids, use_cache=True, **{CACHE: DynamicCache(config=decoder.config)})
     finally:
         decoder.config._attn_implementation_internal = before

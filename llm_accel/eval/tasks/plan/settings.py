@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from llm_accel.eval.lengths import parse_length
 from llm_accel.eval.summary import DENSE
 from llm_accel.eval.tasks.bench.settings import parse_bytes
 from llm_accel.methods import list_methods
-from llm_accel.methods.kv.auto import Auto, Question
+from llm_accel.methods.kv.auto import Auto
 
 GPUS = {  # memory bandwidth in bytes per second, from the data sheets of the vendors
     "a100-40gb": 1.555e12,
@@ -29,7 +30,7 @@ GPUS = {  # memory bandwidth in bytes per second, from the data sheets of the ve
     "rtx-4090": 1.008e12,
 }
 DEFAULT_GPU = "h100"
-QUESTIONS: dict[str, Question] = {"in-prompt": "in_prompt", "later": "later"}
+QUESTIONS: dict[str, Literal["in_prompt", "later"]] = {"in-prompt": "in_prompt", "later": "later"}
 _SHARE = "ratio=0.25"
 _COMPARED = ("snapkv", "adakv", "kvzip", "streaming_llm")
 
@@ -62,8 +63,9 @@ class PlanSettings(Options):
         metavar="SIZE",
         parse=partial(parse_bytes, flag="--memory"),
     )
-    question: str = option("whether it is part of the prompt, or asked of the compressed cache", "in-prompt",
-                           choices=tuple(QUESTIONS))  # fmt: skip
+    question: str = option(
+        "whether it is part of the prompt, or asked of the compressed cache", "in-prompt", choices=tuple(QUESTIONS)
+    )
     methods: tuple[str, ...] = option(
         f"repeatable; dense is always there (default: auto and others with {_SHARE})",
         (),
