@@ -73,9 +73,9 @@ def load_config(name: str | None) -> Any:
 
     if name in SHAPES:
         return shape_config(name)
-    place = str(NEEDLE) if name is None else name
+    path = NEEDLE if name is None else Path(name).expanduser()
     try:
-        return AutoConfig.from_pretrained(Path(place).expanduser() if Path(place).expanduser().exists() else place)
+        return AutoConfig.from_pretrained(path if name is None or path.exists() else name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"--model {name!r} has no configuration: {str(error).splitlines()[0]} Give a HuggingFace id, a folder or "
