@@ -21,6 +21,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns have equal width, the first row as its header."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rule = ["-" * width for width in widths]
+    lines = (rows[0], rule, *rows[1:])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in lines
+    )
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     """A number formatted by ``form``."""
     return NONE if value is None else format(value, form)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.lengths import length_label
@@ -68,7 +68,7 @@ class RulerTask(TextTask):
     """A grid of lengths and tasks."""
 
     command = "ruler"
-    fields = ("method", "length", "task", "sample")
+    fields: ClassVar[tuple[str, ...]] = ("method", "length", "task", "sample")
     plots = ("tasks.png",)
     open_settings = ("chat_template", "dtype", "device")
     score = "score"
