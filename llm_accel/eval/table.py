@@ -92,6 +92,12 @@ def interval(ends: Sequence[float] | None) -> str:
     return NONE if ends is None else "{:.2f}-{:.2f}".format(*ends)
 
 
+def void(summary: Mapping[str, Any]) -> list[str]:
+    """A line that names, by length, the tasks on which dense stays below one half; none where there are none."""
+    named = [f"{length_label(int(n))}: {', '.join(tasks)}" for n, tasks in summary["void"].items() if tasks]
+    return [f"void, dense answers less than half of them: {'; '.join(named)}"] if named else []
+
+
 def missing(summary: Mapping[str, Any]) -> str:
     """The footer's remark on missing records."""
     return "" if summary["complete"] else f"; {summary['missing']} records missing"

@@ -144,6 +144,15 @@ def test_a_crash_loses_nothing_and_the_board_goes_on(tmp_path):
     assert 0 < again.calls < first.calls
 
 
+def test_a_board_without_records_is_shown_as_such(tmp_path):
+    task = make_task(ToldEngine(), methods=("snapkv",), ratios=(0.5,), lengths=(600,))
+    summary = task.summarize([], command=task.command)
+    assert not summary["complete"] and summary["missing"] == task.wanted == 4 * 8
+    assert "| dense                   | -   |" in task.render(summary) and "32 records missing" in task.render(summary)
+    task.draw(summary, [], tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
 @pytest.mark.parametrize(("ratio", "label"), [(0.5, "2:1"), (0.03125, "32:1"), (0.4, "2.5:1"), (0.3, "3.33:1")])
 def test_compression_in_words(ratio, label):
     assert compression(ratio) == label

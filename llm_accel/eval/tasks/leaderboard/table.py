@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_accel.eval.lengths import length_label
 from llm_accel.eval.summary import DENSE
-from llm_accel.eval.table import NONE, interval, markdown, missing
+from llm_accel.eval.table import NONE, interval, markdown, missing, void
 
 
 def compression(ratio: float) -> str:
@@ -28,10 +28,9 @@ def tables(summary: dict[str, Any]) -> str:
         f"lengths: {', '.join(map(length_label, lengths))}; samples per task and length: {summary['samples']}; "
         f"tasks: {tasks}{missing(summary)}"
     )
-    void = [f"{length_label(int(n))}: {', '.join(names)}" for n, names in summary["void"].items() if names]
-    if void:
-        blocks.append(f"void, dense answers less than half of them: {'; '.join(void)}")
-    return "\n\n".join([*blocks, *(f"left out: {name}: {reason}" for name, reason in summary["left_out"].items())])
+    return "\n\n".join(
+        [*blocks, *void(summary), *(f"left out: {name}: {reason}" for name, reason in summary["left_out"].items())]
+    )
 
 
 def _table(title: str, rows: dict[str, Any], ratios: Sequence[float], length: str | None) -> str:
