@@ -88,7 +88,8 @@ def vision(directory: Path) -> str:
 
 def device(hardware: dict[str, Any]) -> str:
     """The GPU, or threads and cores, in words."""
-    cpu = f"{hardware['torch_threads']} threads of {hardware['cpu_count']} {hardware['machine']} cores"
+    threads = hardware["torch_threads"]
+    cpu = f"{threads} thread{'s' if threads > 1 else ''} of {hardware['cpu_count']} {hardware['machine']} cores"
     return str(hardware.get("gpu") or cpu)
 
 
