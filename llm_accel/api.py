@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicCache
 
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.compiled.call import refusal_of
-from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.install import hook_of, install, make_plan, uninstall, unwrapped
 from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.patches.plan import Decode
-from llm_accel.patches.prefill import prefill, why_whole
+from llm_accel.patches.prefill import Prompts, compress, prefill, why_whole
 from llm_accel.patches.replay import ReadCache
 from llm_accel.registry import configure_all
 from llm_accel.report import Report
@@ -89,12 +89,30 @@ class Handle:
         """An empty cache for several turns: pass it as ``past_key_values`` to each of them (``cache`` in newer
         releases of transformers, which take both names)."""
         cache = DynamicCache()
-        adopt(cache, self._hook.plan, self._model.get_decoder().config)
+        attach_session(cache, self._hook.plan, self._model.get_decoder().config)
         return cache
+
+    def compress(
+        self, context: Prompts, attention_mask: Tensor | None = None, *, protect_mask: Tensor | None = None
+    ) -> DynamicCache:
+        """Reads a context, compresses it before any question is known, and returns its cache. Each question goes to
+        ``model.generate(torch.cat([context, question], 1), past_key_values=copy.deepcopy(cache))``, which reads the
+        question alone; :meth:`save_cache` stores the cache for another day.
+
+        Args:
+            context: token ids [B, n], or a list of B 1-D tensors of any lengths, which are padded on the left.
+            attention_mask: [B, n], zeros on the left of shorter rows; None: no padding.
+            protect_mask: tokens whose entries must stay, bool [B, n]; they count in the budget.
+
+        Raises:
+            ConfigError: this is no context.
+            UnsupportedCallError: the method evicts nothing, or only while decoding.
+        """
+        return compress(self._model, self._hook, context, attention_mask, protect_mask)
 
     def prefill(
         self,
-        input_ids: Tensor | Sequence[Tensor],
+        input_ids: Prompts,
         attention_mask: Tensor | None = None,
         *,
         rows: int | Sequence[int] = 1,

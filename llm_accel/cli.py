@@ -65,6 +65,12 @@ COMMANDS = {
         "OpenAI-compatible server on one accelerated model",
         alone="a server is one process on one port; for replicas see examples/ray_serve.py",
     ),
+    "vllm": Command(
+        "llm_accel.integrations.vllm.command",
+        "vLLM's OpenAI-compatible server with fewer KV blocks or visual tokens",
+        alone="vLLM starts its processes itself; see its --tensor-parallel-size and --data-parallel-size",
+        passes_on=True,
+    ),
     "transformers-serve": Command(
         "llm_accel.integrations.transformers_serve",
         "transformers' own server, every model accelerated",

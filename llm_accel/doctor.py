@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -43,6 +44,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus,
         "backends": _backends(cuda=bool(gpus["devices"])),
         "kernels": _kernels(),
+        "vllm": _vllm(),
         "bundled_models": {name: _bundled(folder) for name, folder in _BUNDLED.items()},
     }
 
@@ -64,6 +66,7 @@ def text(data: dict[str, Any]) -> str:
         ],
         "attention backends": [_live(name, entry) for name, entry in data["backends"].items()],
         "kernels": [(name, f"{entry['backend']}: {entry['reason']}") for name, entry in data["kernels"].items()],
+        "vllm": _vllm_lines(data["vllm"]),
         "bundled models": [
             (name, f"{entry['bytes'] / 2**20:.1f} MiB" if entry["present"] else f"missing: {entry['reason']}")
             for name, entry in data["bundled_models"].items()
@@ -192,6 +195,27 @@ def _kernels() -> dict[str, dict[str, str]]:
             backend, reason = "none", str(error)
         found[name] = {"backend": backend, "reason": reason}
     return found
+
+
+def _vllm() -> dict[str, Any] | None:
+    """The installed vLLM, and for each feature of the plug-in why it is off, or None; None without vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    from llm_accel.integrations.vllm import compat
+
+    features = {name: compat.problem(name) for name in compat.FEATURES}
+    return {"version": compat.version(), "tested": list(compat.TESTED), "inside": compat.tested(), "features": features}
+
+
+def _vllm_lines(data: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if data is None:
+        return [("vllm", "not installed (pip install 'llm_accel[vllm]')")]
+    low, high = data["tested"]
+    place = "inside" if data["inside"] else "OUTSIDE of"
+    return [
+        ("vllm", f"{data['version']}, {place} the tested range {low} to {high}"),
+        *((name, "on" if reason is None else f"off: {reason}") for name, reason in data["features"].items()),
+    ]
 
 
 def _bundled(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ METHODS = {
     "snapkv": f"snapkv:budget={BUDGET}",
     "pyramidkv": f"pyramidkv:budget={BUDGET}",
     "adakv": f"adakv:budget={BUDGET}",
+    "kvzip": f"kvzip:budget={BUDGET}",
     "h2o": f"h2o:budget={BUDGET}",
     "streaming_llm": f"streaming_llm:budget={BUDGET}",
     "retrieval_heads": f"retrieval_heads:sinks=4,recent={BUDGET - 4}",

@@ -72,7 +72,8 @@ def language_model() -> dict[str, Any]:
     first, second = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in _turns())
     ids = torch.randint(5, 90, (2, 100), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"model": model, "inputs": batch, "first": first, "second": second} | batch
+    questions = {"context": first["input_ids"], "questions": [ids[:1, :7], ids[1:, :9]]}
+    return {"model": model, "inputs": batch, "first": first, "second": second} | questions | batch
 
 
 def _turns() -> list[torch.Tensor]:

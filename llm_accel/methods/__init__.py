@@ -7,6 +7,9 @@ from llm_accel.methods.catalog import list_methods as list_methods
 from llm_accel.methods.catalog import method_class as method_class
 from llm_accel.methods.catalog import register_method as register_method
 from llm_accel.methods.claims import Claim as Claim
+from llm_accel.methods.context import ContextCompression as ContextCompression
+from llm_accel.methods.context import Lead as Lead
+from llm_accel.methods.context import PassView as PassView
 from llm_accel.methods.kv.head_profile import HeadProfile as HeadProfile
 from llm_accel.methods.kv.head_profile import load_profile as load_profile
 from llm_accel.methods.kv.head_roles import HeadMask as HeadMask
@@ -41,6 +44,7 @@ from llm_accel.methods.visual.tower import TowerView as TowerView
 from llm_accel.methods.kv.snapkv import SnapKV as SnapKV
 from llm_accel.methods.kv.pyramidkv import PyramidKV as PyramidKV
 from llm_accel.methods.kv.adakv import AdaKV as AdaKV
+from llm_accel.methods.kv.kvzip import KVzip as KVzip
 from llm_accel.methods.kv.h2o import H2O as H2O
 from llm_accel.methods.kv.streaming_llm import StreamingLLM as StreamingLLM
 from llm_accel.methods.kv.retrieval_heads import RetrievalHeads as RetrievalHeads

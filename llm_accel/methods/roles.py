@@ -101,16 +101,35 @@ class ScoreAndKeep(Budgeted):
         Raises:
             ConfigError: a score or mask has another shape, or more entries are always kept than the budget has.
         """
-        score, tie_break = self.score_and_tie_break(view)
-        forced = self.always_keep(view)
-        self._check_shapes(view, score, tie_break, forced)
-        if view.protected is not None:
-            forced = view.protected if forced is None else per_head(forced) | per_head(view.protected)
-        kept = self.allocate(total_order(score, view.valid, forced, tie_break), view)
+        forced = self._forced(view)
+        kept = self.allocate(self._order(view, forced), view)
         # one layer tells, so that the device is waited for only once; a graph cannot wait
         if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
             self._check_budget(kept, forced, view)
         return kept
+
+    def order(self, view: PromptView) -> Tensor:
+        """The entries of a layer in the order in which they stay, int64 [B, kv_heads, S], see
+        :func:`~llm_accel.methods.selection.total_order`.
+
+        Raises:
+            ConfigError: a score or mask has another shape.
+        """
+        return self._order(view, self._forced(view))
+
+    def _order(self, view: PromptView, forced: Tensor | None) -> Tensor:
+        score, tie_break = self.score_and_tie_break(view)
+        self._check_shapes(view, score, tie_break)
+        return total_order(score, view.valid, forced, tie_break)
+
+    def _forced(self, view: PromptView) -> Tensor | None:
+        """What the method always keeps and what the user protects."""
+        forced = self.always_keep(view)
+        if forced is not None:
+            self._check_mask(view, forced)
+        if view.protected is None:
+            return forced
+        return view.protected if forced is None else per_head(forced) | per_head(view.protected)
 
     def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
         """What :meth:`select` returns, for entries in the order ``priority``, int64 [B, kv_heads, S], of
@@ -118,15 +137,19 @@ class ScoreAndKeep(Budgeted):
         counts = self.row_entries(view.lengths, view)
         return best_slots(priority, counts, self.widest(counts, view))
 
-    def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None, forced: Tensor | None) -> None:
-        rows, shape = view.key.shape[0], (view.key.shape[0], view.kv_heads, view.slots)
+    def _check_shapes(self, view: PromptView, score: Tensor, tie_break: Tensor | None) -> None:
+        shape = (view.key.shape[0], view.kv_heads, view.slots)
         for name, given in (("score", score), ("tie_break", tie_break)):
             if given is not None and tuple(given.shape) != shape:
                 raise ConfigError(
                     f"{self.name}: {name} is {tuple(given.shape)}; give {shape}, [batch, KV heads, entries]."
                 )
+
+    def _check_mask(self, view: PromptView, forced: Tensor) -> None:
+        rows = view.key.shape[0]
+        shape = (rows, view.kv_heads, view.slots)
         masks = [(1, view.slots), (rows, view.slots), shape]
-        if forced is not None and (forced.dtype != torch.bool or tuple(forced.shape) not in masks):
+        if forced.dtype != torch.bool or tuple(forced.shape) not in masks:
             raise ConfigError(
                 f"{self.name}: always_keep is {forced.dtype} {tuple(forced.shape)}; give bool {masks[1]}, [batch, "
                 f"entries], or {shape}, [batch, KV heads, entries]."

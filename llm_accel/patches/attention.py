@@ -12,8 +12,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
+from llm_accel.methods import ContextCompression
 from llm_accel.patches.base_attention import ModelAttention, base_function
 from llm_accel.patches.compiled.cache import GraphCache
+from llm_accel.patches.context import Rereading
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
@@ -55,7 +57,7 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | GraphCache | Replay | None = None,
+        llm_accel: Session | GraphCache | Replay | Rereading | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
@@ -63,6 +65,8 @@ class AccelAttention:
         if isinstance(llm_accel, GraphCache | Replay):
             index: Any = getattr(module, "layer_idx", None)
             return llm_accel.attend(index, model, query, key, value), None
+        if isinstance(llm_accel, Rereading):
+            return llm_accel.attend(model, query, key, value, attention_mask), None
         if llm_accel is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         check_heads(llm_accel.plan.heads, query)
@@ -112,12 +116,12 @@ class AccelAttention:
         reply = session.plan.reply
         if reply is not None and isinstance(layer, ReplyLayer):
             return ReplyStep(session, reply, layer, attention).attend(query, key, value)
-        keeper = session.plan.keeper if index not in session.plan.skipped else None
-        if keeper is None:
+        kv_method = session.plan.kv_method if index not in session.plan.skipped else None
+        if kv_method is None or isinstance(kv_method, ContextCompression):  # such a method evicts after the call
             output = layer.attend(attention, query, key, value)
             layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
             return output
-        eviction = Eviction(session, keeper, layer, index, attention)
+        eviction = Eviction(session, kv_method, layer, index, attention)
         if session.phase is Phase.DEFERRED_EVICTION:
             key, value = eviction.before_attention(query, key, value)
         fused = eviction.attended(query, key, value)

@@ -22,16 +22,22 @@ class Eviction:
 
     Args:
         session: state of the cache.
-        keeper: the method.
+        method: the method.
         layer: the layer's entries, the new ones included.
         index: index of the layer.
         attention: what the model would have computed.
     """
 
     def __init__(
-        self, session: Session, keeper: ScoreAndKeep, layer: AccelLayer, index: int, attention: Attention
+        self, session: Session, method: ScoreAndKeep, layer: AccelLayer, index: int, attention: Attention
     ) -> None:
-        self.session, self.keeper, self.layer, self.index, self.attention = session, keeper, layer, index, attention
+        self.session, self.method, self.layer, self.index, self.attention = (
+            session,
+            method,
+            layer,
+            index,
+            attention,
+        )
         self.closing = (
             session.phase is Phase.PREFILL_END
         )  # set to cut at the end of a chunk; slots are overwritten after the prompt only
@@ -41,27 +47,27 @@ class Eviction:
         stored = self.layer.physical_length()
         prompt, window = stored - query.shape[2], self.layer.window
         if not self._over_budget(newest=query.shape[2]):
-            self.layer.window = window if self.keeper.cuts_every else None
+            self.layer.window = window if self.method.cuts_every else None
             return key, value
         kept = self._select(window, self.layer.all_keys(key)[:, :, :prompt])
         newest = torch.arange(prompt, stored, device=kept.device).expand(*kept.shape[:2], -1)
         kept = torch.cat([kept, newest], dim=-1)
         self.layer.keep(kept, self.session.plan.trace)
-        self.layer.window = window if self.keeper.cuts_every else None
+        self.layer.window = window if self.method.cuts_every else None
         return self.layer.narrowed(kept, key, value)
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """A decode step in which the method computes attention and eviction together, [B, 1, Hq, Dv]; None where the
         model computes attention."""
-        keeper, layer = self.keeper, self.layer
+        method, layer = self.method, self.layer
         decoding = query.shape[2] == 1 and not self.closing and not query.requires_grad
-        if not (decoding and isinstance(keeper, StepEviction) and isinstance(layer, SlotLayer) and layer.full):
+        if not (decoding and isinstance(method, StepEviction) and isinstance(layer, SlotLayer) and layer.full):
             return None  # while nothing is evicted, the output is the model's own to the bit
         softmax = self.attention.softmax(key.shape[-1])
         view = AttentionView(
             query, key, value, start=layer.start, **softmax, layer=self.index, layers=self.session.plan.layers
         )
-        step = keeper.attend_and_choose(view, step_view(layer))
+        step = method.attend_and_choose(view, step_view(layer))
         if step is None:
             return None
         output, layer.scores, victims = step
@@ -70,65 +76,65 @@ class Eviction:
 
     def after_attention(self, query: Tensor, key: Tensor) -> None:
         """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
-        if isinstance(self.keeper, StepEviction):
+        if isinstance(self.method, StepEviction):
             if isinstance(self.layer, HidingLayer):
-                self._hide(self.keeper, self.layer, query, key)
+                self._hide(self.method, self.layer, query, key)
             else:
                 assert isinstance(self.layer, SlotLayer)
-                self._step(self.keeper, self.layer, query, key)
+                self._step(self.method, self.layer, query, key)
         elif self.session.phase is Phase.PREFILL_END:
             self._close(query, key)
         elif self.session.phase is Phase.PREFILL_CHUNK:
             self._observed(query)
-        elif self.keeper.cuts_every is not None:
-            self._cut(self._observed(query), key, self.keeper.cuts_every)
+        elif self.method.cuts_every is not None:
+            self._cut(self._observed(query), key, self.method.cuts_every)
 
     def _close(self, query: Tensor, key: Tensor) -> None:
-        if self.layer.window is not None or self.keeper.cuts_every is not None:
+        if self.layer.window is not None or self.method.cuts_every is not None:
             query = self._observed(query)
         if self._over_budget():
             self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
         else:
             self.layer.own_storage()
-        self.layer.window = query if self.keeper.observed_queries and self.keeper.cuts_every else None
+        self.layer.window = query if self.method.observed_queries and self.method.cuts_every else None
 
     def _cut(self, query: Tensor, key: Tensor, every: int) -> None:
         """A decode step; the layer is cut back to its budget when it holds ``every`` entries more."""
         depth, stored = self.session.plan.depth(self.index, later=True), self.layer.mean_length()
-        if stored - self.keeper.layer_entries(self.layer.cumulative_length, depth) >= every:
+        if stored - self.method.layer_entries(self.layer.cumulative_length, depth) >= every:
             kept = self._select(query, self.layer.all_keys(key), depth, every)
             self.layer.keep(kept, self.session.plan.trace)
-            self.layer.window = query if self.keeper.observed_queries else None
+            self.layer.window = query if self.method.observed_queries else None
 
     def _observed(self, query: Tensor) -> Tensor:
         """The last queries that the scores need, those of earlier calls and of this one."""
-        if not self.keeper.observed_queries:
+        if not self.method.observed_queries:
             return query
-        self.layer.observe(query, self.keeper.observed_queries)
+        self.layer.observe(query, self.method.observed_queries)
         assert self.layer.window is not None
         return self.layer.window
 
-    def _step(self, keeper: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
-        if keeper.accumulates:
-            layer.accumulate(self._votes(query, key, layer.start), self._decay(keeper, query))
+    def _step(self, method: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
+        if method.accumulates:
+            layer.accumulate(self._votes(query, key, layer.start), self._decay(method, query))
         if self.closing:
             if self._over_budget():
                 layer.keep(self._select(None, key), self.session.plan.trace)
             else:
                 layer.own_storage()
             if self.session.phase is Phase.PREFILL_END:
-                layer.bound(keeper.capacity(layer.cumulative_length))
+                layer.bound(method.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(step_view(layer)))
+            layer.choose_spare(method.victims(step_view(layer)))
 
-    def _hide(self, keeper: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
+    def _hide(self, method: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
         """A simulated step: everything stays stored, the method says what the next token sees."""
-        layer.accumulate(self._votes(query, key, layer.shown_start()), self._decay(keeper, query))
+        layer.accumulate(self._votes(query, key, layer.shown_start()), self._decay(method, query))
         if self.session.phase is Phase.PREFILL_END:
             layer.own_storage()
             lengths = layer.row_lengths().expand(key.shape[0])
-            entries = None if keeper.ratio is None else keeper.entries_per_row(lengths)
-            layer.bound(keeper.capacity(layer.physical_length()), entries)
+            entries = None if method.ratio is None else method.entries_per_row(lengths)
+            layer.bound(method.capacity(layer.physical_length()), entries)
         if layer.full:
             layer.show(self._select(None, layer.keys))
 
@@ -138,23 +144,23 @@ class Eviction:
         with torch.no_grad():  # as a decorator it would break every compiled graph
             return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
 
-    def _decay(self, keeper: StepEviction, query: Tensor) -> float:
-        return keeper.score_decay if query.shape[2] == 1 else 1.0
+    def _decay(self, method: StepEviction, query: Tensor) -> float:
+        return method.score_decay if query.shape[2] == 1 else 1.0
 
     def _over_budget(self, newest: int = 0) -> bool:
         """Whether some row stores more than it may keep, the ``newest`` entries aside. Budgets are counted from the
         tokens seen, so that a ratio does not shrink what a former turn has shrunk already."""
-        if self.layer.compressed and not self.keeper.recompresses:
+        if self.layer.compressed and not self.method.recompresses:
             return False
         depth = self._depth()
-        entries = self.keeper.layer_entries(self.layer.cumulative_length - newest, depth)
+        entries = self.method.layer_entries(self.layer.cumulative_length - newest, depth)
         if entries < self.layer.mean_length() - newest:
             return True
         if self.layer.start is None:
             return False
         # a short row may have to evict where a long one, whose early layers keep more, does not
         lengths, seen = self.layer.row_lengths() - newest, self._seen(newest)
-        return bool((self.keeper.layer_entries_per_row(lengths if seen is None else seen, depth) < lengths).any())
+        return bool((self.method.layer_entries_per_row(lengths if seen is None else seen, depth) < lengths).any())
 
     def _seen(self, newest: int) -> Tensor | None:
         seen = self.layer.seen()
@@ -164,7 +170,7 @@ class Eviction:
         return self.session.plan.depth(self.index, later=self.layer.compressed)
 
     def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
-        width = self.keeper.observed_queries
+        width = self.method.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
         view = PromptView(
             query=observed,
@@ -183,7 +189,7 @@ class Eviction:
             **self.attention.softmax(key.shape[-1]),
         )
         with torch.no_grad():
-            kept = self.keeper.select(view)
+            kept = self.method.select(view)
             if view.protected is not None:
                 self._check_protected(kept, view.protected, view.valid)
         return kept
@@ -193,8 +199,8 @@ class Eviction:
         lost = without(kept, protected, valid)
         if bool(lost.any()):
             raise UnsupportedCallError(
-                f"protect_mask: {self.keeper.spec()} let protected tokens of row {int(lost.long().argmax())} go in "
-                f"layer {self.index}. {type(self.keeper).__name__} overrides `select`, which is what keeps them: have "
+                f"protect_mask: {self.method.spec()} let protected tokens of row {int(lost.long().argmax())} go in "
+                f"layer {self.index}. {type(self.method).__name__} overrides `select`, which is what keeps them: have "
                 "it give a `score(view)` instead, or call without protect_mask."
             )
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from llm_accel.cache.fixed import round_up
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.cache_name import CACHE, named_cache
-from llm_accel.patches.hook import DecoderHook, adopt, named
+from llm_accel.patches.hook import DecoderHook, attach_session, named
 from llm_accel.patches.replay import is_waiting
 from llm_accel.patches.reply import ContrastProcessor
 
@@ -47,7 +47,7 @@ class GenerateProxy:
         cache = kwargs.get(CACHE)
         if cache is None:
             cache = DynamicCache()
-        session = adopt(cache, self.hook.plan, self.model.get_decoder().config)
+        session = attach_session(cache, self.hook.plan, self.model.get_decoder().config)
         if is_waiting(cache) and protect_mask is not None:
             raise UnsupportedCallError("this cache holds its prompt already; give protect_mask to handle.prefill.")
         prompt = _prompt_length(kwargs)

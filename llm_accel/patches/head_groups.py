@@ -78,9 +78,9 @@ class GroupedAttention:
 
     def _evict(self, group: HeadGroup, attention: ModelAttention, query: Tensor) -> None:
         store, stream = group.store, group is self.layer.stream
-        keeper = self.split.streaming if stream else self.split.full_compression
-        if keeper is not None:
-            eviction = Eviction(self.session, keeper, store, self.index, attention)
+        kv_method = self.split.streaming if stream else self.split.full_compression
+        if kv_method is not None:
+            eviction = Eviction(self.session, kv_method, store, self.index, attention)
             if stream and self.split.prefill != "dense":
                 eviction.closing = True
             eviction.after_attention(query, store.keys)

@@ -1,4 +1,4 @@
-"""The forward hooks on the decoder: they adopt the cache and hand its session down."""
+"""The forward hooks on the decoder: they attach a session to the cache and hand its session down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named_cache
 from llm_accel.patches.compiled.call import arm
+from llm_accel.patches.context import compress_context
 from llm_accel.patches.mlp_chunks import arm_mlps
+from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
@@ -78,7 +80,7 @@ class DecoderHook:
         arm(decoder, self)  # a copied or reloaded model has lost its own
         arm_mlps(decoder, self)
         _refuse(kwargs, decoder, self.plan)
-        session = adopt(cache, self.plan, decoder.config)
+        session = attach_session(cache, self.plan, decoder.config)
         if is_waiting(cache):
             return args, replayed(cache, decoder, kwargs)
         session.passing = passing
@@ -87,7 +89,9 @@ class DecoderHook:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
         session.begin(length, past, kwargs.get("attention_mask"))
-        if isinstance(self.plan.keeper, StepEviction) and self.plan.keeper.relative_positions:
+        if session.context is not None and session.phase.in_prompt:
+            session.context.add(inputs, kwargs)
+        if isinstance(self.plan.kv_method, StepEviction) and self.plan.kv_method.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
             kwargs = begin_call(session, kwargs, visual, past)
@@ -138,6 +142,9 @@ class DecoderExit:
             return
         if session is None:
             return
+        session.verify_attention()
+        if session.context is not None and session.phase is Phase.PREFILL_END:
+            compress_context(session, decoder)
         session.verify()
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()
@@ -156,7 +163,7 @@ def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return kwargs | dict(zip(names, args, strict=False))
 
 
-def adopt(cache: Any, plan: Plan, config: Any) -> Session:
+def attach_session(cache: Any, plan: Plan, config: Any) -> Session:
     """Turns the stock, empty full-attention layers of a cache into ours, in place. A cache without layers gets those
     of ``config``: only they tell sliding layers from full ones."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):

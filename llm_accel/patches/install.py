@@ -21,6 +21,7 @@ from llm_accel.patches.compiled.eligible import COMPILED, why_eager
 from llm_accel.patches.generate import SHADOWED, GenerateProxy, RefusingProxy
 from llm_accel.patches.heads import plan_heads
 from llm_accel.patches.hook import DecoderExit, DecoderHook
+from llm_accel.patches.lead import lead_of
 from llm_accel.patches.mlp_chunks import arm_mlps, check_mlps, disarm_mlps
 from llm_accel.patches.plan import Decode, Plan, check_composition
 from llm_accel.patches.ranks import head_shard, notes
@@ -87,7 +88,8 @@ def make_plan(
     heads = plan_heads(model, configs, skipped, shard)
     check_readers(decoder, wiring, configs, splits=heads.get("split") is not None)
     check_derived(decoder, wiring, configs, splits=heads.get("split") is not None)
-    backends |= heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)
+    lead, said = lead_of(model, configs)
+    backends |= said | heads.pop("backends", {}) | visual.pop("backends", {}) | notes(model, shard)
     plan = Plan(
         tuple(configs),
         layers,
@@ -99,6 +101,7 @@ def make_plan(
         mlp_chunk=mlp_chunk,
         readers=wiring.readers,
         derived=frozenset(wiring.derived),
+        lead=lead,
         **heads,
         **visual,
     )

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from llm_accel.cache import AccelLayer
 from llm_accel.cache.linear import restore_states, states_of
 from llm_accel.errors import ConfigError, UnsupportedCallError
-from llm_accel.patches.hook import adopt, session_of
+from llm_accel.patches.hook import attach_session, session_of
 from llm_accel.patches.identity import identity
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.ranks import own_file
@@ -77,7 +77,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, plan: Plan) -> DynamicC
             f"{path} cannot be read as a saved cache ({error}); give a file from handle.save_cache."
         ) from error
     cache = DynamicCache()
-    adopt(cache, plan, model.get_decoder().config)
+    attach_session(cache, plan, model.get_decoder().config)
     device = model.get_input_embeddings().weight.device
     for index, values in enumerate(json.loads(metadata["layers"])):
         prefix = f"{index}."

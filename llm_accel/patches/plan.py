@@ -28,6 +28,7 @@ from llm_accel.methods import (
     HeadShard,
     HeadSplit,
     LayerCut,
+    Lead,
     MethodConfig,
     ScoreAndKeep,
     StepEviction,
@@ -62,7 +63,8 @@ class Plan:
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
         derived: layers whose attention is given what is computed from the cached entries (latents), not these.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
-        keeper: the method that decides which KV entries stay, if any; worked out from ``configs``.
+        lead: what the model is told before it reads a context again.
+        kv_method: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attention_method: the method that computes attention, if any; worked out from ``configs``.
         cut: after which layers visual tokens may leave the decoder, and which of them, or None.
         tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
@@ -86,7 +88,8 @@ class Plan:
     decode: Decode = field(default="eager", compare=False)
     compiles: bool = field(default=False, compare=False)
     mlp_chunk: int | None = field(default=None, compare=False)
-    keeper: ScoreAndKeep | None = field(init=False, compare=False)
+    lead: Lead = field(default_factory=Lead)
+    kv_method: ScoreAndKeep | None = field(init=False, compare=False)
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
     reply: VASparse | None = field(init=False, compare=False)
@@ -101,7 +104,7 @@ class Plan:
         if tokens is not None and (self.cut is None or any(isinstance(config, LayerCut) for config in self.configs)):
             tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
         object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "keeper", _first(self.configs, ScoreAndKeep))
+        object.__setattr__(self, "kv_method", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
         object.__setattr__(self, "reply", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
@@ -113,7 +116,7 @@ class Plan:
     @property
     def evicts(self) -> bool:
         """Whether entries leave the cache, are treated as if they had, or never enter it."""
-        return self.keeper is not None or self.split is not None or self.visual
+        return self.kv_method is not None or self.split is not None or self.visual
 
     @property
     def visual(self) -> bool:
@@ -123,7 +126,7 @@ class Plan:
     @property
     def hides(self) -> bool:
         """Whether entries are hidden from attention and none leaves the cache."""
-        return isinstance(self.keeper, StepEviction) and self.keeper.hides
+        return isinstance(self.kv_method, StepEviction) and self.kv_method.hides
 
     @property
     def whole(self) -> Dense | None:
@@ -149,14 +152,14 @@ class Plan:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:
             return ReplyLayer()
-        if self.keeper is None or index in self.skipped:
+        if self.kv_method is None or index in self.skipped:
             return AccelLayer()
-        if isinstance(self.keeper, StepEviction):
-            if self.keeper.hides:
+        if isinstance(self.kv_method, StepEviction):
+            if self.kv_method.hides:
                 return HidingLayer()
-            kind = RelativeSlotLayer if self.keeper.relative_positions else SlotLayer
-            return kind(self.keeper.vacancies)
-        return AccelLayer() if self.keeper.page_size is None else RaggedLayer(self.keeper.page_size, self.heads)
+            kind = RelativeSlotLayer if self.kv_method.relative_positions else SlotLayer
+            return kind(self.kv_method.vacancies)
+        return AccelLayer() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
 
     def reader_count(self, index: int) -> int:
         """How many later layers read the entries of this one."""

@@ -18,7 +18,7 @@ from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.eviction import step_view
-from llm_accel.patches.hook import DecoderHook, adopt
+from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import ReadCache
 
@@ -30,7 +30,7 @@ def prefill(
     model: Any, hook: DecoderHook, prompts: Prompts, mask: Tensor | None, rows: Rows, protect: Tensor | None
 ) -> ReadCache:
     """See :meth:`llm_accel.Handle.prefill`."""
-    _refuse(model, hook)
+    _refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
     ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
     if protect is not None and tuple(protect.shape) != tuple(ids.shape):
         raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
@@ -39,19 +39,13 @@ def prefill(
     for part in _parts(rows, ids.shape[0]):
         real = slice(int(mask[part].long().argmax(-1).min()), None)  # columns that are padding in these rows stay out
         cache = DynamicCache()
-        session = adopt(cache, hook.plan, model.get_decoder().config)
+        session = attach_session(cache, hook.plan, model.get_decoder().config)
         session.reading = True
-        model.generate(
-            ids[part, real],
-            attention_mask=mask[part, real],
-            protect_mask=None if protect is None else protect[part, real],
-            max_new_tokens=1,
-            **{CACHE: cache, "do_sample": False, "num_beams": 1, "num_return_sequences": 1},
-        )
+        _read(model, ids[part, real], mask[part, real], cache, None if protect is None else protect[part, real])
         outcomes.append(session.outcome)
         parts.append(list(cache.layers))
     whole = ReadCache(ids, mask)
-    session = adopt(whole, hook.plan, model.get_decoder().config)
+    session = attach_session(whole, hook.plan, model.get_decoder().config)
     for index, layer in enumerate(whole.layers):
         _join(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
         for layers in parts:
@@ -59,6 +53,29 @@ def prefill(
     whole.outcome = joined(outcomes, -1, 0)
     hook.settle(session)
     return whole
+
+
+def compress(
+    model: Any, hook: DecoderHook, context: Prompts, mask: Tensor | None, protect: Tensor | None
+) -> DynamicCache:
+    """See :meth:`llm_accel.Handle.compress`."""
+    _refuse(model, hook, "compress", why_kept(hook.plan))
+    ids, mask = padded(context, mask, model.get_input_embeddings().weight.device, "compress")
+    cache = DynamicCache()
+    attach_session(cache, hook.plan, model.get_decoder().config)
+    _read(model, ids, mask, cache, protect)
+    return cache
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache, protect: Tensor | None) -> None:
+    """Has ``generate`` read a prompt, which prepares it as the model wants it, and nothing after it."""
+    model.generate(
+        ids,
+        attention_mask=mask,
+        protect_mask=protect,
+        max_new_tokens=1,
+        **{CACHE: cache, "do_sample": False, "num_beams": 1, "num_return_sequences": 1},
+    )
 
 
 def _parts(rows: Rows, batch: int) -> list[slice]:
@@ -73,8 +90,10 @@ def _parts(rows: Rows, batch: int) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def padded(prompts: Prompts, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, n], padded on the left.
+def padded(
+    prompts: Prompts, mask: Tensor | None, device: torch.device, caller: str = "prefill"
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, n], padded on the left; ``caller`` is who was given them, for messages.
 
     Raises:
         ConfigError: these are no prompts, or the mask is not one of theirs.
@@ -82,23 +101,34 @@ def padded(prompts: Prompts, mask: Tensor | None, device: torch.device) -> tuple
     if not isinstance(prompts, Tensor):
         rows = list(prompts)
         if not rows or not all(isinstance(row, Tensor) and row.ndim == 1 and row.numel() for row in rows):
-            raise ConfigError("prefill: give token ids [batch, tokens], or a list of 1-D tensors that are not empty.")
+            raise ConfigError(f"{caller}: give token ids [batch, tokens], or a list of 1-D tensors that are not empty.")
         if mask is not None:
-            raise ConfigError("prefill: a list of prompts needs no attention_mask; leave it out.")
+            raise ConfigError(f"{caller}: a list of prompts needs no attention_mask; leave it out.")
         longest = max(len(row) for row in rows)
         ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows]).to(device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return ids, (torch.arange(longest, device=device) >= (longest - lengths)[:, None]).long()
     if prompts.ndim != 2 or not prompts.numel():
-        raise ConfigError(f"prefill: input_ids are {tuple(prompts.shape)}; give token ids [batch, tokens].")
+        raise ConfigError(f"{caller}: input_ids are {tuple(prompts.shape)}; give token ids [batch, tokens].")
     ids = prompts.to(device)
     mask = torch.ones_like(ids) if mask is None else mask.to(device).long()
     if mask.shape != ids.shape or not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise ConfigError(
-            f"prefill: attention_mask must be {tuple(ids.shape)} with zeros on the left of each row only "
+            f"{caller}: attention_mask must be {tuple(ids.shape)} with zeros on the left of each row only "
             "(tokenizer.padding_side = 'left')."
         )
     return ids, mask
+
+
+def why_kept(plan: Plan) -> str | None:
+    """Why reading a prompt leaves all of its entries in the cache, or None."""
+    if plan.kv_method is None and plan.split is None:
+        return "it evicts nothing"
+    if plan.hides:
+        return "it hides entries and evicts none"
+    if plan.kv_method is not None and plan.kv_method.deferred:
+        return "compress='deferred' evicts at the first decode step, and prompts must be compressed at once"
+    return None
 
 
 def why_whole(plan: Plan, config: Any) -> str | None:
@@ -107,12 +137,9 @@ def why_whole(plan: Plan, config: Any) -> str | None:
         return "it acts on visual tokens, and images cannot be divided among calls here"
     if plan.attention_method is not None:
         return "it keeps the whole cache and looks at the length of the whole batch"
-    if plan.keeper is None and plan.split is None and plan.whole is None:
-        return "it evicts nothing"
-    if plan.hides:
-        return "it hides entries and evicts none"
-    if plan.keeper is not None and plan.keeper.deferred:
-        return "compress='deferred' evicts at the first decode step, and prompts must be compressed at once"
+    reason = None if plan.whole is not None else why_kept(plan)
+    if reason is not None:
+        return reason
     stock = [layer for layer in DynamicCache(config=config).layers if not is_full(layer)]
     others = {type(layer) for layer in stock if isinstance(layer, CacheLayerMixin)} - {DynamicSlidingWindowLayer}
     if others:
@@ -121,17 +148,14 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     return None
 
 
-def _refuse(model: Any, hook: DecoderHook) -> None:
-    plan = hook.plan
+def _refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
     if not hook.enabled:
-        raise UnsupportedCallError("prefill inside disabled(): nothing would be compressed; call it outside.")
+        raise UnsupportedCallError(f"{caller} inside disabled(): nothing would be compressed; call it outside.")
     if not hasattr(model, "generate"):
         raise UnsupportedCallError(f"{type(model).__name__} cannot generate; apply to the model with a language head.")
-    reason = why_whole(plan, model.get_decoder().config)
     if reason is not None:
-        raise UnsupportedCallError(
-            f"{plan.title} cannot read prompts a few at a time: {reason}. Call model.generate with the whole batch."
-        )
+        what = "cannot read prompts a few at a time" if caller == "prefill" else "cannot compress a context by itself"
+        raise UnsupportedCallError(f"{hook.plan.title} {what}: {reason}. Call model.generate with the whole batch.")
 
 
 def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
@@ -149,13 +173,13 @@ def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
     if isinstance(layer, GroupedLayer):
         assert plan.split is not None
         _open(plan.split.streaming, layer.stream.store)
-    elif isinstance(plan.keeper, StepEviction):
-        _open(plan.keeper, layer)
+    elif isinstance(plan.kv_method, StepEviction):
+        _open(plan.kv_method, layer)
 
 
-def _open(keeper: StepEviction, layer: AccelLayer) -> None:
+def _open(kv_method: StepEviction, layer: AccelLayer) -> None:
     """Makes slots ready to be overwritten."""
     if isinstance(layer, SlotLayer) and layer.physical_length():
-        layer.bound(keeper.capacity(layer.cumulative_length))
+        layer.bound(kv_method.capacity(layer.cumulative_length))
         if layer.full:
-            layer.choose_spare(keeper.victims(step_view(layer)))
+            layer.choose_spare(kv_method.victims(step_view(layer)))

@@ -11,8 +11,9 @@ from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
-from llm_accel.methods import StepEviction
+from llm_accel.methods import ContextCompression, StepEviction
 from llm_accel.methods.selection import real_slots
+from llm_accel.patches.context import Context
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
 from llm_accel.patches.vision.state import VisualState
@@ -45,6 +46,8 @@ class Session:
         unfinished: whether a call has begun and has not come to its end.
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
+        context: tokens of the first prompt, for methods that have the model read them again, else None.
+        torn: whether an eviction of all layers together has begun and has not come to its end.
     """
 
     def __init__(self, plan: Plan, cache: Cache) -> None:
@@ -65,6 +68,8 @@ class Session:
         self.unfinished = False
         self.reading = False
         self.outcome: Tensor | None = None
+        self.context: Context | None = None
+        self.torn = False
         self._awaiting_decode = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,15 +132,17 @@ class Session:
         if protect is not None and not (torch.is_tensor(protect) and protect.ndim == 2):
             shape = tuple(protect.shape) if torch.is_tensor(protect) else type(protect).__name__
             raise ConfigError(f"protect_mask is {shape}; give a bool tensor [batch, prompt length].")
-        if protect is not None and self.plan.keeper is None:
+        if protect is not None and self.plan.kv_method is None:
             raise ConfigError(f"protect_mask: {self.plan.title} does not choose entries, so it cannot protect any.")
         if protect is not None and self.plan.visual:
             raise UnsupportedCallError(
                 f"protect_mask counts the tokens of the prompt, of which {self.plan.title} takes some out; "
                 "leave one of them out."
             )
-        keeper = self.plan.keeper
-        if protect is not None and (isinstance(keeper, StepEviction) or (keeper and keeper.cuts_every is not None)):
+        kv_method = self.plan.kv_method
+        if protect is not None and (
+            isinstance(kv_method, StepEviction) or (kv_method and kv_method.cuts_every is not None)
+        ):
             raise UnsupportedCallError(
                 f"protect_mask holds for the prompt, but {self.plan.title} evicts while decoding; "
                 "leave one of them out."
@@ -146,7 +153,7 @@ class Session:
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
         torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
-        torn = torn or (self.unfinished and any(map(_may_be_ahead, self.layers)))
+        torn = torn or (self.torn and past > 0) or (self.unfinished and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
         for layer in self.ours.values():
@@ -155,7 +162,7 @@ class Session:
             for held in self.layers:
                 if isinstance(held, AccelLayer | LinearLayer):
                     held.thaw()
-        keeper = self.plan.keeper
+        kv_method = self.plan.kv_method
         if past == 0:
             self._forget()
         if length > 1 or past == 0 or self._prompt_open(past):
@@ -163,7 +170,7 @@ class Session:
             self.padding = self._read_padding(length, past, attention_mask)
             if complete:
                 self.prompt_end = None
-            if complete and keeper is not None and keeper.deferred:
+            if complete and kv_method is not None and kv_method.deferred:
                 self._awaiting_decode, complete = True, False
             self.phase = Phase.PREFILL_END if complete else Phase.PREFILL_CHUNK
         else:
@@ -186,7 +193,8 @@ class Session:
 
     def _forget(self) -> None:
         """An emptied cache starts over: nothing of its earlier prompt counts, only what was announced for this one."""
-        self._awaiting_decode = False
+        self._awaiting_decode = self.torn = False
+        self.context = Context() if isinstance(self.plan.kv_method, ContextCompression) else None
         if self.prompt_end is None:
             self.protect = None
 
@@ -227,8 +235,8 @@ class Session:
 
     def protected_slots(self, index: int, layer: AccelLayer, slots: int) -> Tensor | None:
         """``protect`` for the slots of layer ``index`` before its first eviction, bool [B, slots], or None."""
-        keeper = self.plan.keeper
-        if self.protect is None or keeper is None or layer.compressed:
+        kv_method = self.plan.kv_method
+        if self.protect is None or kv_method is None or layer.compressed:
             return None
         if self.protect.shape[1] > slots:
             raise ConfigError(
@@ -246,20 +254,19 @@ class Session:
         real = real_slots(layer.start, slots, mask.device)
         mask = mask & real
         lengths = real.sum(-1)
-        kept = keeper.layer_entries_per_row(lengths, self.plan.depth(index, later=False))
-        crowded = (mask.sum(-1) + keeper.reserved > kept) & (kept < lengths)
+        kept = kv_method.layer_entries_per_row(lengths, self.plan.depth(index, later=False))
+        crowded = (mask.sum(-1) + kv_method.reserved > kept) & (kept < lengths)
         if bool(crowded.any()):
             row = int(crowded.long().argmax())
             raise ConfigError(
-                f"protect_mask marks {int(mask[row].sum())} tokens of row {row}, but {keeper.spec()} keeps "
-                f"{int(kept.expand(len(mask))[row])} entries there in layer {index}, of which {keeper.reserved} are "
-                f"taken ({keeper.reserved_for}); protect fewer tokens or raise the budget."
+                f"protect_mask marks {int(mask[row].sum())} tokens of row {row}, but {kv_method.spec()} keeps "
+                f"{int(kept.expand(len(mask))[row])} entries there in layer {index}, of which {kv_method.reserved} are "
+                f"taken ({kv_method.reserved_for}); protect fewer tokens or raise the budget."
             )
         return mask
 
-    def verify(self) -> None:
-        """Raises :class:`EvictionError` if a layer computed its attention without us, or if the prompt is complete and
-        a layer over budget evicted nothing."""
+    def verify_attention(self) -> None:
+        """Raises :class:`EvictionError` if a layer computed its attention without us."""
         for index, layer in self.ours.items():
             if layer.stage is CallStage.ARRIVED:
                 raise EvictionError(
@@ -268,6 +275,9 @@ class Session:
                 )
             if layer.reading is not None:
                 raise EvictionError(f"{layer.reading.left} layers that read the entries of layer {index} never did.")
+
+    def verify(self) -> None:
+        """Raises :class:`EvictionError` if the prompt is complete and a layer over budget evicted nothing."""
         self.unfinished = False
         if self.phase not in (Phase.PREFILL_END, Phase.DEFERRED_EVICTION):
             return
@@ -276,15 +286,15 @@ class Session:
                 limit, held = self.plan.split.sinks + self.plan.split.recent, layer.stream.store.physical_length()
                 if held > limit:
                     raise EvictionError(f"layer {index} streams {limit} entries per head, but holds {held}.")
-        keeper = self.plan.keeper
-        if keeper is None:
+        kv_method = self.plan.kv_method
+        if kv_method is None or isinstance(kv_method, ContextCompression):  # the latter evicts in all layers or raises
             return
         for index, layer in self.ours.items():
             if index in self.plan.skipped or layer.compressed:
                 continue
             # the first decoded token is no part of the prompt
             seen = layer.cumulative_length - int(self.phase is Phase.DEFERRED_EVICTION)
-            entries = keeper.layer_entries(seen, self.plan.depth(index, later=False))
+            entries = kv_method.layer_entries(seen, self.plan.depth(index, later=False))
             if entries < seen:
                 raise EvictionError(
                     f"layer {index} has seen {seen} tokens and should keep {entries}, but evicted nothing."

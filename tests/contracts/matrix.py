@@ -24,7 +24,8 @@ NEW = 6
 
 # options of the size of these prompts, for every method that has them
 SIZES = {"window": 8, "page": 8}
-OWN = {"pyramidkv": {"beta": 2, "kernel": 5}}
+# KVzip's other divisions do not say what one layer keeps; tests/contracts/test_context.py has them
+OWN: dict[str, dict[str, Any]] = {"pyramidkv": {"beta": 2, "kernel": 5}, "kvzip": {"division": "layer"}}
 
 
 def small(kind: type[ScoreAndKeep], **changes: Any) -> ScoreAndKeep:
@@ -132,10 +133,13 @@ def pages_held(kept: torch.Tensor, page: int, decoded: int) -> int:
 
 
 STEPWISE = tuple(name for name, make in METHODS.items() if isinstance(make(), StepEviction))
-PROMPT_ONLY = tuple(name for name, make in METHODS.items() if isinstance(make(), PromptCompression))
+PROMPT_ONLY = tuple(name for name in METHODS if name not in STEPWISE)
+# of these, those that may also evict later, or in later turns
+AGAIN = tuple(name for name, make in METHODS.items() if isinstance(make(), PromptCompression))
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_prompt_method = pytest.mark.parametrize("method", PROMPT_ONLY)
+every_method_that_cuts_again = pytest.mark.parametrize("method", AGAIN)
 every_stepwise_method = pytest.mark.parametrize("method", STEPWISE)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_shape = pytest.mark.parametrize("shape", ["single", "padded"])

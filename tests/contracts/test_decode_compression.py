@@ -12,7 +12,16 @@ from torch import Tensor
 import llm_accel
 from llm_accel import AdaKV, ConfigError, PyramidKV, RandomKV, SnapKV, UnsupportedCallError
 from llm_accel.methods import Depth, PromptCompression, PromptView
-from tests.contracts.matrix import BUDGET, LONG, METHODS, acting, every_prompt_method, every_shape, generate, make_batch
+from tests.contracts.matrix import (
+    BUDGET,
+    LONG,
+    METHODS,
+    acting,
+    every_method_that_cuts_again,
+    every_shape,
+    generate,
+    make_batch,
+)
 from tests.contracts.oracle import MaskedOracle
 from tests.contracts.plain_attention import running
 from tests.tiny import prompt, tiny_model
@@ -21,7 +30,7 @@ EVERY, STEPS, WINDOW = 16, 60, 8
 
 
 @every_shape
-@every_prompt_method
+@every_method_that_cuts_again
 def test_200_steps_never_exceed_the_cap(method: str, shape: str) -> None:
     model, batch, config = tiny_model("llama"), make_batch(shape, long=True), METHODS[method](recompress_every=EVERY)
     mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask

@@ -13,6 +13,7 @@ import llm_accel
 from llm_accel import Report
 from tests.contracts.laws import EXACT, check_copied_cache, searched, two_turns
 from tests.contracts.matrix import (
+    AGAIN,
     LONG,
     METHODS,
     STEPWISE,
@@ -22,6 +23,7 @@ from tests.contracts.matrix import (
     check_kept,
     check_stored,
     every_method,
+    every_method_that_cuts_again,
     every_prompt_method,
     every_shape,
     generate,
@@ -63,7 +65,7 @@ def test_chunked_prefill_keeps_the_same(family: str, method: str, shape: str, ch
 
 
 @every_shape
-@every_prompt_method
+@every_method_that_cuts_again
 @every_kind
 def test_deferred_equals_eager(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
@@ -83,7 +85,7 @@ def test_deferred_equals_eager(family: str, method: str, shape: str) -> None:
             assert abs(one.kv_bytes - other.kv_bytes) <= grown
 
 
-@every_prompt_method
+@every_method_that_cuts_again
 @every_kind
 def test_deferred_serves_a_hand_written_chunk_loop(family: str, method: str) -> None:
     model, ids = tiny_model(family), prompt(LONG)
@@ -157,7 +159,7 @@ def test_second_turn_with_nothing_to_cut_equals_dense(family: str, method: str, 
 
 
 @every_shape
-@every_prompt_method
+@every_method_that_cuts_again
 @every_kind
 def test_recompress_cuts_each_turn_back_to_the_budget(family: str, method: str, shape: str) -> None:
     model, batch = tiny_model(family), make_batch(shape, long=True)
@@ -178,7 +180,7 @@ def test_a_copied_cache_is_reusable_for_another_question(method: str) -> None:
 
 @torch.no_grad()
 @every_shape
-@every_method
+@pytest.mark.parametrize("method", (*STEPWISE, *AGAIN))
 def test_a_ratio_counts_the_tokens_seen_in_every_turn(method: str, shape: str) -> None:
     """Three turns: 0.5 of 72, of 92, and of 112 tokens, instead of half of what half of the turn before had left."""
     model, batch, new = tiny_model("llama"), make_batch(shape, long=True), 20
@@ -203,7 +205,7 @@ def test_a_ratio_counts_the_tokens_seen_in_every_turn(method: str, shape: str) -
 
 
 @torch.no_grad()
-@every_prompt_method
+@every_method_that_cuts_again
 def test_a_ratio_counts_the_tokens_seen_when_deferred(method: str) -> None:
     model, ids = tiny_model("llama"), prompt(LONG)
     config = METHODS[method](budget=None, ratio=0.5, multi_turn="recompress", compress="deferred")

@@ -16,7 +16,7 @@ COMPILED = "one graph for all prompts, on buffers of fixed size"
 
 def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
     """Why decode steps of this model under these methods cannot be one graph, or None."""
-    keeper = plan.keeper
+    kv_method = plan.kv_method
     if plan.attention_method is not None and type(plan.attention_method).fixed_step is AttentionMethod.fixed_step:
         return f"{plan.attention_method.name} reads as many entries as it selects"
     if plan.reply is not None:
@@ -25,11 +25,11 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
         return "heads are silenced"
     if plan.hides:
         return "entries are hidden, not evicted"
-    if keeper is not None and keeper.cuts_every is not None:
-        return f"recompress_every={keeper.cuts_every} evicts between steps"
-    if isinstance(keeper, StepEviction) and keeper.ratio is not None:
+    if kv_method is not None and kv_method.cuts_every is not None:
+        return f"recompress_every={kv_method.cuts_every} evicts between steps"
+    if isinstance(kv_method, StepEviction) and kv_method.ratio is not None:
         return "ratio gives each prompt a cache of its own size; give budget"
-    if isinstance(keeper, StepEviction) and keeper.relative_positions:
+    if isinstance(kv_method, StepEviction) and kv_method.relative_positions:
         return "positions are ranks in the cache"
     keyed = [layer for layer in DynamicCache(config=decoder.config).layers if isinstance(layer, CacheLayerMixin)]
     others = {type(layer).__name__ for layer in keyed if type(layer) is not DynamicLayer}
@@ -39,7 +39,7 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
         return "some layers read the entries of others"
     if plan.base.startswith("flash") and ragged_decode.OP.choose(problem).name != "triton":
         return f"{plan.base} takes no mask, and the kernel that takes lengths does not run here"
-    if isinstance(keeper, StepEviction) and plan.base.startswith("flash"):
+    if isinstance(kv_method, StepEviction) and plan.base.startswith("flash"):
         return f"{plan.base} takes no mask"
     if not getattr(decoder, "_can_compile_fullgraph", False):
         return f"{type(decoder).__name__} cannot be compiled as one graph, says transformers"

@@ -41,7 +41,7 @@ class Sizes:
             assert plan.split is not None
             methods = {id(layer.full): plan.split.full_compression, id(layer.stream): plan.split.streaming}
             return tuple(self._spec(index, group.store, layer.kv_heads, methods[id(group)]) for group in layer.groups)
-        return (self._spec(index, layer, layer.kv_heads, plan.keeper if index not in plan.skipped else None),)
+        return (self._spec(index, layer, layer.kv_heads, plan.kv_method if index not in plan.skipped else None),)
 
     def _spec(self, index: int, layer: AccelLayer, kv_heads: int, method: ScoreAndKeep | None) -> FixedSpec:
         if isinstance(layer, SlotLayer):

@@ -92,8 +92,8 @@ class TowerPass:
                 "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
             )
         query, key, value = tensors
-        self._calls.append((*tensors, softmax_of(kwargs, query.shape[-1])["scaling"]))
-        mask = self._valid
+        self.see(query, key, value, softmax_of(kwargs, query.shape[-1])["scaling"])
+        mask = self.mask
         if mask is not None and not base.startswith("flash"):
             mask = mask[:, None, None]
             if base == "eager":
@@ -102,6 +102,15 @@ class TowerPass:
                 )
         output, _ = base_function(module, base)(module, query, key, value, mask, **kwargs)
         return output
+
+    def see(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """What the attention of the layer that runs works on, [B, h, S, d] each: the scores come from it."""
+        self._calls.append((query, key, value, scaling))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [B, S], rows that attention may see; None: all of them."""
+        return self._valid
 
     def after(self, layer: int, hidden: Tensor) -> Tensor:
         """The output of a layer, [B, S, C], without the patches that leave here. What the model reads has all rows

@@ -1,0 +1,168 @@
+"""KVzip: the entries stay that the model needs to repeat the context (arXiv 2505.23416)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from llm_accel.methods.base import ENTRIES, MethodInfo, option
+from llm_accel.methods.context import ContextCompression, Lead, PassView
+from llm_accel.methods.kv.adakv import best_of_all, of_all_heads
+from llm_accel.methods.prompt_view import PromptView
+from llm_accel.methods.selection import slots_of
+
+_FIRST = "\n\nRepeat the previous context exactly."
+_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+_QUERIES = 256  # scored at a time, so that memory stays bounded
+
+
+@dataclass(frozen=True)
+class KVzip(ContextCompression):
+    """Reads the context again and keeps the entries that this needs, whatever will be asked later: for contexts that
+    are compressed once and asked often."""
+
+    division: Literal["global", "layer", "head"] = option(
+        "who shares the budget by score: global, all layers and heads; layer, the heads of each layer; head, nobody",
+        "global",
+    )
+    sinks: int = option("first tokens of the context, always kept", 4, most=ENTRIES, least=0)
+    chunk: int = option("tokens of the context that are read again at a time", 2048, most=ENTRIES, least=1)
+    prompt: Literal["auto", "text", "none"] | tuple[int, ...] = option(
+        "what the model is told before it reads again: text, the paper's request in the chat template of the tokenizer "
+        "that lies with the weights; auto, that if there is one; none; or token ids",
+        "auto",
+    )
+    page: int = option("entries per page of the store, whose pages belong to one row and head", 16, most=4096, least=1)
+
+    name: ClassVar[str] = "kvzip"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        "KVzip, arXiv 2505.23416", "KV cache after the prompt, each layer and head to its own size", needs_query=False
+    )
+
+    @property
+    def reserved(self) -> int:
+        return self.sinks
+
+    @property
+    def reserved_for(self) -> str:
+        return f"{self.sinks} sinks are always kept and count"
+
+    @property
+    def page_size(self) -> int | None:
+        return None if self.division == "head" else self.page
+
+    def parts(self, first: int, length: int) -> list[tuple[int, int]]:
+        return [(start, min(start + self.chunk, length)) for start in range(first, length, self.chunk)]
+
+    def validate(self) -> None:
+        super().validate()
+        if isinstance(self.prompt, tuple) and not (self.prompt and min(self.prompt) >= 0):
+            self.fail("prompt", "'auto', 'text', 'none', or token ids of at least 0")
+
+    @property
+    def tokenizer_use(self) -> Literal["required", "optional", "none"]:
+        return "required" if self.prompt == "text" else "optional" if self.prompt == "auto" else "none"
+
+    def lead(self, tokenizer: Any = None) -> Lead:
+        if isinstance(self.prompt, tuple):
+            return Lead(first=self.prompt, later=self.prompt)
+        if tokenizer is None:
+            return Lead()
+        head, opening = around_text(tokenizer)
+        told = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (_FIRST, _LATER, opening, head)
+        )
+        first, later, behind, before = told
+        return Lead(first, later, behind, head=before)
+
+    def pass_score(self, view: PassView) -> Tensor:
+        return repeat_scores(view, self.sinks)
+
+    def always_keep(self, view: PromptView) -> Tensor:
+        return view.cache_positions < self.sinks
+
+    def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
+        if self.division != "global":
+            return super().select_all(views)
+        priorities = [self.order(view) for view in views]
+        totals = sum(
+            self._total(priority, view).to(priorities[0].device)
+            for priority, view in zip(priorities, views, strict=True)
+        )
+        assert isinstance(totals, Tensor)
+        return slots_of_all_layers(priorities, totals, views)
+
+    def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
+        if self.division == "head":
+            return super().allocate(priority, view)
+        kept = best_of_all(of_all_heads(priority, view.heads), self._total(priority, view))
+        return slots_of(view.heads.mine(kept)[..., -view.slots :])
+
+    def _total(self, priority: Tensor, view: PromptView) -> Tensor:
+        """Entries that all heads of a layer have together, int64 [B]."""
+        return self.row_entries(view.lengths, view) * priority.shape[1] * view.heads.count
+
+
+def around_text(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts before the text of a user, and between it and the answer; nothing and a line break
+    without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", "\n"
+    user = [{"role": "user", "content": "<text>"}]
+    whole: str = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    head, _, opening = whole.rpartition("<text>")
+    return head, opening
+
+
+def repeat_scores(view: PassView, sinks: int) -> Tensor:
+    """How much a pass attends to each entry of its part at most: the largest probability over its queries and the query
+    heads of a KV head, of a softmax that sees the first ``sinks`` entries, the part, and the keys of the pass up to the
+    query's own; fp32 [B, kv_heads, last - first]."""
+    query, key = view.query, view.key
+    batch, query_heads, count, width = query.shape
+    context, key_heads, before = key.shape[2] - count, key.shape[1], min(sinks, view.first)
+    seen = [key[:, :, :before], key[:, :, view.first : view.last], key[:, :, context:]]
+    keys = torch.cat(seen, dim=2).float().transpose(2, 3)
+    part = slice(before, before + view.last - view.first)
+    most = torch.zeros(batch, view.kv_heads, view.last - view.first, device=key.device)
+    for first in range(0, count, _QUERIES):
+        last = min(first + _QUERIES, count)
+        rows = query[:, :, first:last].reshape(batch, key_heads, -1, width).float() * view.scaling
+        logits = torch.matmul(rows, keys[..., : part.stop + last]).view(batch, query_heads, last - first, -1)
+        if view.softcap is not None:
+            logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
+        later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
+        logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
+        peak = logits.amax(-1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
+        if view.learned_sinks is not None:
+            total += (view.learned_sinks.float()[:, None, None] - peak).exp_()
+        found = logits[..., part].div_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
+        most = torch.maximum(most, found)
+    return most
+
+
+def slots_of_all_layers(priorities: Sequence[Tensor], totals: Tensor, views: Sequence[PromptView]) -> list[Tensor]:
+    """The ``totals[b]`` best entries of all layers and heads of row ``b``; equal ones by the lower index, then the
+    earlier layer and head.
+
+    Args:
+        priorities: of each layer the order of its entries, int64 [B, H, S], as of
+            :func:`~llm_accel.methods.selection.total_order`.
+        totals: int64 [B].
+        views: the layers; heads in other processes take part.
+
+    Returns:
+        slots of each layer, int64 [B, H, n], ascending, -1 first where a row or head keeps fewer than n.
+    """
+    device = totals.device
+    every = [of_all_heads(priority, view.heads).to(device) for priority, view in zip(priorities, views, strict=True)]
+    kept = best_of_all(torch.cat(every, dim=1), totals).split([priority.shape[1] for priority in every], dim=1)
+    return [
+        slots_of(view.heads.mine(mask)[..., -view.slots :].to(view.key.device))
+        for mask, view in zip(kept, views, strict=True)
+    ]

@@ -1,0 +1,98 @@
+"""vLLM engines in this process, on the CPU, and what transformers with llm_accel says to the same prompts."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import llm_accel
+from llm_accel.common.bundled import needle_model_path
+from llm_accel.integrations.vllm.blocks import Compaction, policy_of
+
+BLOCK = 32
+NEW = 32
+LENGTHS = (300, 400, 64, 352)
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def engine(model: Any = None, method: str | None = None, **options: Any) -> Iterator[Any]:
+    """A small engine; the bundled needle model where none is given."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    given = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "block_size": BLOCK, "max_num_seqs": 8}
+    overrides = {} if method is None else {"llm_accel": {"method": method}}
+    llm = None
+    try:
+        llm = LLM(str(model or needle_model_path()), **given | {"hf_overrides": overrides} | options)
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """Prompts of random tokens: the needle model answers each of them with tokens that hardly repeat."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 1624, (length,), generator=generator).tolist() for length in lengths]
+
+
+def answers(llm: Any, tokens: Sequence[Sequence[int]], new: int = NEW) -> list[list[int]]:
+    """What an engine answers greedily."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
+    given = [{"prompt_token_ids": list(prompt)} for prompt in tokens]
+    return [list(one.outputs[0].token_ids) for one in llm.generate(given, sampling, use_tqdm=False)]
+
+
+def expected(tokens: Sequence[Sequence[int]], method: str | None = None, new: int = NEW) -> list[list[int]]:
+    """What transformers answers, with the budget that whole blocks amount to."""
+    model = AutoModelForCausalLM.from_pretrained(needle_model_path(), dtype=torch.float32).eval()
+    found = []
+    for prompt in tokens:
+        ids = torch.tensor([list(prompt)])
+        more = {"attention_mask": torch.ones_like(ids)}
+        if method is not None:
+            policy = policy_of(method, BLOCK)
+            assert isinstance(policy, Compaction)
+            llm_accel.apply(model, policy.rounded(len(prompt)))
+            # what stands in the last block stays there
+            more["protect_mask"] = torch.arange(len(prompt))[None] >= len(prompt) // BLOCK * BLOCK
+        out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
+        llm_accel.remove(model)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def pool(llm: Any) -> Any:
+    """The block pool of an engine in this process."""
+    return scheduler(llm).kv_cache_manager.block_pool
+
+
+def manager(llm: Any) -> Any:
+    """What frees the blocks of its first group of layers."""
+    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def scheduler(llm: Any) -> Any:
+    """Its scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
