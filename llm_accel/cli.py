@@ -42,6 +42,9 @@ COMMANDS = {
     "ruler": Command(
         "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
     ),
+    "leaderboard": Command(
+        "llm_accel.eval.tasks.leaderboard.command", "RULER at compression 2:1 to 32:1: all KV methods, floors, dense"
+    ),
     "vision": Command("llm_accel.eval.tasks.vision.command", "accuracy and hallucination with fewer visual tokens"),
     "bench": Command(
         "llm_accel.eval.tasks.bench.command",

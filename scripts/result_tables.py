@@ -86,6 +86,27 @@ def vision(directory: Path) -> str:
     return markdown(["", "tokens", *tasks, "mean", "CHAIR_i", "recall", "patch recall", "LM FLOPs of dense"], rows)
 
 
+def device(hardware: dict[str, Any]) -> str:
+    """The GPU, or threads and cores, in words."""
+    threads = hardware["torch_threads"]
+    cpu = f"{threads} thread{'s' if threads > 1 else ''} of {hardware['cpu_count']} {hardware['machine']} cores"
+    return str(hardware.get("gpu") or cpu)
+
+
+def used(run: dict[str, Any]) -> str:
+    """Versions in words."""
+    return ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+
+
+def leaderboard(directory: Path) -> str:
+    """The board as the command prints it, and how it was made."""
+    from llm_accel.eval.tasks.leaderboard.table import tables
+
+    run, summary = (json.loads((directory / f"{name}.json").read_text("utf-8")) for name in ("run", "summary"))
+    how = f"{summary['model']}, seed {summary['seed']}; {device(run['hardware'])}; {used(run)}:"
+    return f"{tables(summary)}\n\n{how}\n`llm-accel {' '.join(run['argv'])}`\n"
+
+
 def bench(file: Path) -> str:
     """Decode time, ratios to dense, the bandwidth bound, and memory, of one result of ``llm-accel bench``; what it was
     measured on and with underneath."""
@@ -111,12 +132,10 @@ def bench(file: Path) -> str:
     header = [f"prompt {lengths}, batch {batches}", "decode ms/token (quartiles)", "x dense", "bandwidth bound"]
     table = markdown([*header, "first token s", "KV cache", "peak of the prompt, weights included"], rows)
     model = settings["model"] or " ".join(["random weights, shape", settings["shape"], *settings["changes"]])
-    cpu = f"{machine['torch_threads']} threads of {machine['cpu_count']} {machine['machine']} cores"
-    used = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
     load = " and ".join(f"{machine[when][0]:.1f}" for when in ("load_before", "load_after"))
     how = f"{settings['rounds']} rounds in turns, {settings['new_tokens']} new tokens"
     return (
-        f"{table}\n{model}, {settings['dtype']}; {machine.get('gpu') or cpu}, load {load}; {used}; {how}:\n"
+        f"{table}\n{model}, {settings['dtype']}; {device(machine)}, load {load}; {used(result)}; {how}:\n"
         f"`llm-accel {' '.join(result['argv'])}` ([all figures]({file.relative_to(ROOT).as_posix()})).\n"
     )
 
@@ -134,6 +153,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "hip_needle": hip_needle,
     "vision": vision,
     "bench": bench,
+    "leaderboard": leaderboard,
     "prefill": prefill,
 }
 

@@ -20,6 +20,10 @@ class Clock(StoppingCriteria):
     Args:
         stop_after: tokens after which generation stops; None: never.
         lap: called after the first token, once its time is noted.
+
+    Attributes:
+        ticks: seconds at each token.
+        lap_s: seconds that ``lap`` took, which lie between the first two ticks.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class Clock(StoppingCriteria):
     ) -> None:
         self.device, self.stop_after, self._lap = device, stop_after, lap
         self.ticks: list[float] = []
+        self.lap_s = 0.0
 
     def now(self) -> float:
         """Seconds, once the device has done all that it was given."""
@@ -38,6 +43,7 @@ class Clock(StoppingCriteria):
         self.ticks.append(self.now())
         if self._lap is not None and len(self.ticks) == 1:
             self._lap()
+            self.lap_s = self.now() - self.ticks[0]
         return torch.full(input_ids.shape[:1], len(self.ticks) == self.stop_after, device=input_ids.device)
 
 
@@ -75,6 +81,11 @@ def held_bytes(output: Any, handle: Handle | None) -> tuple[int, int]:
     if handle is None:
         held = cache_bytes(getattr(output, CACHE))
         return held, held
+    return reported_bytes(handle)
+
+
+def reported_bytes(handle: Handle) -> tuple[int, int]:
+    """Bytes that the cache of the last call holds now, and those of a dense cache of the same length."""
     report = handle.report()
     return report.kv_bytes, report.dense_kv_bytes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 
 from llm_accel.api import Handle, apply
-from llm_accel.common.generation import Clock, cut, end_tokens, greedy, held_bytes
+from llm_accel.common.generation import Clock, cut, end_tokens, greedy, held_bytes, reported_bytes
 from llm_accel.methods import MethodConfig
 from llm_accel.patches.cache_name import CACHE
 
@@ -37,6 +37,7 @@ class TextOutcome:
     dense_kv_bytes: int  # bytes that the dense model would hold, per row
     prefill_ms: float  # until the first token, for the batch; query-agnostic: context and question together
     decode_ms: float | None  # mean time of a decode step of the batch; None without a step after the first token
+    prompt_bytes: tuple[int, int] | None = None  # held once the answer begins, and by the dense model then, per row
 
 
 class TextEngine:
@@ -58,7 +59,8 @@ class TextEngine:
 
     def _measure(self, prompts: Sequence[TokenPrompt], handle: Handle | None) -> TextOutcome:
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
-        clock = Clock(ids.device)
+        begun: list[tuple[int, int]] = []
+        clock = Clock(ids.device, lap=None if handle is None else lambda: begun.append(reported_bytes(handle)))
         begin = clock.now()
         cache: Any = None
         if self.query_agnostic:  # one new token feeds the context and nothing more
@@ -68,12 +70,14 @@ class TextEngine:
         output = self._generate(ids, cache, prompts[0].new_tokens, StoppingCriteriaList([clock]))
         steps = len(clock.ticks) - 1
         held, dense = held_bytes(output, handle)
+        at_answer = (begun[0][0] // len(prompts), begun[0][1] // len(prompts)) if begun else None
         return TextOutcome(
             answers=[cut(row, self.ends) for row in output.sequences[:, ids.shape[1] :].tolist()],
             kv_bytes=held // len(prompts),
             dense_kv_bytes=dense // len(prompts),
             prefill_ms=1e3 * (clock.ticks[0] - begin),
-            decode_ms=1e3 * (clock.ticks[-1] - clock.ticks[0]) / steps if steps else None,
+            decode_ms=1e3 * (clock.ticks[-1] - clock.ticks[0] - clock.lap_s) / steps if steps else None,
+            prompt_bytes=at_answer,
         )
 
     def _generate(self, ids: Tensor, cache: Any, new_tokens: int, stop: StoppingCriteriaList | None = None) -> Any:

@@ -17,7 +17,7 @@ class GridPoint:
     sample: int  # number of the prompt in its cell
 
     @property
-    def key(self) -> tuple[int, Any, int]:
+    def key(self) -> tuple[Any, ...]:
         """The values that identify its records."""
         return self.length, self.row, self.sample
 
@@ -30,7 +30,7 @@ def points(lengths: Iterable[int], rows: Iterable[Any], samples: int) -> list[Gr
 
 def batches(wanted: Iterable[GridPoint], size: int, alike: Callable[[GridPoint], Any]) -> Iterator[Sequence[GridPoint]]:
     """Points with equal ``alike(point)``, at most ``size`` at a time."""
-    for _, group in groupby(sorted(wanted), key=alike):
+    for _, group in groupby(sorted(wanted, key=lambda point: (alike(point), point)), key=alike):
         yield from chunks(list(group), size)
 
 

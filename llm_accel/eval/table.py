@@ -21,6 +21,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns have equal width, the first row as its header."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rule = ["-" * width for width in widths]
+    lines = (rows[0], rule, *rows[1:])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in lines
+    )
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     """A number formatted by ``form``."""
     return NONE if value is None else format(value, form)
@@ -80,6 +90,12 @@ def by_length(
 def interval(ends: Sequence[float] | None) -> str:
     """The two ends of an interval."""
     return NONE if ends is None else "{:.2f}-{:.2f}".format(*ends)
+
+
+def void(summary: Mapping[str, Any]) -> list[str]:
+    """A line that names, by length, the tasks on which dense stays below one half; none where there are none."""
+    named = [f"{length_label(int(n))}: {', '.join(tasks)}" for n, tasks in summary["void"].items() if tasks]
+    return [f"void, dense answers less than half of them: {'; '.join(named)}"] if named else []
 
 
 def missing(summary: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ class TextSettings(ModelOptions):
     lengths: tuple[int, ...] = lengths_option("prompt lengths in tokens", "1k")
     samples: int = option("prompts per cell", 1, least=1, group="prompts")
     haystack: str = haystack_option("prose to hide needles in", "prompts")
-    query_agnostic: bool = option(
+    query_agnostic: bool | None = option(
         "compress the context before the question is known; the question follows on the same cache",
         False,
         group="prompts",
@@ -86,7 +86,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
         self.settings, self.model, self.maker, self.palette = maker.settings, model, maker, palette
-        self.engine = TextEngine(model, tokenizer, self.settings.query_agnostic)
+        self.engine = TextEngine(model, tokenizer, bool(self.settings.query_agnostic))
         self.configs = {method: parse_all(method) for method in self.settings.methods}
         self.name = self.settings.model_name
 
@@ -171,9 +171,13 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         """The prompt of a point."""
         return [self.maker.make(point)]
 
+    def agnostic(self, point: GridPoint) -> bool:
+        """Whether the question of a prompt follows after compression."""
+        return bool(self.settings.query_agnostic)
+
     def calls(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> Iterable[Sequence[TextPrompt]]:
         """All in one call; two-step prompts are grouped by context length, so that they need no padding either."""
-        if not self.settings.query_agnostic:
+        if not self.agnostic(prompts[0].point):
             return [prompts]
         ordered = sorted(prompts, key=lambda prompt: prompt.context_length)
         return [list(group) for _, group in groupby(ordered, key=lambda prompt: prompt.context_length)]
@@ -183,12 +187,14 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
         ids = outcome.answers[row]
         answer = self.maker.encoder.decode(ids)
         return {
-            "query_agnostic": self.settings.query_agnostic,
+            "query_agnostic": self.agnostic(prompt.point),
             "chat_template": self.maker.frame.chat,
             "answer": answer,
             "new_tokens": len(ids),
             "kv_bytes": outcome.kv_bytes,
             "dense_kv_bytes": outcome.dense_kv_bytes,
+            "prompt_kv_bytes": None if outcome.prompt_bytes is None else outcome.prompt_bytes[0],
+            "prompt_dense_kv_bytes": None if outcome.prompt_bytes is None else outcome.prompt_bytes[1],
             "prefill_ms": round(outcome.prefill_ms, 3),
             "decode_ms_per_token": None if outcome.decode_ms is None else round(outcome.decode_ms, 3),
             "batch": len(outcome.answers),

@@ -99,4 +99,5 @@ class ToldEngine(TextEngine):
         self.seen += [(method, prompt.ids) for prompt in prompts]
         texts = [" and ".join(p.expected) + "." if self.right(method, p) else "none." for p in prompts]
         answers = [tokenizer().encode(text, add_special_tokens=False) for text in texts]
-        return TextOutcome(answers, kv_bytes=100, dense_kv_bytes=200, prefill_ms=1.0, decode_ms=2.0)
+        prompt = (50, 200) if configs else None
+        return TextOutcome(answers, 100, 200, prefill_ms=1.0, decode_ms=2.0, prompt_bytes=prompt)

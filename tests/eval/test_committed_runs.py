@@ -11,8 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_accel.assets import NEEDLE
+from llm_accel.eval.tasks.leaderboard.settings import LeaderboardSettings
+from llm_accel.eval.tasks.leaderboard.task import LeaderboardTask
 from llm_accel.eval.tasks.needle.settings import NeedleSettings
 from llm_accel.eval.tasks.needle.task import NeedleMaker, NeedleTask
+from llm_accel.eval.tasks.ruler.task import RulerMaker
 from llm_accel.eval.tasks.vision.settings import VisionSettings
 from llm_accel.eval.tasks.vision.task import VisionTask, make_source
 
@@ -29,6 +32,14 @@ def needle_digest(text: str) -> str:
     return maker.digest(settings.lengths, settings.depths)
 
 
+@cache
+def board_digest(text: str) -> str:
+    settings = LeaderboardSettings.from_dict(json.loads(text))
+    maker = RulerMaker.load(settings, AutoTokenizer.from_pretrained(NEEDLE, local_files_only=True))
+    assert maker.settings == settings
+    return maker.digest(settings.lengths, settings.rows)
+
+
 def vision_digest(text: str) -> str:
     return make_source(VisionSettings.from_dict(json.loads(text))).digest()[1]
 
@@ -40,12 +51,15 @@ def test_prompts_are_those_of_the_committed_run(file: Path) -> None:
     if run["command"] == "needle":  # neither methods nor samples change the first prompt of a cell
         digest = needle_digest(json.dumps(plain | {"methods": ["dense"], "samples": 1, "query_agnostic": False}))
         assert plain.keys() == NeedleSettings().to_dict().keys()
+    elif run["command"] == "leaderboard":
+        digest = board_digest(json.dumps(plain))
+        assert plain.keys() == LeaderboardSettings().to_dict().keys()
     else:
         digest = vision_digest(json.dumps(plain))
         assert plain.keys() == VisionSettings().to_dict().keys()
     assert digest == run["settings"]["prompt_hash"]
 
 
-def test_there_are_runs_of_both_kinds() -> None:
+def test_there_are_runs_of_all_kinds() -> None:
     found = {json.loads(file.read_text())["command"] for file in FILES}
-    assert found == {NeedleTask.command, VisionTask.command}
+    assert found == {NeedleTask.command, LeaderboardTask.command, VisionTask.command}

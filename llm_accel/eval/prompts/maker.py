@@ -39,7 +39,7 @@ class TextPrompt:
     others: tuple[int, ...] = ()  # first token of each other needle
 
     @property
-    def key(self) -> tuple[int, Any, int]:
+    def key(self) -> tuple[Any, ...]:
         """The values that identify its records."""
         return self.point.key
 

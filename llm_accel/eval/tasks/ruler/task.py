@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.lengths import length_label
@@ -16,7 +16,7 @@ from llm_accel.eval.prompts.template import Builder, PromptTemplate
 from llm_accel.eval.prompts.words import read_words
 from llm_accel.eval.records import Record
 from llm_accel.eval.summary import DENSE, mean_of
-from llm_accel.eval.table import aligned, by_length, missing, number
+from llm_accel.eval.table import aligned, by_length, missing, number, void
 from llm_accel.eval.tasks.ruler.chains import ChainBuilder
 from llm_accel.eval.tasks.ruler.documents import load_questions
 from llm_accel.eval.tasks.ruler.lists import CodedBuilder, ListBuilder
@@ -68,7 +68,7 @@ class RulerTask(TextTask):
     """A grid of lengths and tasks."""
 
     command = "ruler"
-    fields = ("method", "length", "task", "sample")
+    fields: ClassVar[tuple[str, ...]] = ("method", "length", "task", "sample")
     plots = ("tasks.png",)
     open_settings = ("chat_template", "dtype", "device")
     score = "score"
@@ -114,9 +114,7 @@ class RulerTask(TextTask):
         lengths = [n for n in settings.lengths if any(str(n) in entry["lengths"] for entry in methods.values())]
         blocks = [self.title(), "\n".join(by_length("score", methods, lengths, "score"))]
         blocks += [self._by_task(methods, length) for length in lengths]
-        void = [f"{length_label(int(n))}: {', '.join(tasks)}" for n, tasks in summary["void"].items() if tasks]
-        if void:
-            blocks.append(f"void, dense answers less than half of them: {'; '.join(void)}")
+        blocks += void(summary)
         blocks.append(f"samples per task and length: {settings.samples}{missing(summary)}")
         return "\n\n".join(blocks)
 

@@ -1,0 +1,1 @@
+"""The leaderboard: RULER at equal compression, all methods that can be given it."""

@@ -1,0 +1,23 @@
+"""``llm-accel leaderboard``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from llm_accel.eval import runner
+from llm_accel.eval.task import RunOptions
+from llm_accel.eval.tasks.leaderboard.settings import LeaderboardSettings
+from llm_accel.eval.tasks.leaderboard.task import LeaderboardTask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of settings and run."""
+    LeaderboardSettings.add_arguments(parser)
+    RunOptions.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the board; see :func:`llm_accel.eval.runner.run`."""
+    settings = LeaderboardSettings.from_arguments(args)
+    return runner.run(LeaderboardTask, LeaderboardTask.load, settings, RunOptions.from_arguments(args))
