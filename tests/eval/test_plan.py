@@ -127,7 +127,7 @@ def test_real_caches_hold_what_was_planned(family: str) -> None:
             held = handle.report().kv_bytes
         plan = make_plan(shape.model, [config], trace=False, strict=False)
         found = estimate(shape, plan, load, 1, None, H100).kv_bytes
-        paged = plan.keeper is not None and plan.keeper.page_size is not None
+        paged = plan.kv_method is not None and plan.kv_method.page_size is not None
         assert held <= found <= 1.5 * held if paged else held == found, config.spec()
 
 
