@@ -101,7 +101,8 @@ def worker(method: str, decode: str, length: int) -> None:
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(ids[:, :64])
-        handle = None if method == "dense_model" else llm_accel.apply(model, parse(method), decode=decode)
+        plugin = llm_accel.Dense() if method == "dense" else None  # a method, where the command line means none
+        handle = None if method == "dense_model" else llm_accel.apply(model, plugin or parse(method), decode=decode)
         cache, token, tokens = None, ids[:, -1:], []
         for _ in range(2):  # the first time compiles, imports and fills pools
             cache = None
