@@ -9,6 +9,7 @@ from typing import Any
 from llm_accel.eval.tasks.bench.memory import largest_batch
 from llm_accel.eval.tasks.plan.model import Geometry
 from llm_accel.methods import HiP, ScoreAndKeep, StepEviction
+from llm_accel.methods.context import ContextCompression
 from llm_accel.methods.sparse.hip import make_search, reach
 from llm_accel.patches.plan import Plan
 
@@ -79,23 +80,23 @@ def held_entries(shape: Geometry, plan: Plan, layer: int, load: Load) -> float:
         return load.stored
     if plan.split is not None:
         return _split_entries(plan, layer, load)
-    if plan.keeper is None:
+    if plan.kv_method is None:
         return load.stored
-    if isinstance(plan.keeper, StepEviction):
-        capacity = None if plan.keeper.hides else plan.keeper.capacity(load.context)
+    if isinstance(plan.kv_method, StepEviction):
+        capacity = None if plan.kv_method.hides else plan.kv_method.capacity(load.context)
         return load.stored if capacity is None else min(load.stored, capacity)
     heads = shape.wiring.entries[layer].heads
     kept, grown = prompt_entries(plan, layer, load.context), load.new_tokens - 1
-    page = plan.keeper.page_size
+    page = plan.kv_method.page_size
     if page is not None and heads > 1 and kept < load.context:  # each head begins a page of its own
-        return (heads * (kept + page - 1) // page + heads * -(-grown // page)) * page / heads
-    every = plan.keeper.cuts_every
-    return kept + grown if every is None else min(kept + grown, plan.keeper.entries(load.stored) + every)
+        return (-(-heads * (kept + page - 1) // page) + heads * -(-grown // page)) * page / heads
+    every = plan.kv_method.cuts_every
+    return kept + grown if every is None else min(kept + grown, plan.kv_method.entries(load.stored) + every)
 
 
 def prompt_entries(plan: Plan, layer: int, context: int) -> int:
     """Entries per KV head that stay of a prompt in a layer that a method acts on; on average where heads differ."""
-    return context if plan.keeper is None else plan.keeper.layer_entries(context, plan.depth(layer, later=False))
+    return context if plan.kv_method is None else plan.kv_method.layer_entries(context, plan.depth(layer, later=False))
 
 
 def _split_entries(plan: Plan, layer: int, load: Load) -> float:
@@ -121,16 +122,15 @@ def prompt_bytes(shape: Geometry, plan: Plan, context: int) -> int:
     with a sliding window hold the whole prompt until the first decode step."""
     whole = {layer: context * nbytes for layer, nbytes in shape.entry_bytes.items()}
     kept = dict(whole)
-    if isinstance(plan.keeper, ScoreAndKeep) and not plan.keeper.deferred and not reads_again(plan.keeper):
+    if (
+        isinstance(plan.kv_method, ScoreAndKeep)
+        and not plan.kv_method.deferred
+        and not isinstance(plan.kv_method, ContextCompression)
+    ):
         for layer in whole.keys() - shape.windows.keys() - plan.skipped.keys():
             kept[layer] = round(held_entries(shape, plan, layer, Load(context, 1)) * shape.entry_bytes[layer])
     largest = max((n - kept[i] for i, n in whole.items()), default=0)
     return sum(kept.values()) + largest + shape.state_bytes + context * shape.token_bytes
-
-
-def reads_again(keeper: ScoreAndKeep) -> bool:
-    """Whether a method scores a context in passes of its own over the whole cache."""
-    return hasattr(keeper, "pass_score")
 
 
 def break_even(shape: Geometry, plan: Plan, new_tokens: int) -> int | None:
@@ -148,7 +148,7 @@ def break_even(shape: Geometry, plan: Plan, new_tokens: int) -> int | None:
             read = read_entries(shape, plan, layer, load)
             saved += (new_tokens - 1) * max(0.0, load.stored - read) * nbytes
             spent += (context + 2 * min(read, context)) * nbytes
-        if plan.keeper is not None and reads_again(plan.keeper):
+        if isinstance(plan.kv_method, ContextCompression):
             spent += shape.step_bytes(context) + context * sum(shape.entry_bytes[i] for i in acting)
         return saved > spent
 
