@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llm_accel
-from llm_accel import AdaKV, AlreadyAppliedError, Auto, ConfigError, HiP, RandomKV, SnapKV, UnsupportedModelError
+from llm_accel import AdaKV, AlreadyAppliedError, Auto, ConfigError, HiP, KVzip, SnapKV, UnsupportedModelError
 from llm_accel.common.bundled import load_needle_model
 from llm_accel.methods import list_methods
 from llm_accel.methods.budget import DEFAULT_BUDGET
@@ -28,6 +28,7 @@ from tests.tiny import sliding_mistral, tiny_model
 
 BUDGET = 40
 ENTRY = 3 * 2 * 2 * 16 * 4  # bytes of a token: layers, keys and values, heads, channels, fp32
+questions = pytest.mark.parametrize("question", ["in_prompt", "later"])
 families = pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "qwen3_moe"])
 
 
@@ -36,12 +37,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the machine had a kernel for heads of different lengths."""
     op = SimpleNamespace(choose=lambda problem: SimpleNamespace(name="triton"))
     monkeypatch.setattr(auto, "ragged_decode", SimpleNamespace(OP=op))
-
-
-@pytest.fixture
-def kvzip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this method were known by that name."""
-    monkeypatch.setattr(auto, "list_methods", lambda: {**list_methods(), "kvzip": RandomKV})
 
 
 @families
@@ -53,18 +48,21 @@ def test_prompts_within_the_budget_are_dense(family: str, shape: str) -> None:
 
 
 @families
-def test_undo_is_exact(family: str) -> None:
-    check_undo(family, make_batch("single", long=True), Auto(budget=BUDGET))
+@questions
+def test_undo_is_exact(family: str, question: Any) -> None:
+    check_undo(family, make_batch("single", long=True), Auto(question=question, budget=BUDGET))
 
 
 @every_shape
-def test_no_memory_between_calls(shape: str) -> None:
-    check_no_memory(tiny_model("llama"), shape, Auto(budget=BUDGET))
+@questions
+def test_no_memory_between_calls(shape: str, question: Any) -> None:
+    check_no_memory(tiny_model("llama"), shape, Auto(question=question, budget=BUDGET))
 
 
-def test_copied_caches_and_lost_sessions() -> None:
-    check_copied_cache(Auto(budget=BUDGET))
-    check_going_past_raises(Auto(budget=BUDGET))
+@questions
+def test_copied_caches_and_lost_sessions(question: Any) -> None:
+    check_copied_cache(Auto(question=question, budget=BUDGET))
+    check_going_past_raises(Auto(question=question, budget=BUDGET))
 
 
 @every_shape
@@ -116,9 +114,9 @@ def test_the_question_in_the_prompt_takes_heads_by_need_where_a_kernel_reads_the
     assert config == (SnapKV(budget=64), HiP()) and "; not adakv: " in said
 
 
-def test_a_later_question_takes_kvzip(kvzip: None) -> None:
+def test_a_later_question_takes_kvzip() -> None:
     config, said = chosen("auto:question=later,budget=64")
-    assert config == RandomKV(budget=64) and "what is asked comes later" in said
+    assert config == KVzip(budget=64) and "what is asked comes later" in said
 
 
 def test_a_later_question_without_a_method_for_it_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from llm_accel.eval.tasks.bench.memory import largest_batch
 from llm_accel.eval.tasks.plan.model import Geometry
 from llm_accel.methods import HiP, ScoreAndKeep, StepEviction
+from llm_accel.methods.context import ContextCompression
 from llm_accel.methods.sparse.hip import make_search, reach
 from llm_accel.patches.plan import Plan
 
@@ -88,7 +89,7 @@ def held_entries(shape: Geometry, plan: Plan, layer: int, load: Load) -> float:
     kept, grown = prompt_entries(plan, layer, load.context), load.new_tokens - 1
     page = plan.kv_method.page_size
     if page is not None and heads > 1 and kept < load.context:  # each head begins a page of its own
-        return (heads * (kept + page - 1) // page + heads * -(-grown // page)) * page / heads
+        return (-(-heads * (kept + page - 1) // page) + heads * -(-grown // page)) * page / heads
     every = plan.kv_method.cuts_every
     return kept + grown if every is None else min(kept + grown, plan.kv_method.entries(load.stored) + every)
 
@@ -121,16 +122,15 @@ def prompt_bytes(shape: Geometry, plan: Plan, context: int) -> int:
     with a sliding window hold the whole prompt until the first decode step."""
     whole = {layer: context * nbytes for layer, nbytes in shape.entry_bytes.items()}
     kept = dict(whole)
-    if isinstance(plan.kv_method, ScoreAndKeep) and not plan.kv_method.deferred and not reads_again(plan.kv_method):
+    if (
+        isinstance(plan.kv_method, ScoreAndKeep)
+        and not plan.kv_method.deferred
+        and not isinstance(plan.kv_method, ContextCompression)
+    ):
         for layer in whole.keys() - shape.windows.keys() - plan.skipped.keys():
             kept[layer] = round(held_entries(shape, plan, layer, Load(context, 1)) * shape.entry_bytes[layer])
     largest = max((n - kept[i] for i, n in whole.items()), default=0)
     return sum(kept.values()) + largest + shape.state_bytes + context * shape.token_bytes
-
-
-def reads_again(kv_method: ScoreAndKeep) -> bool:
-    """Whether a method scores a context in passes of its own over the whole cache."""
-    return hasattr(kv_method, "pass_score")
 
 
 def break_even(shape: Geometry, plan: Plan, new_tokens: int) -> int | None:
@@ -148,7 +148,7 @@ def break_even(shape: Geometry, plan: Plan, new_tokens: int) -> int | None:
             read = read_entries(shape, plan, layer, load)
             saved += (new_tokens - 1) * max(0.0, load.stored - read) * nbytes
             spent += (context + 2 * min(read, context)) * nbytes
-        if plan.kv_method is not None and reads_again(plan.kv_method):
+        if isinstance(plan.kv_method, ContextCompression):
             spent += shape.step_bytes(context) + context * sum(shape.entry_bytes[i] for i in acting)
         return saved > spent
 
