@@ -109,6 +109,7 @@ class FixedForm:
         parts: the forms of groups of heads, where these are stored apart.
         held: entries per row, padding included, that were put in.
         steps: decode steps since.
+        stepping: whether a step is under way, in which the graph writes into the buffers.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class FixedForm:
     parts: tuple[FixedForm, ...] = ()
     held: int = 0
     steps: int = 0
+    stepping: bool = False
 
     def all(self) -> list[Tensor]:
         """Every tensor that a graph reads or writes."""
@@ -127,6 +129,14 @@ class FixedForm:
         """All but keys and values."""
         own = [tensor for name, tensor in self.tensors.items() if name not in ("keys", "values")]
         return own + ([] if self.index is None else self.index.tensors())
+
+    def clear(self) -> None:
+        """Keys and values are zeros again: an earlier cache's may be infinite, and nothing that is hidden may be."""
+        for name in ("keys", "values"):
+            if name in self.tensors:
+                self.tensors[name].zero_()
+        for part in self.parts:
+            part.clear()
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""

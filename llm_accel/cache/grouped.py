@@ -126,6 +126,11 @@ class GroupedLayer(AccelLayer):
         return -(-sum(len(group.heads) * group.store.physical_length() for group in self.groups) // self._heads)
 
     @property
+    def rows(self) -> int:
+        """Rows that are stored."""
+        return self.groups[0].store.rows
+
+    @property
     def kv_heads(self) -> int:
         """All KV heads of the layer."""
         return self._heads
@@ -227,9 +232,10 @@ class GroupedLayer(AccelLayer):
 
     def fix(self, form: FixedForm) -> None:
         """Puts the entries of each group into its buffers."""
+        self.fixed = form  # first, so that `unfix` reaches all groups if one of them cannot
+        form.steps, form.stepping = 0, False
         for group, part in zip(self.groups, form.parts, strict=True):
             group.store.fix(part)
-        self.fixed = form
 
     @property
     def is_fixed(self) -> bool:

@@ -84,8 +84,9 @@ class AccelLayer(EntryStore):
     ) -> tuple[Tensor, Tensor]:
         """Stores new entries [B, Hk, T, D] and returns what attention is called with, as :meth:`add` does; within a
         graph, as :meth:`write` does."""
-        if self.fixed is not None:
+        if self.fixed is not None and self.fixed.stepping:
             return self.write(self.fixed, key_states, value_states)
+        self.unfix()
         self.given = self.add(key_states, value_states)
         return self.given
 
@@ -213,7 +214,7 @@ class AccelLayer(EntryStore):
 
     def fix(self, form: FixedForm) -> None:
         """Puts the entries into the buffers of ``form``; nothing else holds them from then on."""
-        form.held, form.steps = self.physical_length(), 0
+        form.held, form.steps, form.stepping = self.physical_length(), 0, False
         self._put(form)
         self.fixed = form
         self._let_go()
@@ -273,13 +274,17 @@ class AccelLayer(EntryStore):
         return ragged_attention(query, keys, values, pages, lengths, **attention.softmax(query.shape[-1]))
 
     def begin_step(self) -> Hashable:
-        """What is constant in the next step and may not be so in every step; each value of it is a graph of its own."""
+        """A step begins. Returns what is constant in it and may not be so in every step; each value of it is a graph of
+        its own."""
+        assert self.fixed is not None
+        self.fixed.stepping = True
         return None
 
     def end_step(self) -> None:
         """The graph has added one token."""
         assert self.fixed is not None
         self.fixed.steps += 1
+        self.fixed.stepping = False
         self.cumulative_length += 1
         self.stage = CallStage.IDLE
 

@@ -98,8 +98,8 @@ class LinearLayer(LinearAttentionLayer):
         """Puts the state into the buffers of ``form``."""
         for name, state in states_of(self).items():
             form.tensors[name].copy_(state)
-        self._hold(form.tensors)
         self.fixed = form
+        self._hold(form.tensors)
 
     def unfix(self) -> None:
         """Ends the fixed form, if the state is in it: it gets storage of its own again."""

@@ -66,7 +66,7 @@ class RaggedLayer(AccelLayer):
 
     @property
     def rows(self) -> int:
-        return super().rows if self.table is None else self.table.shape[0]
+        return super().rows if self.is_fixed or self.table is None else self.table.shape[0]
 
     @property
     def kv_heads(self) -> int:
@@ -289,10 +289,10 @@ class RaggedLayer(AccelLayer):
         self.table, self.used = numbered(pages)
         filled = form.tensors["table"][..., : self.table.shape[2]][self.table >= 0]
         self.keys, self.values = form.tensors["keys"][filled], form.tensors["values"][filled]
-        self.longest += form.steps
-        self.start = self.longest - lengths
+        self.start = self.longest + form.steps - lengths
         self.headroom = int((pages * self.page - lengths).min())
         self._note_steps(form.steps)
+        self.longest += form.steps
 
     def write(self, form: FixedForm, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Writes one new entry per head, [B, Hk, 1, D]; returns just these, :meth:`attend_fixed` reads the pool."""

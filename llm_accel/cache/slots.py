@@ -34,7 +34,6 @@ class SlotLayer(AccelLayer):
     plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
     slotted: ClassVar = AccelLayer.slotted | {"scores": (-1, 0)}
     start: Tensor | None = held("start")
-    positions: Tensor | None = held("positions")
     scores: Tensor | None = held("scores")
     spare: Tensor | None = held("spare")
 

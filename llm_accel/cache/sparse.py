@@ -41,6 +41,7 @@ class SparseLayer(AccelLayer):
     """
 
     memory = held("memory")
+    sparse_calls: int = held("sparse_calls")
 
     def __init__(self, sparse: Sparse) -> None:
         self.sparse = sparse
@@ -99,12 +100,13 @@ class SparseLayer(AccelLayer):
         form.index.take(self.memory, form.held, self.start)
 
     def _take_back(self, form: FixedForm) -> None:
-        super()._take_back(form)
         self.memory = form.index.give()
+        super()._take_back(form)
         self.sparse_calls += form.index.sparse_steps
 
     def begin_step(self) -> Hashable:
-        """What is constant in the next step."""
+        """A step begins. Returns what is constant in it."""
+        super().begin_step()
         assert self.fixed is not None
         pattern: Hashable = self.fixed.index.begin()
         return pattern

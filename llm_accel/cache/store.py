@@ -61,6 +61,7 @@ class EntryStore(DynamicLayer):
     fixed: FixedForm | None = None
     keys: Tensor = held("keys")  # None only before the first update
     values: Tensor = held("values")
+    positions: Tensor | None = held("positions")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -75,7 +76,7 @@ class EntryStore(DynamicLayer):
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None
-        self.positions: Tensor | None = None
+        self.positions = None
         self.kept: Tensor | None = None
         self.fixed = None
 
@@ -114,7 +115,8 @@ class EntryStore(DynamicLayer):
     @property
     def rows(self) -> int:
         """Rows that are stored."""
-        return self.keys.shape[0]
+        spec = None if self.fixed is None else self.fixed.spec
+        return self.keys.shape[0] if spec is None else spec.shape.rows
 
     @property
     def kv_heads(self) -> int:
@@ -150,10 +152,16 @@ class EntryStore(DynamicLayer):
         raise NotImplementedError
 
     def unfix(self) -> None:
-        """Ends the fixed form, if the store is in it: the entries get storage of their own again."""
-        if self.fixed is not None:
-            form, self.fixed = self.fixed, None
+        """Ends the fixed form, if the store is in it: the entries get storage of their own again. Where there is no
+        memory for that, the store stays in its fixed form."""
+        if self.fixed is None:
+            return
+        form, self.fixed = self.fixed, None
+        try:
             self._take_back(form)
+        except BaseException:
+            self.fixed = form
+            raise
 
     def _take_back(self, form: FixedForm) -> None:
         raise NotImplementedError

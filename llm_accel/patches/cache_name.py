@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Final
 
 from transformers import GenerationMixin
@@ -18,3 +19,9 @@ def named_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _OLD not in kwargs or CACHE in kwargs:
         return kwargs
     return {CACHE if name == _OLD else name: value for name, value in kwargs.items()}
+
+
+def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of ``method`` by name, ``self`` left out."""
+    names = list(inspect.signature(method).parameters)[1:]
+    return kwargs | dict(zip(names, args, strict=False))

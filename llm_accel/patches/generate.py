@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from llm_accel.cache.fixed import round_up
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.cache_name import CACHE, named_cache
-from llm_accel.patches.hook import DecoderHook, attach_session, named
+from llm_accel.patches.cache_name import CACHE, named, named_cache
+from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.replay import is_waiting
 from llm_accel.patches.reply import ContrastProcessor
 

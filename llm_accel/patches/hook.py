@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from llm_accel.cache.stock import is_full
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import StepEviction
 from llm_accel.patches.attention import accel_name, register
-from llm_accel.patches.cache_name import CACHE, named_cache
+from llm_accel.patches.cache_name import CACHE, named, named_cache
 from llm_accel.patches.compiled.call import arm
 from llm_accel.patches.context import compress_context
 from llm_accel.patches.mlp_chunks import arm_mlps
@@ -88,6 +86,7 @@ class DecoderHook:
         if inputs is None:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
+        session.check_rows(inputs.shape[0], past)
         session.begin(length, past, kwargs.get("attention_mask"))
         if session.context is not None and session.phase.in_prompt:
             session.context.add(inputs, kwargs)
@@ -155,12 +154,6 @@ class DecoderExit:
 def session_of(cache: Cache) -> Session | None:
     """The session hung on a cache, if any."""
     return getattr(cache, "llm_accel", None)
-
-
-def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of ``method`` by name, ``self`` left out."""
-    names = list(inspect.signature(method).parameters)[1:]
-    return kwargs | dict(zip(names, args, strict=False))
 
 
 def attach_session(cache: Any, plan: Plan, config: Any) -> Session:

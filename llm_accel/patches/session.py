@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ class Session:
         headroom: tokens that will be decoded after the prompt, where that was announced, else None.
         eager_because: why this cache's decode steps must not be compiled, or None.
         graph: the layers in their fixed form, between compiled decode steps, else None.
+        lock: held during a compiled step and by whoever ends the fixed form of the layers.
         unfinished: whether a call has begun and has not come to its end.
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
@@ -71,21 +73,26 @@ class Session:
         self.context: Context | None = None
         self.torn = False
         self._awaiting_decode = False
+        self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         self.end_graph()
-        return self.__dict__
+        return {name: content for name, content in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
 
     def end_graph(self, broken: bool = False) -> None:
         """Eager calls go on from here; ``broken``: after a step that failed half-way, which the next call must find
         out."""
-        if self.graph is None:
-            return
-        graph, self.graph = self.graph, None
-        graph.end()
-        if broken:
-            for layer in self.ours.values():
-                layer.stage = CallStage.ARRIVED
+        with self.lock:
+            graph, self.graph = self.graph, None
+            if broken:
+                for layer in self.ours.values():
+                    layer.stage = CallStage.ARRIVED
+            if graph is not None:
+                graph.end()
 
     @property
     def decoding(self) -> bool:
@@ -149,6 +156,15 @@ class Session:
             )
         self.prompt_end = prompt_end
         self.protect = None if protect is None else protect.bool()
+
+    def check_rows(self, rows: int, past: int) -> None:
+        """Refuses a call whose batch is not that of the cache: rows would be broadcast, or fail in some layers only."""
+        held = rows if past == 0 else next(iter(self.ours.values())).rows
+        if rows != held:
+            raise UnsupportedCallError(
+                f"the call has {rows} rows and this cache {held}; give as many, or change those of the cache "
+                "(cache.batch_select_indices, cache.batch_repeat_interleave)."
+            )
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
         """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
@@ -302,7 +318,9 @@ class Session:
 
     def layer_reports(self) -> list[LayerReport]:
         """What each layer holds now."""
-        return [self._layer_report(index, layer) for index, layer in enumerate(self.layers)]
+        with self.lock:
+            self.end_graph()
+            return [self._layer_report(index, layer) for index, layer in enumerate(self.layers)]
 
     def _layer_report(self, index: int, layer: object) -> LayerReport:
         report = LayerReport(index, skipped_reason=self.plan.skipped.get(index), state_bytes=state_bytes(layer))

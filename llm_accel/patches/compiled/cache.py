@@ -40,10 +40,14 @@ class GraphCache(Cache):
         self._buffers, self._pool = buffers, pool
         self._fixed: list[AccelLayer | LinearLayer] = []
         layers: list[Any] = session.layers
-        for layer, form in zip(layers, buffers.forms, strict=True):
-            if form is not None:
-                layer.fix(form)
-                self._fixed.append(layer)
+        try:
+            for layer, form in zip(layers, buffers.forms, strict=True):
+                if form is not None:
+                    self._fixed.append(layer)
+                    layer.fix(form)
+        except BaseException:  # no session knows of this one yet, which could end it
+            self.end()
+            raise
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The logical length as a tensor: a number would be a constant of the graph."""
@@ -53,6 +57,10 @@ class GraphCache(Cache):
     def whole(self) -> bool:
         """Whether all layers are still in their fixed form; reading the entries of one ends it."""
         return all(layer.is_fixed for layer in self._fixed)
+
+    def lies_in(self, pool: Pool) -> bool:
+        """Whether the buffers are of this pool; those of another model, of which this one is a copy, are not."""
+        return self._pool is pool
 
     def begin(self) -> Hashable:
         """What tells the graph of the next step from those of others; Python values of the layers are set for it."""

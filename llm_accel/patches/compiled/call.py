@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from llm_accel.errors import UnsupportedModelError
-from llm_accel.patches.cache_name import CACHE, named_cache
+from llm_accel.patches.cache_name import CACHE, named, named_cache
 from llm_accel.patches.compiled.cache import GraphCache, fixed
 from llm_accel.patches.compiled.pool import Pool
 from llm_accel.patches.replay import is_waiting, wants
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from llm_accel.patches.hook import DecoderHook
     from llm_accel.patches.session import Session
 
+_OWN = "llm_accel.patches."
 Step = Callable[[Callable[..., Any], dict[str, Any]], Any]
 
 
@@ -39,6 +41,7 @@ class DecodeCall:
         self._proven: set[Hashable] = set()  # graphs that have run
         self._pool = Pool()
         self._broken: str | None = None
+        self._searched: int | None = None  # number of the latest hook when the modules were searched for hooks
         self._lock = threading.Lock()  # neither tracing nor a graph that is replayed may run twice at once
         self.refusal: str | None = None
 
@@ -46,23 +49,22 @@ class DecodeCall:
         """Same as the decoder's own call."""
         if torch.compiler.is_compiling():  # part of a larger graph, which the user compiles
             return self._decoder._call_impl(*args, **kwargs)
-        kwargs = named_cache(kwargs)
-        session = self._session(args, kwargs)
-        if session is None:
-            return self._decoder._call_impl(*args, **kwargs)
-        if self._ready(session, kwargs):
-            output = self._step(session, kwargs)
+        given = named_cache(named(type(self._decoder).forward, args, kwargs) if args else kwargs)
+        session = self._session(given)
+        if session is not None:
+            output = self._step(session, given) if self._ready(session, given) else None
             if output is not None:
                 return output
-        session.end_graph()
+            session.end_graph()
         return self._decoder._call_impl(*args, **kwargs)
 
-    def _session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
+    def _session(self, kwargs: dict[str, Any]) -> Session | None:
         cache = kwargs.get(CACHE)
-        if args or not self._hook.enabled or not isinstance(cache, Cache):
+        if not self._hook.enabled or not isinstance(cache, Cache):
             return None
         session: Session | None = getattr(cache, "llm_accel", None)
-        return session if session is not None and session.plan is self._hook.plan else None
+        ours = self._hook.plan
+        return session if session is not None and (session.plan is ours or session.plan == ours) else None
 
     def _ready(self, session: Session, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a decode step that can be compiled."""
@@ -81,49 +83,64 @@ class DecodeCall:
                 return f"{name} is on"
         if kwargs.get("return_dict") is False:
             return "return_dict is off"
-        if len(decoder._forward_pre_hooks) + len(decoder._forward_hooks) > 2:
-            return "the decoder has forward hooks beside those of llm_accel"
+        if self._observed():
+            return "the decoder or a module in it has forward hooks beside those of llm_accel"
         return None
+
+    def _observed(self) -> bool:
+        """Whether there are hooks in the decoder that are not ours: a graph would neither call new ones nor forget old
+        ones. All modules are searched only when some hook has come anywhere since they were."""
+        latest = RemovableHandle.next_id
+        if self._searched != latest:
+            tables = ((one._forward_pre_hooks, one._forward_hooks) for one in self._decoder.modules())
+            if any(not _is_own(hook) for table in tables for hooks in table for hook in hooks.values()):
+                return True
+            self._searched = latest
+        return False
 
     def _step(self, session: Session, kwargs: dict[str, Any]) -> Any:
         """The output of one compiled step, or None where it cannot be compiled and nothing has happened yet."""
         cache: Any = kwargs[CACHE]
         past = cache.get_seq_length()
-        _, given = self._hook(self._decoder, (), dict(kwargs))
-        undo: Callable[[], None] | None = None
-        graph, proven = None, True
-        try:
-            graph = self._graph(session)
-            if given.get("position_ids") is None:
-                graph.seen.fill_(past)
-            given |= {CACHE: graph, "llm_accel": graph, "attention_mask": None}
-            key, mode = _variant((graph.kind, graph.begin()), graph.seen.device)
-            proven = key in self._proven
-            undo = None if proven else graph.backup()
-            with self._lock:
-                output = self._compiled(key, mode)(self._decoder.forward, given)
-                if graph.seen.device.type == "cuda":  # the next replay writes to the same memory
-                    for name, content in output.items():
-                        output[name] = content.clone() if isinstance(content, Tensor) else content
-        except BaseException as error:
-            if undo is not None:
-                undo()
-            lost = proven and graph is not None and not isinstance(error, TorchDynamoException)
-            session.end_graph(broken=lost)
-            if lost or not isinstance(error, Exception):
-                raise
+        with session.lock:  # whoever reads the layers, for a report in another thread, waits until the step is over
+            _, given = self._hook(self._decoder, (), dict(kwargs))
+            undo: Callable[[], None] | None = None
+            graph, proven, done = None, True, False
+            try:
+                graph = self._graph(session)
+                if given.get("position_ids") is None:
+                    graph.seen.fill_(past)
+                given |= {CACHE: graph, "llm_accel": graph, "attention_mask": None}
+                key, mode = _variant((graph.kind, graph.begin()), graph.seen.device)
+                proven = key in self._proven
+                undo = None if proven else graph.backup()
+                with self._lock:
+                    output = self._compiled(key, mode)(self._decoder.forward, given)
+                    done = True
+                    if graph.seen.device.type == "cuda":  # the next replay writes to the same memory
+                        for name, content in output.items():
+                            output[name] = content.clone() if isinstance(content, Tensor) else content
+                graph.advance()
+            except BaseException as error:
+                if undo is not None and not done:
+                    undo()
+                lost = done or (proven and graph is not None and not isinstance(error, TorchDynamoException))
+                session.end_graph(broken=lost)
+                if lost or not isinstance(error, Exception):
+                    raise
+                session.unfinished = False
+                self._give_up(session, error)
+                return None
             session.unfinished = False
-            self._give_up(session, error)
-            return None
-        session.unfinished = False
-        graph.advance()
         self._proven.add(key)
-        setattr(output, CACHE, cache)
+        if output.get(CACHE) is not None:
+            setattr(output, CACHE, cache)
         return output
 
     def _graph(self, session: Session) -> GraphCache:
         """The session's layers in their fixed form, with headroom for a token."""
-        if session.graph is not None and (session.graph.headroom == 0 or not session.graph.whole):
+        graph = session.graph
+        if graph is not None and (graph.headroom == 0 or not graph.whole or not graph.lies_in(self._pool)):
             session.end_graph()
         if session.graph is None:
             session.graph = fixed(session, self._decoder, self._pool)
@@ -166,6 +183,10 @@ def _variant(key: Hashable, device: torch.device) -> tuple[Hashable, str | None]
 
 def _step(forward: Callable[..., Any], given: dict[str, Any]) -> Any:
     return forward(**given)
+
+
+def _is_own(hook: Any) -> bool:
+    return type(hook).__module__.startswith(_OWN)
 
 
 def _brief(error: Exception) -> str:

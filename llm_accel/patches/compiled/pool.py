@@ -46,7 +46,12 @@ class Pool:
             kind = self._kinds.setdefault(key, len(self._kinds))
             place = next((index for index, buffers in enumerate(self._idle) if buffers.kind == kind), None)
             found = None if place is None else self._idle.pop(place)
-        return Buffers(build(), kind) if found is None else found
+        if found is None:
+            return Buffers(build(), kind)
+        for form in found.forms:
+            if form is not None:
+                form.clear()
+        return found
 
     def put(self, buffers: Buffers) -> None:
         """Takes buffers back."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llm_accel.methods import Downsample, TowerMerge, TowerTokens, VisualInput, VisualTokens
+from llm_accel.patches.cache_name import named
 from llm_accel.patches.families import VisionFamily, attribute
-from llm_accel.patches.hook import DecoderHook, named
+from llm_accel.patches.hook import DecoderHook
 from llm_accel.patches.vision.per_image import features_of, map_images, place_features
 from llm_accel.patches.vision.tombstones import buried
 from llm_accel.patches.vision.tower import TowerPass

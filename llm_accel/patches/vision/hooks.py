@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
-from llm_accel.patches.hook import DecoderHook, named
+from llm_accel.patches.cache_name import named
+from llm_accel.patches.hook import DecoderHook
 
 
 class VisualMaskHook:
