@@ -5,21 +5,21 @@
 
 Each checkout runs in a process of its own, on the same weights and prompts. They take turns after every few steps, and
 of each turn the median counts; ``ratio`` is the median over the turns of the time here over the time before.
-``peak_ratio`` compares peak resident memory above what the process holds between two calls, of prefill and decoding
-together, once everything is compiled and imported.
+``peak_ratio`` compares the most bytes that tensors took at a time in prefill and the first steps, as PyTorch's profiler
+counts them, once everything is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ class Side:
         command = [sys.executable, __file__, "--worker", method, decode, str(length)]
         self._process = subprocess.Popen(
             command,
-            env=os.environ
-            | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+            env=os.environ | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -88,6 +87,7 @@ def compare(before: Path, method: str, decode: str, args: argparse.Namespace) ->
 def worker(method: str, decode: str, length: int) -> None:
     """Reads the prompt with the package on PYTHONPATH, then decodes as it is told."""
     import torch
+    from torch.profiler import ProfilerActivity, profile
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     import llm_accel
@@ -103,17 +103,13 @@ def worker(method: str, decode: str, length: int) -> None:
         model(ids[:, :64])
         plugin = llm_accel.Dense() if method == "dense" else None  # a method, where the command line means none
         handle = None if method == "dense_model" else llm_accel.apply(model, plugin or parse(method), decode=decode)
-        cache, token, tokens = None, ids[:, -1:], []
-        for _ in range(2):  # the first time compiles, imports and fills pools
-            cache = None
-            gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that it does not hide a peak
-            base = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
-            cache = DynamicCache(config=config) if handle is None else handle.new_cache()
-            model(ids, past_key_values=cache, logits_to_keep=1)
-            for _ in range(2):
-                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token, tokens = ids[:, -1:], []
+        for measured in (False, True):  # the first time compiles, imports and fills pools
+            cache: Any = DynamicCache(config=config) if handle is None else handle.new_cache()
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if measured else nullcontext() as prof:
+                model(ids, past_key_values=cache, logits_to_keep=1)
+                for _ in range(2):
+                    token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         for line in sys.stdin:
             answer: Any = True
             if line.startswith("step"):
@@ -125,16 +121,15 @@ def worker(method: str, decode: str, length: int) -> None:
                     tokens.append(int(token))
                 answer = statistics.median(times)
             elif line.startswith("memory"):
-                peak = (_status("VmHWM") - base) / 1024
                 held = 0 if handle is None else handle.report().kv_bytes
-                answer = {"peak_mib": peak, "kv_bytes": held, "tokens": tokens}
+                answer = {"peak_mib": _peak(prof) / 2**20, "kv_bytes": held, "tokens": tokens}
             print(json.dumps(answer), flush=True)
 
 
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def _peak(prof: Any) -> int:
+    """The most bytes that tensors took at a time, of all that was allocated while ``prof`` looked on."""
+    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def main() -> None:
