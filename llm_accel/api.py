@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.methods import MethodConfig
+from llm_accel.patches.auto import chosen_methods
 from llm_accel.patches.compiled.call import refusal_of
 from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.install import hook_of, install, make_plan, uninstall, unwrapped
@@ -28,13 +29,14 @@ Method = str | MethodConfig
 class Handle:
     """What :func:`apply` returns. As a context manager it removes the plug-in on exit."""
 
-    def __init__(self, model: Any, hook: DecoderHook) -> None:
+    def __init__(self, model: Any, hook: DecoderHook, chosen: str | None = None) -> None:
         self._model = model
         self._hook = hook
+        self._chosen = chosen
 
     @property
     def config(self) -> MethodConfig | tuple[MethodConfig, ...]:
-        """The applied configuration; a tuple where several methods were composed."""
+        """The applied configuration, of ``auto`` what it chose; a tuple where several methods were composed."""
         configs = self._hook.plan.configs
         return configs[0] if len(configs) == 1 else configs
 
@@ -67,6 +69,7 @@ class Handle:
             visual_tokens_before=visual.before,
             visual_tokens_after=visual.after,
             exit_layer=visual.exit_layer,
+            chosen=self._chosen,
             warnings=warnings,
         )
 
@@ -191,8 +194,9 @@ def apply(
     given = [method] if isinstance(method, str | MethodConfig) or not isinstance(method, Sequence) else list(method)
     configs = configure_all(given, options)
     model = unwrapped(model)
+    configs, chosen = chosen_methods(model, configs, strict, decode)
     plan = make_plan(model, configs, trace, strict, decode, mlp_chunk)
-    return Handle(model, install(model, plan))
+    return Handle(model, install(model, plan), chosen)
 
 
 def remove(model: Any) -> None:

@@ -51,6 +51,9 @@ COMMANDS = {
         "speed and memory of methods, against dense and the bandwidth bound",
         alone="cells that run at the same time share cores and memory, which would distort their timings",
     ),
+    "plan": Command(
+        "llm_accel.eval.tasks.plan.command", "bytes, largest batch and step time of a model before it is loaded"
+    ),
     "heads": Command(
         "llm_accel.calibrate.heads.command", "find retrieval heads: scores per head, profile, heat map", alone=_WHOLE
     ),

@@ -50,6 +50,7 @@ class Report:
         visual_tokens_before: visual tokens of the prompt, or None for a text model.
         visual_tokens_after: visual tokens that reached the last layer.
         exit_layer: layer after which visual tokens leave, or None.
+        chosen: what ``auto`` chose and why, or None.
         warnings: anything that a user should know.
     """
 
@@ -59,6 +60,7 @@ class Report:
     visual_tokens_before: int | None = None
     visual_tokens_after: int | None = None
     exit_layer: int | None = None
+    chosen: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -102,6 +104,8 @@ class Report:
                 indices = [str(layer.layer) for layer in self.layers if layer.skipped_reason == reason]
                 lines.append(f"  skipped   layers {', '.join(indices)}: {reason}")
         lines.extend(f"  {name:<9} {backend} ({reason})" for name, (backend, reason) in self.backends.items())
+        if self.chosen is not None:
+            lines.append(f"  chosen    {self.chosen}")
         lines.extend(f"  warning   {text}" for text in self.warnings)
         return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from llm_accel.methods import PromptCompression, method_class
 from llm_accel.methods.budget import DEFAULT_BUDGET, Budgeted
 from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import configure, parse, parse_all, spec_of
-from tests.contracts.matrix import ATTENDING, BY_HEAD, METHODS, VISUAL, WHOLE
+from tests.contracts.matrix import ATTENDING, BY_HEAD, CHOOSING, METHODS, VISUAL, WHOLE
 
 every_method = pytest.mark.parametrize("name", list_methods())
 every_budgeted = pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_registry_cannot_be_changed():
 
 
 def test_every_method_is_in_the_contract_matrix():
-    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL, *WHOLE} == set(list_methods())
+    assert {*METHODS, *BY_HEAD, *ATTENDING, *VISUAL, *WHOLE, *CHOOSING} == set(list_methods())
 
 
 @every_method

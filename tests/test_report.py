@@ -47,7 +47,7 @@ def test_plain_data_is_json_and_complete(report: Report):
     assert data["layers"][1]["skipped_reason"] == "sliding window of 512 tokens"
     assert data["backends"]["scores"] == ["torch", "no CUDA device"]
     names = {"method", "backends", "layers", "kv_bytes", "dense_kv_bytes", "warnings"}
-    assert names | {"visual_tokens_before", "visual_tokens_after", "exit_layer"} == set(data)
+    assert names | {"visual_tokens_before", "visual_tokens_after", "exit_layer", "chosen"} == set(data)
 
 
 def test_plain_data_is_a_copy(report: Report):

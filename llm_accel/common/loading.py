@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from llm_accel.common.arguments import ModelOptions
+from llm_accel.common.checkpoints import resolve_model
 from llm_accel.common.launch import DistributedRun
 from llm_accel.errors import ConfigError
 
@@ -83,19 +84,21 @@ def pretrained(
 ) -> tuple[Any, Any]:
     """A model of the auto class ``models``, and its tokenizer or processor of the auto class ``readers``.
 
-    ``dtype`` may be "auto"; ``options`` go to ``from_pretrained`` of the model.
+    ``name`` may be short for a fetched checkpoint (:func:`~llm_accel.common.checkpoints.resolve_model`); ``dtype`` may
+    be "auto"; ``options`` go to ``from_pretrained`` of the model.
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
+    place = resolve_model(name)
     if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(f"--model {name!r}: no such folder; give a HuggingFace id or a folder with a model.")
     options |= {"trust_remote_code": trust_remote_code}
     options |= {} if attn is None else {"attn_implementation": attn}
     try:
-        reader: Any = readers.from_pretrained(name, trust_remote_code=trust_remote_code)
+        reader: Any = readers.from_pretrained(place, trust_remote_code=trust_remote_code)
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        model: Any = models.from_pretrained(name, dtype=kind, **options)
+        model: Any = models.from_pretrained(place, dtype=kind, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device), reader

@@ -17,11 +17,11 @@ def comma_list(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def parse_length(text: str) -> int:
-    """``512``, ``4k`` (4096) or ``1m`` (1048576) as a number of tokens."""
+def parse_length(text: str, flag: str = "--lengths") -> int:
+    """``512``, ``4k`` (4096) or ``1m`` (1048576) as a number of tokens; ``flag``: the option, for the message."""
     match = _LENGTH.fullmatch(text)
     if match is None or int(match[1]) == 0:
-        raise ConfigError(f"--lengths: {text!r} is not a length; give positive integers or 1k = 1024 tokens.")
+        raise ConfigError(f"{flag}: {text!r} is not a length; give positive integers or 1k = 1024 tokens.")
     return int(match[1]) * _UNIT[match[2].lower()]
 
 

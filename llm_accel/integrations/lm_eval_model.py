@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from llm_accel import __version__
 from llm_accel.api import apply
 from llm_accel.common.bundled import needle_model_path
+from llm_accel.common.checkpoints import resolve_model
 from llm_accel.registry import parse_all, spec_of
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ class LlmAccelLM(HFLM):  # type: ignore[misc]  # the harness has no types
     """``HFLM`` with a method on its model.
 
     Args:
-        pretrained: as for ``HFLM``; left out, the bundled needle model in float32.
+        pretrained: as for ``HFLM``, or the short name of a fetched checkpoint; left out, the bundled needle model in
+            float32.
         method: a method as on the command line, ``dense`` for none.
         strict, decode: see :func:`llm_accel.apply`.
         **options: of ``HFLM``.
@@ -42,6 +44,8 @@ class LlmAccelLM(HFLM):  # type: ignore[misc]  # the harness has no types
         if pretrained is None:
             pretrained = str(needle_model_path())
             options.setdefault("dtype", "float32")
+        elif isinstance(pretrained, str):
+            pretrained = resolve_model(pretrained)
         super().__init__(pretrained, **options)
         self.method = spec_of(configs)
         self.handle = apply(self.model, list(configs), strict=strict, decode=decode) if configs else None

@@ -41,6 +41,7 @@ from llm_accel.methods.visual.tower import TowerView as TowerView
 
 # in the order of the table; its line here is all that makes a method known
 # isort: off
+from llm_accel.methods.kv.auto import Auto as Auto
 from llm_accel.methods.kv.snapkv import SnapKV as SnapKV
 from llm_accel.methods.kv.pyramidkv import PyramidKV as PyramidKV
 from llm_accel.methods.kv.adakv import AdaKV as AdaKV

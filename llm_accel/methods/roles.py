@@ -192,6 +192,10 @@ class PromptCompression(ScoreAndKeep):
                 f"give budget instead of ratio={self.ratio}."
             )
 
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        """What the report says of the choices that the method makes by itself: what -> (choice, meaning)."""
+        return {}
+
     @property
     def deferred(self) -> bool:
         return self.compress == "deferred"

@@ -53,7 +53,7 @@ def decoder_of(model: Any) -> Any:
 def skipped_layers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig], strict: bool) -> dict[int, str]:
     """Layer index -> reason; raises if nothing is left, or with ``strict`` if a model layer is left out."""
     config = decoder.config
-    cache_layers = _cache_layers(config)
+    cache_layers = stock_layers(config)
     skipped = {index: _why_not(layer, config) for index, layer in enumerate(cache_layers) if not is_full(layer)}
     if cache_layers and len(skipped) == len(cache_layers):
         reasons = "; ".join(sorted(set(skipped.values())))
@@ -92,7 +92,7 @@ def skipped_layers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig]
     return skipped
 
 
-def _cache_layers(config: Any) -> list[Any]:
+def stock_layers(config: Any) -> list[Any]:
     """The cache layers that transformers makes for this configuration."""
     try:
         return list(DynamicCache(config=config).layers)
@@ -141,7 +141,7 @@ def check_positions(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig
     if ranked is None:
         return
     reason = why_no_rotary(decoder)
-    layers = dict(enumerate(_cache_layers(decoder.config)))
+    layers = dict(enumerate(stock_layers(decoder.config)))
     others = {index: why for index, why in skipped.items() if not _has_no_positions(layers.get(index))}
     if reason is None and others:
         reason = f"its layers {sorted(others)} keep their own positions ({'; '.join(sorted(set(others.values())))})"

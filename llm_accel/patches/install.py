@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import column_votes, ragged_decode
 from llm_accel.kernels.dispatch import Problem
-from llm_accel.methods import AttentionMethod, MethodConfig, ScoreAndKeep, StepEviction, VASparse
+from llm_accel.methods import AttentionMethod, MethodConfig, PromptCompression, ScoreAndKeep, StepEviction, VASparse
 from llm_accel.patches.acceptance import check_derived, check_positions, check_readers, decoder_of, skipped_layers
 from llm_accel.patches.attention import PREFIX, accel_name, register
 from llm_accel.patches.base_attention import SUPPORTED, stores_latents
@@ -78,12 +78,12 @@ def make_plan(
     if mlp_chunk is not None:
         backends["mlp"] = (f"{mlp_chunk} tokens at a time", "mlp_chunk")
     if any(isinstance(config, ScoreAndKeep) and config.observed_queries for config in configs):
-        backends["scores"] = column_votes.OP.explain(_problem(decoder))
+        backends["scores"] = column_votes.OP.explain(attention_problem(decoder))
     if any(isinstance(config, ScoreAndKeep) and config.page_size for config in configs):
-        backends["decode"] = ragged_decode.OP.explain(_problem(decoder))
+        backends["decode"] = ragged_decode.OP.explain(attention_problem(decoder))
     for config in configs:
-        if isinstance(config, AttentionMethod | VASparse | StepEviction):
-            backends |= config.backends(_problem(decoder))
+        if isinstance(config, AttentionMethod | VASparse | StepEviction | PromptCompression):
+            backends |= config.backends(attention_problem(decoder))
     shard = head_shard(model)
     heads = plan_heads(model, configs, skipped, shard)
     check_readers(decoder, wiring, configs, splits=heads.get("split") is not None)
@@ -112,7 +112,7 @@ def _compiled(plan: Plan, decoder: Any, decode: Decode) -> Plan:
     """The plan with its decode steps compiled where that can be; with "compiled" it must."""
     if decode not in ("compiled", "auto"):
         raise ConfigError(f"decode={decode!r} is not allowed; give 'eager', 'compiled' or 'auto'.")
-    problem = _problem(decoder)
+    problem = attention_problem(decoder)
     reason = why_eager(plan, decoder, problem)
     if reason is not None and decode == "compiled":
         raise ConfigError(f"decode='compiled' does not work for {plan.title}: {reason}. Use 'auto' or 'eager'.")
@@ -122,7 +122,7 @@ def _compiled(plan: Plan, decoder: Any, decode: Decode) -> Plan:
     return replace(plan, decode=decode, compiles=reason is None, backends={**plan.backends, "decode steps": said})
 
 
-def _problem(decoder: Any) -> Problem:
+def attention_problem(decoder: Any) -> Problem:
     """What attention of this model asks of an operation."""
     config = decoder.config
     device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))

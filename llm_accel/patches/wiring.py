@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from llm_accel.cache.linear import state_bytes
 from llm_accel.cache.stock import is_full
 from llm_accel.patches.cache_name import CACHE
 
@@ -27,6 +28,19 @@ _NAME = "llm_accel_wiring"
 _TOKENS = 12  # enough for each head to have marks of its own
 _MARKS = 0x9D7  # odd, so that its multiples differ; no rotation or reversal of its bits gives the same bits
 _FAR = 2**20  # a distance that no window reaches
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a cache layer stores of one token of one row.
+
+    Attributes:
+        heads: KV heads.
+        nbytes: bytes of the keys and values of all of them.
+    """
+
+    heads: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,15 @@ class Wiring:
         derived: layer whose attention is given what is computed from the cached entries, one by one, not these -> KV
             heads in its cache.
         problem: why no entry of this decoder may be evicted, or None.
+        entries: layer -> what its cache stores of a token, sliding windows included.
+        states: layer -> bytes of its linear-attention state of one row.
     """
 
     readers: Mapping[int, int] = field(default_factory=dict)
     derived: Mapping[int, int] = field(default_factory=dict)
     problem: str | None = None
+    entries: Mapping[int, Entry] = field(default_factory=dict)
+    states: Mapping[int, int] = field(default_factory=dict)
 
     def sources(self) -> frozenset[int]:
         """Layers whose entries others read too."""
@@ -71,9 +89,9 @@ def _find(decoder: Any) -> Wiring:
     trial = _Trial()
     try:
         with torch.no_grad(), _running(decoder):
-            _call(decoder, trial)
+            layers = _call(decoder, trial)
             trial.check()
-            if trial.derived:
+            if trial.derived and _device(decoder).type != "meta":  # without weights there are no values to follow
                 trial.marking = True
                 _call(decoder, trial)
     except _Unwired as error:
@@ -81,7 +99,18 @@ def _find(decoder: Any) -> Wiring:
     except Exception as error:
         said = ": ".join(filter(None, [type(error).__name__, *str(error).strip().splitlines()[:1]]))
         return Wiring(problem=f"a call of its decoder with a DynamicCache fails ({said.rstrip('.')})")
-    return Wiring(dict(trial.readers), dict(trial.derived))
+    entries = {index: entry for index, layer in enumerate(layers) if (entry := _entry(layer)) is not None}
+    states = {index: count for index, layer in enumerate(layers) if (count := state_bytes(layer))}
+    return Wiring(dict(trial.readers), dict(trial.derived), entries=entries, states=states)
+
+
+def _entry(layer: Any) -> Entry | None:
+    """Of a cache layer with some tokens of one row; None where it holds no keys."""
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[2] == 0:
+        return None
+    heads, held = keys.shape[1], keys.shape[2]
+    return Entry(heads, sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)) // held)
 
 
 @contextmanager
@@ -108,20 +137,30 @@ def _running(decoder: Any) -> Iterator[None]:
                 held.update(kept)
 
 
-def _call(decoder: Any, trial: _Trial) -> None:
-    """Some tokens, then one more, as a prompt and a decode step are."""
+def _device(decoder: Any) -> torch.device:
+    """Where token ids go: to the weights; "meta" for a model without any, whose shapes are all there is to follow."""
+    devices = {parameter.device for parameter in decoder.parameters()}
+    real = next((device for device in devices if device.type != "meta"), None)
+    offloaded = any(hasattr(module, "_hf_hook") for module in decoder.modules())
+    return real or torch.device("cpu" if offloaded or not devices else "meta")
+
+
+def _call(decoder: Any, trial: _Trial) -> list[Any]:
+    """Some tokens, then one more, as a prompt and a decode step are; the layers of the cache."""
     cache = DynamicCache(config=decoder.config)
     trial.watch(cache)
-    device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = _device(decoder)
+    shapes_only = device.type == "meta"  # hybrids ask whether a mask hides anything, which has no answer there
     for length, past in ((_TOKENS, 0), (1, _TOKENS)):
         trial.begin()
         decoder.forward(  # the hooks on it are meant for calls of its user
             input_ids=torch.ones(1, length, dtype=torch.long, device=device),
-            attention_mask=torch.ones(1, past + length, dtype=torch.long, device=device),
+            attention_mask=None if shapes_only else torch.ones(1, past + length, dtype=torch.long, device=device),
             use_cache=True,
             llm_accel=trial,
             **{CACHE: cache},
         )
+    return cache.layers
 
 
 class _WatchedLayer(DynamicLayer):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm_accel.common.checkpoints import resolve_model
 from llm_accel.common.loading import bundled, find_device, pretrained, short_name
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.serve.settings import ServeSettings
@@ -75,7 +76,7 @@ def _sees(name: str, trust_remote_code: bool) -> bool:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return False  # loading it says why
     return getattr(config, "vision_config", None) is not None

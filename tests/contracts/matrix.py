@@ -43,6 +43,8 @@ ATTENDING = ("hip",)
 BY_HEAD = ("retrieval_heads",)
 # methods that keep everything
 WHOLE = ("dense",)
+# methods that stand for others, with contracts of their own in test_auto.py
+CHOOSING = ("auto",)
 # methods that act on visual tokens, with contracts of their own in tests/patches/vision
 VISUAL = ("flowcut", "visionzip", "fastv", "dyvte", "vasparse", "downsample", "stride_tokens", "random_tokens")
 

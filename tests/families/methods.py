@@ -39,7 +39,9 @@ def _whole(kind: type[MethodConfig]) -> MethodConfig:
 
 BELOW: Mapping[str, Callable[[], MethodConfig]] = matrix.METHODS
 WHOLE: dict[str, Callable[[], MethodConfig]] = {
-    name: partial(_whole, kind) for name, kind in list_methods().items() if "text" in kind.info.kinds
+    name: partial(_whole, kind)
+    for name, kind in list_methods().items()
+    if "text" in kind.info.kinds and name not in matrix.CHOOSING  # what they choose is among the others
 }
 METHODS = tuple(WHOLE)
 

@@ -108,11 +108,14 @@ def _compaction(dim: int, dtype: torch.dtype, scored: bool = False) -> list[Laun
     return plan_compaction(indices, entries, entries, scores)[1]
 
 
+HIP_STAGES = ((256, 64, False), (32, 64, False), (8, 256, True), (8, 4, True), (8, 1, True))  # chunk, queries, exact
+
+
 def hip_select() -> dict[str, list[Launch]]:
     plans = {}
     for dtype, dims in ((torch.bfloat16, (64, 80, 96, 128, 256)), (torch.float32, (64, 128, 256))):
         for dim in dims:
-            for chunk, queries, exact in ((256, 64, False), (32, 64, False), (8, 256, True), (8, 4, True)):
+            for chunk, queries, exact in HIP_STAGES:
                 label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} chunk {chunk} queries {queries}"
                 plans[label] = _hip_select(dtype, dim, chunk, queries, exact)
     return plans
@@ -124,7 +127,8 @@ def _hip_select(dtype: torch.dtype, dim: int, chunk: int, queries: int, exact: b
     starts = torch.empty(2, 4, 64, 128, dtype=torch.int64, device="meta")
     representative = torch.empty(2, 4, 64, queries, dim, device="meta")
     end = torch.empty(1, 1, 64, 1, dtype=torch.int64, device="meta")
-    return plan_hip_select(representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact)[1]
+    level = torch.empty(2, 4, 64, queries, device="meta") if queries > 1 else None
+    return plan_hip_select(representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact, level)[1]
 
 
 def ragged_decode() -> dict[str, list[Launch]]:

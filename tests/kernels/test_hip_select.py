@@ -70,6 +70,10 @@ SEARCHES: dict[str, Search] = {
     "tree_all_heads": TreeSearch(SCOPE, budget=32, stride=4, share_heads="all"),
     "exact": ExactSearch(SCOPE, budget=32),
     "exact_all_heads": ExactSearch(SCOPE, budget=32, share_heads="all"),
+    "stages_raw": StageSearch(SCOPE, 32, STAGES, fair=False),
+    "tree_raw": TreeSearch(SCOPE, budget=32, fair=False),
+    "exact_raw": ExactSearch(SCOPE, budget=32, fair=False),
+    "exact_scaled": ExactSearch(SCOPE, budget=32, scaling=1.5),
 }
 CASES = {
     "prefill": Case(slots=200, queries=200),
@@ -96,9 +100,23 @@ class Oracle:
         self.group = case.query_heads // case.heads
 
     def score(self, reps: Tensor, head: int, positions: list[int]) -> float:
-        """The best product of the group's representatives, [Hq, R, D], with keys of one head."""
+        """The best product of the group's representatives, [Hq, R, D], with keys of one head, each less its level."""
         queries = reps[head * self.group : (head + 1) * self.group].flatten(0, 1)
-        return float((queries @ self.key[head, positions].T).max())
+        products = queries @ self.key[head, positions].T
+        return float((products.amax(-1) - self.levels(queries, head)).max())
+
+    def levels(self, queries: Tensor, head: int) -> Tensor:
+        """The log-sum-exp of each query's attention, [R, D] -> [R], over the scale: of the first 8 keys, and of 64
+        evenly spaced ones behind them that stand for all up to the end of the candidates."""
+        if not self.search.fair:
+            return torch.zeros(len(queries)).double()
+        scale = queries.shape[1] ** -0.5 if self.search.scaling is None else self.search.scaling
+        beyond = max(1, self.end - 8)
+        places = [(place, 1.0) for place in range(8)] + [(8 + i * beyond // 64, beyond / 64) for i in range(64)]
+        seen = [(place, weight) for place, weight in places if place < max(self.end, 1)]
+        products = queries @ self.key[head, [place for place, _ in seen]].T
+        weights = torch.tensor([weight for _, weight in seen], dtype=torch.float64)
+        return (scale * products + weights.log()).logsumexp(-1) / scale
 
     def means(self, stride: int) -> Tensor:
         return self.rows.unflatten(1, (-1, stride)).mean(2)
@@ -268,3 +286,19 @@ def test_half_precision_is_scored_in_fp32() -> None:
     problem, search = CASES["prefill"], SEARCHES["exact"]
     query, key = problem.query.bfloat16(), problem.key.bfloat16()
     assert torch.equal(search.select(query, key, None), search.select(query.float(), key.float(), None))
+
+
+@pytest.mark.parametrize("search", [SEARCHES[name] for name in ("exact", "exact_all_heads")])
+def test_a_loud_head_does_not_choose_for_a_quiet_one(search: Search) -> None:
+    """One head of a group has large products with all keys and looks at nothing in particular; the other looks for one
+    key."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(1, 1, 300, 32, generator=generator)
+    query = torch.randn(1, 2, 16, 32, generator=generator)
+    key[..., 0], query[:, 0, :, 0], query[:, 1] = 1.0, 300.0, 0.0
+    needle = 162  # no key that a level is taken from
+    query[:, 1, :, 1:] = 2 * key[:, 0, needle, 1:]
+    fair = [s for s in search.select(query, key, None)[0, 0, -1].tolist() if s < ABSENT]
+    assert any(s <= needle < s + search.scope.block_k for s in fair)
+    raw = replace(search, fair=False).select(query, key, None)[0, 0, -1].tolist()
+    assert not any(s <= needle < s + search.scope.block_k for s in raw)

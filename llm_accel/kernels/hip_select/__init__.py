@@ -3,8 +3,10 @@
 Three searches with one result. :class:`StageSearch` prunes in stages, cost O(T) with a small quadratic first stage;
 :class:`TreeSearch` halves groups of blocks, O(T log T); :class:`ExactSearch` reads everything, O(T^2).
 
-A score is the largest q.k over the queries of a block, the query heads of a KV head and the keys of a block, in fp32;
-scale and soft cap would not change the order. Equal scores are settled by the lower position.
+A score is the largest over the queries of a block, the query heads of a KV head and the keys of a block, in fp32, of
+q.k less the query's level: the log-sum-exp of its own attention, estimated from a sample of the keys. With the products
+alone, as in the paper, queries and heads that have large ones choose for all others (``fair=False``). A soft cap is
+left out. Equal scores are settled by the lower position.
 """
 
 from __future__ import annotations

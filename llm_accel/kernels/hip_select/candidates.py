@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.kernels.block_list import aligned_window, block_positions
@@ -12,6 +13,7 @@ from llm_accel.kernels.dispatch import Problem
 
 ABSENT = 2**40  # a start that no choice has: sorts last, and no region grows far enough to revive it
 TILE = 2**21  # elements of the keys of the query blocks that are searched together
+FIRST, SAMPLED = 8, 64  # keys that a level is taken from: the first ones, and as many more, evenly spaced
 CACHED = 2**17  # elements of the keys, and of their logits, that are at work at once in the cache of a processor
 
 
@@ -124,10 +126,36 @@ def representatives(
     return packed.transpose(2, 3).flatten(3, 4)
 
 
-def key_scores(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
+def levels_of(representative: Tensor, keys: Keys, end: Tensor, scaling: float) -> Tensor:
+    """How high the products of each query stand with the keys before ``end``, fp32 [B, H, n, R]: the log-sum-exp of its
+    attention, over ``scaling``, estimated from :data:`FIRST` keys, where attention rests, and :data:`SAMPLED` more.
+
+    What is left of a product without it says how much of the query's attention a key gets, so that queries and heads
+    with large products do not take the place of others.
+
+    Args:
+        representative: fp32 [B, H, n, R, D].
+        keys: of H heads.
+        end: where the candidates of each query block end, int64 [B or 1, 1, n, 1].
+        scaling: softmax scale.
+    """
+    step, beyond = torch.arange(SAMPLED, device=end.device), (end - FIRST).clamp(min=1)
+    first = torch.arange(FIRST, device=end.device).expand(*end.shape[:3], -1)
+    positions = torch.cat([first, FIRST + step * beyond // SAMPLED], dim=-1)
+    hidden = (positions >= end) & (positions > 0)
+    weight = F.pad((beyond.float() / SAMPLED).log().expand(*end.shape[:3], SAMPLED), (FIRST, 0))
+    weight = weight.masked_fill(hidden, float("-inf"))[..., None, :]  # [B or 1, 1, n, 1, FIRST + SAMPLED]
+    index = keys.at(positions)
+    read = keys.rows.index_select(0, index.flatten()).float().view(*index.shape, -1)
+    logits = torch.matmul(representative, read.transpose(-1, -2)).mul_(scaling).add_(weight)
+    return logits.logsumexp(-1) / scaling
+
+
+def key_scores(representative: Tensor, keys: Keys, positions: Tensor, level: Tensor | None = None) -> Tensor:
     """How well the keys at ``positions``, int64 [B, H, n, m], answer the best of the queries [B, H, n, R, D]: fp32
-    [B, H, n, m]."""
+    [B, H, n, m]. ``level``: what is taken off the products of each query, fp32 [B, H, n, R]."""
     index, queries = keys.at(positions).flatten(0, 2), representative.flatten(0, 2)
+    below = None if level is None else level.flatten(0, 2).neg()[..., None]  # [B * H * n, R, 1]
     blocks, count, dim = *index.shape, queries.shape[-1]
     at_once = (CACHED if index.device.type == "cpu" else TILE) // max(queries.shape[1:])
     columns = max(1, min(count, at_once))
@@ -137,15 +165,19 @@ def key_scores(representative: Tensor, keys: Keys, positions: Tensor) -> Tensor:
         for column in range(0, count, columns):
             part = index[row : row + rows, column : column + columns]
             read = keys.rows.index_select(0, part.flatten()).float().view(*part.shape, dim)
-            logits = queries[row : row + rows] @ read.transpose(1, 2)
-            score[row : row + rows, column : column + columns] = logits.amax(1)
+            some = slice(row, row + rows)
+            if below is None:
+                logits = queries[some] @ read.transpose(1, 2)
+            else:
+                logits = torch.baddbmm(below[some], queries[some], read.transpose(1, 2))
+            score[some, column : column + columns] = logits.amax(1)
     return score.view(positions.shape)
 
 
-def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int) -> Tensor:
-    """The best match among the ``count`` keys from each of ``starts``, int64 [B, H, n, m], on: fp32 [B, H, n, m]."""
+def best_key(representative: Tensor, keys: Keys, starts: Tensor, count: int, level: Tensor | None = None) -> Tensor:
+    """The best :func:`key_scores` of the ``count`` keys from each of ``starts`` on: int64 to fp32, [B, H, n, m]."""
     positions = (starts[..., None] + torch.arange(count, device=starts.device)).flatten(-2)
-    return key_scores(representative, keys, positions).view(*starts.shape, count).amax(-1)
+    return key_scores(representative, keys, positions, level).view(*starts.shape, count).amax(-1)
 
 
 def levels(chunk: int) -> int:

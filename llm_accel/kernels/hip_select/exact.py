@@ -28,7 +28,7 @@ class ExactSearch(Search):
         reps = representatives(query, heads, first, blocks, self.scope.block_q, 1)
         starts = torch.arange(self.scope.sink, self.scope.sink + most, self.scope.block_k, device=query.device)
         starts = starts.expand(batch, heads, len(blocks), -1)
-        score = best_key(reps, keys, starts, self.scope.block_k)
+        score = best_key(reps, keys, starts, self.scope.block_k, self.level(reps, keys, end))
         present = starts < end
         place = best_places(self.shared(score), present, width)
         return starts.masked_fill(~present, ABSENT).gather(-1, place)

@@ -13,11 +13,17 @@ from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operatio
 
 
 def stage_score_triton(
-    representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int, exact: bool
+    representative: Tensor,
+    keys: Keys,
+    starts: Tensor,
+    end: Tensor,
+    chunk: int,
+    exact: bool,
+    level: Tensor | None = None,
 ) -> Tensor:
     """See :func:`llm_accel.kernels.hip_select.reference.stage_score_reference`; -inf where a chunk is absent. The
     representatives are rounded to the dtype of the keys."""
-    arguments = (representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact)
+    arguments = (representative, keys.rows, keys.origin, keys.last, starts, end, chunk, exact, level)
     return _operation(*arguments)  # type: ignore[no-any-return]
 
 
@@ -30,6 +36,7 @@ def plan(
     end: Tensor,
     chunk: int,
     exact: bool,
+    level: Tensor | None,
 ) -> tuple[Tensor, list[Launch]]:
     """The scores, still to be filled, and the launch that fills them; rows, origin and last are those of ``Keys``."""
     from llm_accel.kernels.hip_select.triton_kernels import stage_score_kernel
@@ -50,6 +57,7 @@ def plan(
             "last": last.expand(batch, heads, 1, 1).contiguous(),
             "starts": starts.contiguous(),
             "end": end.expand(batch, heads, -1, -1).contiguous(),
+            "level": representative if level is None else level.contiguous(),
             "score": score,
             "blocks": blocks,
             "chunks": chunks,
@@ -58,6 +66,7 @@ def plan(
             "CHUNK": chunk,
             "LEVELS": levels(chunk),
             "EXACT": exact,
+            "FAIR": level is not None,
             "R": queries,
             "D": dim,
             "BD": next_power_of_2(dim, 16),
@@ -65,7 +74,7 @@ def plan(
             "BC": columns,
             "UPCAST": interpreting(),
         },
-        warps=4,
+        warps=8 if single and dim > 128 else 4,
         stages=2,
     )
     return score, [launch]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, tiles, zero
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, levels_of, tiles, zero
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,17 @@ class Search(ABC):
         budget: keys that are chosen at most, a multiple of ``scope.block_k``.
         share_heads: "group" for a choice of each KV head, "all" for one choice of all heads.
         across: with "all", the maximum over the processes that hold the heads of a layer between them.
+        fair: whether each query is compared by what stands out of its own attention; otherwise by its products, and
+            those with large ones choose for all.
+        scaling: softmax scale; None for that of the head size.
     """
 
     scope: Scope
     budget: int
     share_heads: str = field(default="group", kw_only=True)
     across: Callable[[Tensor], Tensor] = field(default=lambda score: score, kw_only=True)
+    fair: bool = field(default=True, kw_only=True)
+    scaling: float | None = field(default=None, kw_only=True)
 
     def select(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
         """The chosen blocks of all query blocks, int64 [B, H, n, M], ascending, absent ones last."""
@@ -56,6 +61,14 @@ class Search(ABC):
         """
         width = min(self.budget, most) // self.scope.block_k
         return self.choose(query, keys, zero(query.device), range(1), end, most, width)
+
+    def level(self, representative: Tensor, keys: Keys, end: Tensor) -> Tensor | None:
+        """What is taken off the products of each query before they are compared, fp32 [B, H, n, R]; None where that
+        changes nothing, or is not wanted."""
+        queries, dim = representative.shape[-2:]
+        if not self.fair or (queries == 1 and self.share_heads == "group"):
+            return None
+        return levels_of(representative, keys, end, dim**-0.5 if self.scaling is None else self.scaling)
 
     def shared(self, score: Tensor) -> Tensor:
         """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""

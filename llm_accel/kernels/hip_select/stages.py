@@ -70,7 +70,7 @@ class StageSearch(Search):
             starts: chunks that enter, int64 [B, H, n, m], :data:`ABSENT` where there is none.
             end: position at which the candidates of each query block end, int64 [B or 1, 1, n, 1].
         """
-        found, reps, stride = [], query, 0
+        found, reps, stride, level = [], query, 0, None
         for index in range(stage, len(self.stages)):
             chunk = self.stages[index].chunk
             if index > stage:
@@ -81,8 +81,9 @@ class StageSearch(Search):
                     stride = self.stages[index].stride
                     heads = keys.origin.shape[1]
                     reps = representatives(query, heads, first, blocks, self.scope.block_q, stride)
+                    level = self.level(reps, keys, end)
                 exact = self.last_exact and index + 1 == len(self.stages)
-                score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact)
+                score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact, level)
                 place = best_places(self.shared(score), starts < ABSENT, kept)
                 starts = starts.gather(-1, place)
             found.append(starts)

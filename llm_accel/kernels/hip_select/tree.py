@@ -36,9 +36,11 @@ class TreeSearch(Search):
         rounds = halvings(most // self.scope.block_k, width)
         candidates = ((end - self.scope.sink) // self.scope.block_k).expand(batch, heads, -1, -1)
         reps = representatives(query, heads, first, blocks, self.scope.block_q, self.stride, last=True)
-        return self._halve(reps, keys, candidates, width, rounds)
+        return self._halve(reps, keys, self.level(reps, keys, end), candidates, width, rounds)
 
-    def _halve(self, reps: Tensor, keys: Keys, candidates: Tensor, groups: int, rounds: int) -> Tensor:
+    def _halve(
+        self, reps: Tensor, keys: Keys, level: Tensor | None, candidates: Tensor, groups: int, rounds: int
+    ) -> Tensor:
         edges = torch.arange(groups + 1, device=reps.device) * candidates // max(groups, 1)
         begin, size = edges[..., :-1], edges.diff(dim=-1)
         for _ in range(rounds):
@@ -46,7 +48,7 @@ class TreeSearch(Search):
             begin = torch.stack([begin, begin + left], dim=-1).flatten(-2)
             size = torch.stack([left, size - left], dim=-1).flatten(-2)
             middle = self.scope.sink + (begin + size // 2) * self.scope.block_k
-            score = best_key(reps, keys, middle, self.scope.block_k)
+            score = best_key(reps, keys, middle, self.scope.block_k, level)
             place = best_places(self.shared(score), size > 0, groups)
             begin, size = begin.gather(-1, place), size.gather(-1, place)
         starts = self.scope.sink + begin * self.scope.block_k

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
+from llm_accel.kernels.dispatch import Problem
 from llm_accel.methods.base import MethodConfig, option, option_names
 from llm_accel.methods.catalog import imported_methods, list_methods
 from llm_accel.methods.kv.snapkv import SnapKVOptions
@@ -64,6 +65,9 @@ class Division(SnapKVOptions):
     @property
     def observed_queries(self) -> int:
         return self.scorer.observed_queries
+
+    def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
+        return self.score_method.backends(problem)
 
     def score_and_tie_break(self, view: PromptView) -> tuple[Tensor, Tensor | None]:
         return self.scorer.score_and_tie_break(view)

@@ -12,6 +12,8 @@ from typing import Any
 from llm_accel.errors import ConfigError
 
 RETRIEVES = 0.1  # copy-paste score from which a head counts as a retrieval head (arXiv 2404.15574)
+INDUCTION_SHARE = 0.15  # 2407.15891
+GROUPED_INDUCTION_SHARE = 0.35  # a KV head serves several query heads of which one may retrieve; see docs/heads.md
 ECHO_SHARE = (
     1 / 15
 )  # of the heads kept by the data-free detector: 1 % by echo in addition to 14 % by induction (2407.15891)
@@ -87,7 +89,7 @@ class HeadProfile:
         chosen = list(layers)
         _, query_heads, kv_heads = self.shape
         if self.method == "induction":
-            return 0.15
+            return INDUCTION_SHARE if query_heads == kv_heads else GROUPED_INDUCTION_SHARE
         if self.method == "gates":
             return 0.25 if query_heads == kv_heads else 0.5
         hits = sum(score >= RETRIEVES for layer in chosen for score in self.kv_head_scores[layer])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class HiP(AttentionMethod):
     last_stage_exact: bool = option("the last stage reads every key of its chunks instead of bisecting them", True)
     block_q: int = option("queries that share a selection", 64, most=ENTRIES)
     share_heads: Literal["group", "all"] = option("heads that share a selection: those of a KV head, or all", "group")
+    share_scores: Literal["fair", "raw"] = option(
+        "what queries that share a selection are compared by. fair: how much of its own attention a key gets; raw: the "
+        "products, as in the paper",
+        "fair",
+    )
     refresh: tuple[int, ...] = option("decode steps between two selections of each stage", (16, 8, 4), most=ENTRIES)
     min_prefill_len: int | Literal["auto"] = option(
         "prompts shorter than this are dense; auto: where the default settings break even",
@@ -148,7 +153,7 @@ class HiP(AttentionMethod):
     def attend(self, view: AttentionView, memory: Memory | None) -> tuple[Tensor | None, Memory | None]:
         budget = self.budget_of(view.layer, view.layers)
         few = view.queries <= FEW
-        search = make_search(self, budget, few, view.heads)
+        search = make_search(self, budget, few, view.scaling, view.heads)
         dense = view.slots <= reach(search)
         least = self.break_even(view.key.device.type)
         blocks: BlockList | None
@@ -196,16 +201,23 @@ class HiP(AttentionMethod):
 
 
 @lru_cache(maxsize=64)
-def make_search(config: HiP, budget: int, few: bool, heads: HeadShard = WHOLE) -> Search:
-    """The search of a configuration; for a ``few`` queries each of them stands for itself."""
+def make_search(config: HiP, budget: int, few: bool, scaling: float | None = None, heads: HeadShard = WHOLE) -> Search:
+    """The search of a configuration; for a ``few`` queries each of them stands for itself. ``scaling``: softmax scale,
+    None for that of the head size."""
     sink = -(-config.sink // config.block_k) * config.block_k
     scope = Scope(sink, config.window, FEW_BLOCK if few else config.block_q, config.block_k)
+    how: dict[str, Any] = {
+        "share_heads": config.share_heads,
+        "across": heads.max,
+        "fair": config.share_scores == "fair",
+        "scaling": scaling,
+    }
     if config.selector == "exact":
-        return ExactSearch(scope, budget, share_heads=config.share_heads, across=heads.max)
+        return ExactSearch(scope, budget, **how)
     if config.selector == "tree":
-        return TreeSearch(scope, budget, 1 if few else 2, share_heads=config.share_heads, across=heads.max)
+        return TreeSearch(scope, budget, 1 if few else 2, **how)
     stages = tuple(Stage(chunk, tokens, 1 if few else stride) for chunk, tokens, stride in config.stages)
-    return StageSearch(scope, budget, stages, config.last_stage_exact, share_heads=config.share_heads, across=heads.max)
+    return StageSearch(scope, budget, stages, config.last_stage_exact, **how)
 
 
 def reach(search: Search) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class FixedMemory:
         sparse, due = self._pattern
         if not sparse:
             return None
-        search, scope, capacity = self._search, self._search.scope, keys.shape[2]
+        search, scope, capacity = replace(self._search, scaling=scaling), self._search.scope, keys.shape[2]
         if due is not None:
             before, moved = (self._seen[due - 1] - 1, self._refresh[due - 1]) if due else (None, 0)
             most = scope.most(1, capacity, 0)

@@ -12,6 +12,7 @@ from llm_accel.kernels.hip_select.reference import stage_score_reference
 from tests.kernels.triton_device import DEVICE, assert_close
 
 
+@pytest.mark.parametrize("fair", [False, True], ids=["raw", "fair"])
 @pytest.mark.parametrize("exact", [False, True], ids=["bisect", "exact"])
 @pytest.mark.parametrize(
     ("dtype", "dim", "queries", "heads"),
@@ -24,7 +25,7 @@ from tests.kernels.triton_device import DEVICE, assert_close
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_scores_of_chunks(dtype: torch.dtype, dim: int, queries: int, heads: int, exact: bool) -> None:
+def test_scores_of_chunks(dtype: torch.dtype, dim: int, queries: int, heads: int, exact: bool, fair: bool) -> None:
     """Padded rows, a last chunk that the end cuts, and chunks that are absent."""
     generator = torch.Generator().manual_seed(dim)
     batch, blocks, slots, chunk = 2, 2, 90, 8
@@ -34,19 +35,23 @@ def test_scores_of_chunks(dtype: torch.dtype, dim: int, queries: int, heads: int
     starts = torch.arange(0, 72, chunk, device=DEVICE).expand(batch, heads, blocks, -1)
     starts = torch.where(starts < end // chunk * chunk if exact else starts < end, starts, ABSENT)
     keys = Keys.of(key, torch.tensor([0, 13], device=DEVICE))
-    ours = stage_score_triton(reps, keys, starts, end, chunk, exact)
-    oracle = stage_score_reference(reps, keys, starts, end, chunk, exact)
+    level = 3 * torch.randn(batch, heads, blocks, queries, generator=generator).to(DEVICE) if fair else None
+    ours = stage_score_triton(reps, keys, starts, end, chunk, exact, level)
+    oracle = stage_score_reference(reps, keys, starts, end, chunk, exact, level)
     present = starts < ABSENT
     assert_close("score", ours[present], oracle[present], dtype)
     assert (ours[~present] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("fair", [False, True], ids=["raw", "fair"])
 @pytest.mark.parametrize("queries", [1, 60])
-def test_a_whole_search_chooses_what_plain_torch_chooses(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_search_chooses_what_plain_torch_chooses(
+    queries: int, fair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, queries, 16, generator=generator).to(DEVICE)
     key = torch.randn(2, 2, 200, 16, generator=generator).to(DEVICE)
-    search = StageSearch(Scope(8, 20, 16, 8), 48, (Stage(32, None, 4), Stage(8, 96, 1)))
+    search = StageSearch(Scope(8, 20, 16, 8), 48, (Stage(32, None, 4), Stage(8, 96, 1)), fair=fair)
     start = torch.tensor([0, 31], device=DEVICE)
     assert stages.OP.choose(Keys.of(key, None).problem).name == "triton"
     ours = search.select(query, key, start)

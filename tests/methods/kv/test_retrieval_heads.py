@@ -73,7 +73,8 @@ def test_layers_that_do_not_count_are_left_out_of_the_share() -> None:
 def test_shares_recommended_by_detectors() -> None:
     every = range(3)
     assert profile(kv_head_scores=((0.0, 0.0),) * 3).full_share(every) == 0.25
-    assert profile(method="induction").full_share(every) == 0.15
+    assert profile(method="induction").full_share(every) == 0.35
+    assert profile(method="induction", kv_head_scores=SCORES).full_share(every) == 0.15
     assert profile(method="gates").full_share(every) == 0.5
     assert profile(method="gates", kv_head_scores=SCORES).full_share(every) == 0.25
 

@@ -19,15 +19,19 @@ from llm_accel.patches.plan import DECODES, Decode
 DEFAULT_METHODS = (DENSE, "snapkv:budget=512", "streaming_llm:budget=512")
 DEFAULT_SHAPE = "small"
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|kb|mb|gb)?", re.IGNORECASE)
-_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|tib|kb|mb|gb|tb)?", re.IGNORECASE)
+_UNITS = {"b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for unit, base in (("ib", 2**10), ("b", 10**3))
+}
 
 
-def parse_bytes(text: str) -> int:
-    """``80GiB``, ``24gb`` or a number of bytes."""
+def parse_bytes(text: str, flag: str = "--memory-limit") -> int:
+    """``80GiB``, ``24gb`` or a number of bytes; ``flag``: the option, for the message."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
-        raise ConfigError(f"--memory-limit {text!r} is not a size; give for example 80GiB or 500MiB.")
+        raise ConfigError(f"{flag} {text!r} is not a size; give for example 80GiB or 500MiB.")
     return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
 
 

@@ -1,0 +1,1 @@
+"""The arithmetic of a model before it is loaded: bytes, batches, step times."""
