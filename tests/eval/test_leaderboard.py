@@ -16,7 +16,7 @@ from llm_accel.eval.grid import GridPoint
 from llm_accel.eval.prompts.encoding import Encoder, make_frame
 from llm_accel.eval.records import RunDir
 from llm_accel.eval.runner import run_items
-from llm_accel.eval.tasks.leaderboard.entries import FLOORS, Entry, complete, registered
+from llm_accel.eval.tasks.leaderboard.entries import FLOORS, BoardEntry, complete, registered
 from llm_accel.eval.tasks.leaderboard.settings import LeaderboardSettings
 from llm_accel.eval.tasks.leaderboard.table import compression
 from llm_accel.eval.tasks.leaderboard.task import LeaderboardTask
@@ -60,7 +60,7 @@ def test_all_methods_of_the_registry_are_there_and_the_rest_is_named():
     assert complete(["random:seed=3", "dense", "snapkv"]) == ("snapkv", "random:seed=3", "streaming_llm")
     for spec in methods:
         for ratio in (0.5, 0.03125):
-            entry = Entry(parse(spec), ratio)
+            entry = BoardEntry(parse(spec), ratio)
             assert parse(entry.name) == entry.at(1000) and entry.at(1000).ratio == ratio
 
 
@@ -77,7 +77,7 @@ def test_a_method_of_another_package_joins_with_the_budget_that_equals_the_share
         info: ClassVar[MethodInfo] = MethodInfo("none", "KV cache")
 
     assert "fixed" in complete(()) and list_methods()["fixed"] is Fixed
-    entry = Entry(Fixed(), 0.03125)
+    entry = BoardEntry(Fixed(), 0.03125)
     assert entry.name == "fixed:budget=3.125%" and [entry.at(n).budget for n in (1000, 1024)] == [32, 32]
     assert entry.at(1025).budget == 33
 

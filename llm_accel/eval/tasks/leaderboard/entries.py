@@ -15,7 +15,7 @@ FLOORS = (StreamingLLM.name, RandomKV.name)  # what a method must beat
 
 
 @dataclass(frozen=True)
-class Entry:
+class BoardEntry:
     """One method at one share."""
 
     method: MethodConfig  # without a budget
@@ -80,7 +80,7 @@ def entries(
     ratios: Sequence[float],
     tokens: Sequence[int],
     try_method: Callable[[Sequence[MethodConfig]], None],
-) -> tuple[dict[str, Entry], dict[str, str]]:
+) -> tuple[dict[str, BoardEntry], dict[str, str]]:
     """The rows by name, and why others are left out: unsuitable, refused by the model, or too small a share.
 
     Args:
@@ -89,9 +89,9 @@ def entries(
     """
     methods = [method for method in map(parse, specs) if method is not None]
     named = {method.name for method in methods}
-    found: dict[str, Entry] = {}
+    found: dict[str, BoardEntry] = {}
     left_out = {name: reason for name, reason in registered().items() if reason and name not in named}
-    for entry in (Entry(method, ratio) for method in methods for ratio in ratios):
+    for entry in (BoardEntry(method, ratio) for method in methods for ratio in ratios):
         try:
             try_method([entry.at(length) for length in tokens][:1])
             found[entry.name] = entry
