@@ -14,12 +14,12 @@ from llm_accel.methods import Claim, MethodConfig, MethodInfo
 from llm_accel.patches.plan import check_composition
 from llm_accel.registry import parse_all
 
-KV = ("snapkv", "pyramidkv", "random")  # append, as many entries in each head
+KV = ("snapkv", "pyramidkv", "random", "auto")  # append, as many entries in each head, or may choose to
 MOVING = ("adakv", "h2o", "streaming_llm", "h2o:semantics=sim")
 TOKENS = ("flowcut", "visionzip", "downsample", "stride_tokens", "random_tokens")
 CUTS = ("fastv", "dyvte")
 CONTRAST = "vasparse:beta=0,keep=1"
-ALONE = ("retrieval_heads", "dense:capacity=64")
+ALONE = ("retrieval_heads", "dense:capacity=64", "kvzip")
 
 
 def fits(one: str, other: str) -> bool:

@@ -230,7 +230,7 @@ def test_pages_of_any_size_give_the_same_tokens(model: PreTrainedModel, page: in
 
 def test_fewer_bytes_than_padding_heads_to_the_longest(model: PreTrainedModel) -> None:
     ids = prompt(400)
-    with llm_accel.apply(model, AdaKV(budget=120, window=8, page=8)) as handle:
+    with llm_accel.apply(model, AdaKV(budget=120, window=8, page=8, kernel=7)) as handle:
         model.generate(ids, max_new_tokens=2, do_sample=False)
         layers = handle.report().layers
     for layer in layers:
