@@ -76,7 +76,7 @@ class Masks:
 
     def _kept(self, setting: PromptCompression) -> Iterator[tuple[int, Tensor]]:
         for index, view in self.views(min(max(setting.observed_queries, 1), OBSERVED)).items():
-            slots = setting.share_out(self._rank(setting, view), view)
+            slots = setting.allocate(self._rank(setting, view), view)
             mask = torch.zeros(*slots.shape[:2], self.length + 1, dtype=torch.bool)
             yield index, mask.scatter_(2, slots.where(slots >= 0, self.length), True)[..., : self.length]
 

@@ -141,7 +141,8 @@ def shown(kept: Tensor, seen: int) -> Tensor:
 @pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "adakv"])
 def test_rows_are_cut_when_they_are_full_themselves(method: str) -> None:
     model, batch = tiny_model("llama"), make_batch("padded", long=True)
-    with llm_accel.apply(model, METHODS[method](recompress_every=EVERY)):
+    # the model's answer repeats one token, whose votes are equal but for rounding: a wider pooling would choose by that
+    with llm_accel.apply(model, METHODS[method](recompress_every=EVERY, kernel=7)):
         tokens, logits = generate(model, batch, max_new_tokens=70)
         for index, length in enumerate(batch.lengths):
             row = type(batch)(batch.row(index), None, (length,))

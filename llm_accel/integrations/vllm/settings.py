@@ -12,6 +12,8 @@ from typing import Any
 from llm_accel.errors import ConfigError
 from llm_accel.methods import (
     AttentionMethod,
+    Auto,
+    ContextCompression,
     Downsample,
     LayerCut,
     MethodConfig,
@@ -89,6 +91,10 @@ def refusal(method: MethodConfig) -> str | None:
     """Why vLLM cannot run a method; None where it can."""
     if isinstance(method, VisualTokens):
         return _visual_refusal(method)
+    if isinstance(method, ContextCompression):
+        return "it lets the model read the prompt a second time, which vLLM schedules once"
+    if isinstance(method, Auto):
+        return "it chooses by a trial call of apply; give the method itself"
     if isinstance(method, ScoreAndKeep):
         return _kv_refusal(method)
     if isinstance(method, RetrievalHeads):

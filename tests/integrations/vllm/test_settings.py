@@ -17,6 +17,8 @@ REFUSED = {
     "pyramidkv": "layers keep different numbers",
     "h2o": "single entries at every step",
     "retrieval_heads": "some of its heads",
+    "kvzip": "a second time",
+    "auto": "give the method itself",
     "hip": "replaces the attention kernel",
     "fastv": "between layers",
     "dyvte": "between layers",
