@@ -8,7 +8,6 @@ seconds of processor time, the shortest of five.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,15 +16,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import CPU
+from benchmarks.common import CPU, publish
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.environment import hardware, versions
 from llm_accel.common.loading import load_text_model
 from llm_accel.common.statistics import wilson
 from llm_accel.eval.engine import TextEngine
-from llm_accel.eval.grid import Place
-from llm_accel.eval.tasks.needle.settings import Settings, parse_depths
-from llm_accel.eval.tasks.needle.task import make_prompts
+from llm_accel.eval.grid import points
+from llm_accel.eval.tasks.needle.settings import NeedleSettings, parse_depths
+from llm_accel.eval.tasks.needle.task import NeedleMaker
 from llm_accel.methods import HiP
 from llm_accel.methods.sparse.hip import make_search
 
@@ -59,18 +58,18 @@ def cost(length: int, config: HiP) -> dict[str, Any]:
 
 def found(engine: TextEngine, tokenizer: Any, length: int, samples: int) -> dict[str, Any]:
     """Needles found, dense and both ways."""
-    settings = Settings(task="single", lengths=(length,), depths=parse_depths("5"), samples=samples, seed=42)
-    maker, settings = make_prompts(settings, tokenizer)
+    settings = NeedleSettings(task="single", lengths=(length,), depths=parse_depths("5"), samples=samples, seed=42)
+    maker = NeedleMaker.load(settings, tokenizer)
     ways = {"dense": ()} | {way: (replace(quarter(length), share_scores=way),) for way in WAYS}
     hits = dict.fromkeys(ways, 0)
-    places = [Place(length, depth, sample) for depth in settings.depths for sample in range(samples)]
-    for place in places:
-        prompt = maker.make(place)
+    wanted = points(settings.lengths, settings.depths, samples)
+    for point in wanted:
+        prompt = maker.make(point)
         for way, configs in ways.items():
             (answer,) = engine.run([prompt], configs).answers
             hits[way] += prompt.expected[0] in maker.encoder.decode(answer)
-    ends = {way: [round(end, 3) for end in wilson(count, len(places))] for way, count in hits.items()}
-    return {"length": length, "prompts": len(places), "found": hits, "ci95": ends}
+    ends = {way: [round(end, 3) for end in wilson(count, len(wanted))] for way, count in hits.items()}
+    return {"length": length, "prompts": len(wanted), "found": hits, "ci95": ends}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,10 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer, _ = load_text_model(ModelOptions(model=options.model, dtype=options.dtype, device="cpu"))
     engine = TextEngine(model, tokenizer, query_agnostic=False)
     result["needles"] = [found(engine, tokenizer, length, options.samples) for length in options.lengths]
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

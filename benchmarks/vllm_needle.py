@@ -15,11 +15,11 @@ from typing import Any
 from llm_accel.common.bundled import needle_model_path
 from llm_accel.eval import grid
 from llm_accel.eval.tasks.needle.scoring import score
-from llm_accel.eval.tasks.needle.settings import Settings
-from llm_accel.eval.tasks.needle.task import make_prompts
+from llm_accel.eval.tasks.needle.settings import NeedleSettings
+from llm_accel.eval.tasks.needle.task import NeedleMaker
 
 
-def engine(model: str, method: str, settings: Settings, block_size: int) -> Any:
+def engine(model: str, method: str, settings: NeedleSettings, block_size: int) -> Any:
     """An engine in this process, so that its scheduler can be asked what was freed."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
@@ -32,16 +32,15 @@ def engine(model: str, method: str, settings: Settings, block_size: int) -> Any:
     )  # fmt: skip
 
 
-def run(model: str, method: str, settings: Settings, block_size: int) -> dict[str, Any]:
+def run(model: str, method: str, settings: NeedleSettings, block_size: int) -> dict[str, Any]:
     """Exact matches of one method, and the blocks that it freed early."""
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = engine(model, method, settings, block_size)
     try:
-        maker, settings = make_prompts(settings, llm.get_tokenizer())
-        places = grid.places(settings.lengths, settings.rows, settings.samples)
-        prompts = [maker.make(place) for place in places]
+        maker = NeedleMaker.load(settings, llm.get_tokenizer())
+        prompts = [maker.make(point) for point in grid.points(settings.lengths, settings.rows, settings.samples)]
         sampling = [SamplingParams(temperature=0, max_tokens=prompt.new_tokens) for prompt in prompts]
         done = llm.generate([{"prompt_token_ids": list(prompt.ids)} for prompt in prompts], sampling)
         found = [
@@ -62,9 +61,9 @@ def main() -> None:
     """Prints one JSON object per method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-size", type=int, default=32)
-    Settings.add_arguments(parser)
+    NeedleSettings.add_arguments(parser)
     args = parser.parse_args()
-    settings = Settings.from_arguments(args)
+    settings = NeedleSettings.from_arguments(args)
     model = settings.model or str(needle_model_path())
     for method in settings.methods:
         print(json.dumps(run(model, method, settings, args.block_size)), flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import publish
 from benchmarks.defaults.measure import Prober
 from benchmarks.defaults.prompts import FAMILIES, Half, make_case
 from benchmarks.defaults.summary import summarize
@@ -92,10 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in records_of(options, done):
             print(json.dumps(record), file=cells, flush=True)
     summary = {"hardware": hardware(torch.device("cpu")), "versions": versions(), **summarize(read(file))}
-    text = json.dumps(summary, indent=1)
-    print(text)
-    if options.publish:
-        options.publish.write_text(text + "\n")
+    publish(summary, options.publish)
 
 
 if __name__ == "__main__":
