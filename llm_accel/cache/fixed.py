@@ -138,10 +138,6 @@ class FixedForm:
         for part in self.parts:
             part.clear()
 
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(tensor.nbytes for tensor in self.all())
-
 
 def restoring(tensors: Sequence[Tensor]) -> Callable[[], None]:
     """Remembers what ``tensors`` hold; call the result to write it back."""
@@ -152,6 +148,16 @@ def restoring(tensors: Sequence[Tensor]) -> Callable[[], None]:
             tensor.copy_(content)
 
     return restore
+
+
+def together(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """All of them as one call."""
+
+    def call() -> None:
+        for one in calls:
+            one()
+
+    return call
 
 
 def round_up(count: int, granule: int = GRANULE) -> int:

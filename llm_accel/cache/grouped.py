@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.cache.attention import Attention
-from llm_accel.cache.fixed import FixedForm, FixedSpec
+from llm_accel.cache.fixed import FixedForm, FixedSpec, together
 from llm_accel.cache.layer import AccelLayer, CallStage
 from llm_accel.cache.slots import SlotLayer
 from llm_accel.errors import UnsupportedModelError
@@ -273,13 +273,7 @@ class GroupedLayer(AccelLayer):
 
     def backup(self) -> Callable[[], None]:
         """Call the result to undo a step that failed half-way."""
-        undone = [group.store.backup() for group in self.groups]
-
-        def undo() -> None:
-            for one in undone:
-                one()
-
-        return undo
+        return together([group.store.backup() for group in self.groups])
 
 
 def _positions(store: AccelLayer) -> Tensor:

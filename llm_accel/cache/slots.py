@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel.cache.attention import Attention
 from llm_accel.cache.autograd_modes import writable
-from llm_accel.cache.fixed import FixedForm, FixedSpec
+from llm_accel.cache.fixed import FixedForm, FixedSpec, together
 from llm_accel.cache.layer import AccelLayer
 from llm_accel.cache.store import held
 from llm_accel.errors import UnsupportedCallError
@@ -239,14 +239,13 @@ class SlotLayer(AccelLayer):
     def backup(self) -> Callable[[], None]:
         """Call the result to undo a step that failed half-way: the entries that it overwrites are kept."""
         assert self.fixed is not None
-        tensors, others = self.fixed.tensors, super().backup()
+        tensors = self.fixed.tensors
         slot = tensors["spare"][..., None, None].clone()
         index = {name: slot.expand(-1, -1, 1, tensors[name].shape[-1]) for name in ("keys", "values")}
         before = {name: tensors[name].gather(2, index[name]) for name in index}
 
-        def undo() -> None:
-            others()
+        def write_back() -> None:
             for name, content in before.items():
                 tensors[name].scatter_(2, index[name], content)
 
-        return undo
+        return together([super().backup(), write_back])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm_accel.cache.stock import is_full
+from llm_accel.cache.stock import is_full, windows_of
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import ragged_decode
 from llm_accel.methods import Auto, Dense, MethodConfig, list_methods
@@ -79,10 +79,9 @@ def _limits(model: Any, auto: Auto) -> tuple[int | None, int | None]:
     entry = sum(held.nbytes for index, held in wiring.entries.items() if is_full(layers[index]))
     if total is None or not entry:
         return longest, None
+    windows = windows_of(layers)
     fixed = sum(wiring.states.values()) + sum(
-        held.nbytes * layers[index].sliding_window
-        for index, held in wiring.entries.items()
-        if getattr(layers[index], "is_sliding", False)
+        held.nbytes * windows[index] for index, held in wiring.entries.items() if index in windows
     )
     fitting = max(0, total // auto.rows - fixed) // entry
     return longest, fitting if auto.memory is not None else max(fitting, LEAST)

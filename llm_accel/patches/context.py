@@ -15,7 +15,7 @@ from llm_accel.cache.attention import Softmax
 from llm_accel.cache.linear import beside_state, restore_states, states_of
 from llm_accel.cache.stock import has_linear_state
 from llm_accel.errors import EvictionError, UnsupportedCallError
-from llm_accel.methods import ContextCompression, Lead, PassView, PromptView
+from llm_accel.methods import ContextCompression, Lead, PassView
 from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.cache_name import CACHE
 
@@ -262,27 +262,14 @@ def _evict(
     found: tuple[dict[int, Tensor], dict[int, Softmax]],
 ) -> None:
     scores, softmax = found
-    views = [_view(session, index, layer, scores[index], softmax[index]) for index, layer in acting.items()]
+    views = [
+        session.prompt_view(index, layer, layer.keys, softmax[index], query=layer.keys[:, :, :0], scores=scores[index])
+        for index, layer in acting.items()
+    ]
     for layer, kept in zip(acting.values(), kv_method.select_all(views), strict=True):
         if layer.start is None and bool((kept < 0).any()):
             layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
         layer.keep(kept, session.plan.trace)
-
-
-def _view(session: Session, index: int, layer: AccelLayer, scores: Tensor, softmax: Softmax) -> PromptView:
-    return PromptView(
-        query=layer.keys[:, :, :0],
-        key=layer.keys,
-        kv_heads=layer.kv_heads,
-        start=layer.start,
-        layer=index,
-        layers=session.plan.layers,
-        protected=session.protected_slots(index, layer, layer.physical_length()),
-        scores=scores,
-        depth=session.plan.depth(index, later=False),
-        heads=session.plan.heads,
-        **softmax,
-    )
 
 
 def _beside(layer: Any, rows: Tensor, padding: int) -> Any:

@@ -10,7 +10,7 @@ from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attention import AttentionView
-from llm_accel.methods.prompt_view import Depth, PromptView
+from llm_accel.methods.prompt_view import Depth
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without
 from llm_accel.patches.phase import Phase
@@ -172,21 +172,17 @@ class Eviction:
     def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
         width = self.method.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
-        view = PromptView(
+        view = self.session.prompt_view(
+            self.index,
+            self.layer,
+            key,
+            self.attention.softmax(key.shape[-1]),
             query=observed,
-            key=key,
-            kv_heads=self.layer.kv_heads,
-            start=self.layer.start,
-            layer=self.index,
-            layers=self.session.plan.layers,
-            protected=self.session.protected_slots(self.index, self.layer, key.shape[2]),
             scores=getattr(self.layer, "scores", None),
-            depth=depth or self._depth(),
+            depth=depth,
             slack=slack,
             seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
             entries=getattr(self.layer, "entries", None),
-            heads=self.session.plan.heads,
-            **self.attention.softmax(key.shape[-1]),
         )
         with torch.no_grad():
             kept = self.method.select(view)

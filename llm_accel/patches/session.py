@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
+from llm_accel.cache.attention import Softmax
 from llm_accel.cache.layer import CallStage
 from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
-from llm_accel.methods import ContextCompression, StepEviction
+from llm_accel.methods import ContextCompression, Depth, PromptView, StepEviction
 from llm_accel.methods.selection import real_slots
 from llm_accel.patches.context import Context
 from llm_accel.patches.phase import Phase
@@ -280,6 +281,35 @@ class Session:
                 f"taken ({kv_method.reserved_for}); protect fewer tokens or raise the budget."
             )
         return mask
+
+    def prompt_view(
+        self,
+        index: int,
+        layer: AccelLayer,
+        key: Tensor,
+        softmax: Softmax,
+        *,
+        query: Tensor,
+        scores: Tensor | None,
+        depth: Depth | None = None,
+        **more: Any,
+    ) -> PromptView:
+        """What a KV method sees of layer ``index``: all its keys, [B, H, P, D], and the queries that it observes;
+        ``more`` are further fields of the view."""
+        return PromptView(
+            query=query,
+            key=key,
+            kv_heads=layer.kv_heads,
+            start=layer.start,
+            layer=index,
+            layers=self.plan.layers,
+            protected=self.protected_slots(index, layer, key.shape[2]),
+            scores=scores,
+            depth=depth or self.plan.depth(index, later=layer.compressed),
+            heads=self.plan.heads,
+            **softmax,
+            **more,
+        )
 
     def verify_attention(self) -> None:
         """Raises :class:`EvictionError` if a layer computed its attention without us."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from llm_accel.cache import AccelLayer, GroupedLayer
 from llm_accel.cache.attention import Attention
-from llm_accel.cache.fixed import FixedForm
+from llm_accel.cache.fixed import FixedForm, together
 from llm_accel.cache.linear import LinearLayer, states_of
 from llm_accel.patches.compiled.pool import Buffers, Pool
 from llm_accel.patches.compiled.sizes import Sizes
@@ -74,13 +74,7 @@ class GraphCache(Cache):
 
     def backup(self) -> Callable[[], None]:
         """Call the result to undo a step that failed half-way."""
-        undone = [layer.backup() for layer in self._fixed]
-
-        def undo() -> None:
-            for one in undone:
-                one()
-
-        return undo
+        return together([layer.backup() for layer in self._fixed])
 
     def end(self) -> None:
         """Ends the fixed form of all layers; the buffers may serve another cache."""

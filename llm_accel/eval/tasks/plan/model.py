@@ -12,10 +12,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 from llm_accel.assets import NEEDLE
+from llm_accel.cache.stock import windows_of
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.eval.cost import ModelCost
 from llm_accel.eval.tasks.bench.memory import TensorBytes
 from llm_accel.eval.tasks.bench.shapes import SHAPES, build, shape_config
+from llm_accel.patches.acceptance import stock_layers
 from llm_accel.patches.cache_name import CACHE
 from llm_accel.patches.wiring import Wiring, wiring_of
 
@@ -98,12 +100,10 @@ def geometry(config: Any, dtype: str) -> Geometry:
     if wiring.problem is not None:
         raise UnsupportedModelError(f"{decoder.config.model_type} cannot be planned: {wiring.problem}.")
     experts, active, expert_bytes = _experts(decoder)
-    layers: list[Any] = DynamicCache(config=decoder.config).layers
-    windows = {index: layer.sliding_window for index, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
     return Geometry(
         model,
         wiring,
-        windows,
+        windows_of(stock_layers(decoder.config)),
         cost.weight_bytes,
         cost.step_bytes - expert_bytes,
         expert_bytes,
