@@ -46,7 +46,8 @@ class InputProcessor:
         self._name, self._tokenizer, self._settings = served.name, served.tokenizer, settings
         self._allowed = settings.allowed()
         text_config = served.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        known = (getattr(text_config, "max_position_embeddings", None), settings.max_model_len)
+        self.context: int | None = min(filter(None, known), default=None)
         self._vocabulary = int(text_config.vocab_size)
         limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
         self._reader = PromptReader(served, settings, self.context or _MOST_IDS, limit, self._vocabulary)
