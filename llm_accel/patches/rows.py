@@ -69,9 +69,13 @@ def keep_rows(cache: Any, rows: Sequence[int], padding: int) -> None:
         if isinstance(layer, AccelLayer):
             layer.trim(padding)
         elif type(layer) is DynamicSlidingWindowLayer:
-            layer.cumulative_length -= padding
-            seen = min(layer.cumulative_length, layer.sliding_window - 1)
-            layer.keys, layer.values = layer.keys[:, :, -seen:], layer.values[:, :, -seen:]
+            _trim_window(layer, padding)
+
+
+def _trim_window(layer: Any, padding: int) -> None:
+    layer.cumulative_length -= padding
+    seen = min(layer.cumulative_length, layer.sliding_window - 1)
+    layer.keys, layer.values = layer.keys[:, :, -seen:], layer.values[:, :, -seen:]
 
 
 def join_layer(
@@ -85,8 +89,8 @@ def join_layer(
     are where a method overwrites them, as the first of the parts has them."""
     if type(layer) is DynamicSlidingWindowLayer:
         layer.lazy_initialization(parts[0].keys, parts[0].values)
-        layer.keys = joined([part.keys for part in parts], -2, 0)  # type: ignore[assignment]
-        layer.values = joined([part.values for part in parts], -2, 0)  # type: ignore[assignment]
+        layer.keys = joined([part.keys for part in parts], -2, 0)
+        layer.values = joined([part.values for part in parts], -2, 0)
         layer.cumulative_length = length
     elif isinstance(layer, AccelLayer):
         layer.join(parts, length)

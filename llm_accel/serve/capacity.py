@@ -21,9 +21,10 @@ class Capacity:
         ConfigError: there is a limit, and the layers of this model cannot be counted.
     """
 
-    def __init__(self, model: Any, settings: ServeSettings) -> None:
+    def __init__(self, model: Any, settings: ServeSettings, context: int | None) -> None:
         self._storage, self._settings = Storage.of(model.get_decoder()), settings
         self._limit: float | None = None
+        self._context = context
         if settings.kv_memory_mib is not None:
             problem = self._storage.wiring.problem
             if problem is not None:
@@ -55,14 +56,13 @@ class Capacity:
             f"keys and values with {job.method_name}; this server has {self._settings.kv_memory_mib:g} MiB."
         )
 
-    def slots(self, plan: Plan | None, context: int) -> int:
-        """Rows of ``context`` tokens, prompt and answer, that run at a time."""
-        most = self._settings.max_batch
-        if self._limit is None:
+    def slots(self, plan: Plan | None) -> int:
+        """Rows as long as the model's context, prompt and answer, that run at a time."""
+        most, context = self._settings.max_batch, self._context
+        if self._limit is None or context is None:
             return most
         answer = min(self._settings.max_new_tokens or context // 2, context - 1)
-        each = self._bytes(plan, Load(context - answer, answer))
-        return min(most, int(self._limit // max(1, each)))
+        return min(most, int(self._limit // self._bytes(plan, Load(context - answer, answer))))
 
     def _bytes(self, plan: Plan | None, load: Load) -> int:
         if self._limit is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_accel.serve.forward import Forward
+from llm_accel.patches.forward import Forward
 from llm_accel.serve.logprobs import token_logprobs
 from llm_accel.serve.sampling import choose
 from llm_accel.serve.sequences import TokenSequence
@@ -17,10 +17,10 @@ Scores = Callable[[Any, Any], Tensor]
 
 
 class Chooser:
-    """Chooses tokens for a model."""
+    """Chooses tokens for a model; ``ends``: its own end tokens."""
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+    def __init__(self, forward: Forward, ends: set[int]) -> None:
+        self._forward, self._ends = forward, ends
 
     def choose(self, rows: Sequence[TokenSequence], logits: Tensor, contrast: Scores | None = None) -> None:
         """Gives each row its next token, by its logits, fp32 [B, V]; ``contrast``: of a method that changes logits."""
@@ -33,7 +33,7 @@ class Chooser:
             top, logprob = row.job.sampling.logprobs, None
             if top is not None and not row.over:
                 [logprob] = token_logprobs(scores[number, None], tokens[number, None], top)
-            row.accept(token, self._forward.ends, logprob)
+            row.accept(token, self._ends, logprob)
 
     def _ruled(self, rows: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         for number, row in enumerate(rows):
@@ -47,10 +47,9 @@ class Chooser:
     def _adjusted(self, rows: Sequence[TokenSequence], scores: Tensor) -> Tensor:
         if not any(row.job.sampling.adjusts for row in rows):
             return scores
-        ends = self._forward.ends
         return torch.stack(
             [
-                row.job.sampling.adjusted(own, row.prompt, row.tokens, ends) if row.job.sampling.adjusts else own
+                row.job.sampling.adjusted(own, row.prompt, row.tokens, self._ends) if row.job.sampling.adjusts else own
                 for row, own in zip(rows, scores, strict=True)
             ]
         )

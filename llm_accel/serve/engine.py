@@ -7,23 +7,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from llm_accel.common.generation import end_tokens
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
+from llm_accel.patches.forward import Forward
 from llm_accel.patches.rows import lengths_mix
-from llm_accel.registry import parse_all
+from llm_accel.patches.running import bytes_of
+from llm_accel.registry import parse_all, spec_of
 from llm_accel.serve.capacity import Capacity
 from llm_accel.serve.chooser import Chooser
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
-from llm_accel.serve.forward import Forward
-from llm_accel.serve.group import Group, bytes_of
+from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
 from llm_accel.serve.methods import AppliedMethods
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.prefill import Prefill
 from llm_accel.serve.scheduler import Scheduler
 from llm_accel.serve.sequences import Job, TokenSequence
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.settings import ServeSettings, context_of
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +47,12 @@ class Engine:
         self.metrics = Metrics()
         self.scheduler = Scheduler(settings)
         self._conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
-        self._forward = Forward(served.model, served.tokenizer)
-        self._chooser = Chooser(self._forward)
+        self._forward = Forward(served.model)
+        self._chooser = Chooser(self._forward, end_tokens(served.model, served.tokenizer))
         self._methods = AppliedMethods(served.model, settings.decode)
         self._own = parse_all(settings.method)
         self._methods.use(self._own or self._methods.plain)
-        self.capacity = Capacity(served.model, settings)
+        self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
         kind = served.model.device.type
         self._chunk = settings.max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cuda"])
         self._most, self._failed = settings.max_batch, 0
@@ -73,6 +76,15 @@ class Engine:
         prefill = self._prefill
         reading = [] if prefill is None else prefill.rows
         return [*reading, *(row for group in list(self._groups) for row in group.rows)]
+
+    def slots(self) -> dict[str, int]:
+        """How many rows of the model's whole context run at a time, by method."""
+        found = {}
+        for methods in (self._own, ()):
+            self._methods.use(methods or self._methods.plain)
+            found[spec_of(methods)] = self.capacity.slots(self._methods.plan)
+        self._methods.use(self._own or self._methods.plain)
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +147,7 @@ class Engine:
         for group in list(self._groups):
             group.leave()
             if group.rows:
-                self._guarded(group.rows, lambda group=group: self._step(group))
+                self._guarded(group.rows, partial(self._step, group))
             group.leave()
         self._groups = [group for group in self._groups if group.rows]
 
@@ -178,7 +190,8 @@ class Engine:
         group = prefill.group
         self._note(prefill.rows, group)
         if group is not None and group.rows:
-            host = next((other for other in self._groups if other.kind == group.kind), None)
+            kind = group.kind()
+            host = next((other for other in self._groups if other.kind() == kind), None)
             self._groups += [group] if host is None else []
             if host is not None:
                 self._guarded([*host.rows, *group.rows], lambda: host.join(group))
@@ -206,7 +219,7 @@ class Engine:
                     self._keep(row, group)
 
     def _keep(self, row: TokenSequence, group: Group) -> None:
-        cache = group.taken_out(row)
+        cache = group.running.taken_out(group.rows.index(row)) if row in group.rows else group.running.cache
         ids = (*row.prompt, *row.tokens)[: cache.get_seq_length()]  # the last token was never fed
         assert row.job.session is not None
         self.metrics.reused_tokens.inc(row.job.reused_tokens)

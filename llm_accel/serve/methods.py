@@ -10,7 +10,7 @@ from llm_accel.api import Handle, apply
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.install import hook_of, suspend
-from llm_accel.patches.plan import Decode, Plan
+from llm_accel.patches.plan import Plan
 
 Methods = tuple[MethodConfig, ...]
 
@@ -25,7 +25,7 @@ class AppliedMethods:
             time and rows come and go; none where that does not work on this model.
     """
 
-    def __init__(self, model: Any, decode: Decode) -> None:
+    def __init__(self, model: Any, decode: Any) -> None:
         self._model, self._decode = model, decode
         self._now: Methods = ()
         self._handles: OrderedDict[Methods, Handle] = OrderedDict()

@@ -40,19 +40,19 @@ class Metrics:
         )
 
     def note_row(self, row: TokenSequence, group: Group) -> None:
-        """Counts an answer that is over, and what its row held."""
+        """Counts an answer that is over, and what its row held: its share of what all rows beside it did."""
         name = "+".join(config.name for config in row.job.methods) or "dense"
         self.first_token.observe(row.first_at - row.job.accepted_at)
         if len(row.tokens) > 1:
             self.per_token.observe((row.last_at - row.first_at) / (len(row.tokens) - 1))
-        reports = [report for report in group.reports() if report.logical_length]
-        seen = len(row.prompt) + len(row.tokens) - 1
-        held = dense = group.nbytes / group.width
+        seen, share = len(row.prompt) + len(row.tokens) - 1, 1 / group.running.width
+        layers = [layer for layer in group.running.reports() if layer.logical_length]
+        held = dense = group.nbytes * share
         physical: float = seen
-        if reports:
-            physical = min(seen, sum(report.physical_length for report in reports) / len(reports))
-            held = sum(report.kv_bytes for report in reports) / group.width
-            dense = sum(report.dense_kv_bytes / report.logical_length for report in reports) * seen / group.width
+        if layers:
+            physical = min(seen, sum(layer.physical_length for layer in layers) / len(layers))
+            held = sum(layer.kv_bytes for layer in layers) * share
+            dense = sum(layer.dense_kv_bytes / layer.logical_length for layer in layers) * seen * share
         self.logical.labels(name).inc(seen)
         self.physical.labels(name).inc(physical)
         self.dense_bytes.labels(name).inc(dense)

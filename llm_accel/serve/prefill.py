@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
 from transformers import DynamicCache
 
-from llm_accel.api import Handle
-from llm_accel.cache.stock import has_linear_state
-from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.hook import session_of
-from llm_accel.patches.rows import keeps_turns
+from llm_accel.patches.forward import Forward
+from llm_accel.patches.running import Reading
 from llm_accel.serve.chooser import Chooser
 from llm_accel.serve.conversations import Conversations
-from llm_accel.serve.forward import Forward, Given
 from llm_accel.serve.group import Group
 from llm_accel.serve.logprobs import prompt_logprobs
 from llm_accel.serve.methods import AppliedMethods
@@ -74,59 +68,17 @@ class Prefill:
                 row.end_unsaid()
 
     def _read_prompts(self, rows: list[TokenSequence]) -> Iterator[bool]:
-        methods = rows[0].job.methods or self._methods.plain
+        job, methods = rows[0].job, rows[0].job.methods or self._methods.plain
         handle = self._methods.use(methods)
-        begin, given, ids = self._given(rows, handle)
-        joins, width = handle is not None and handle.can_prefill, ids.shape[1]
-        # a model that keeps a state beside entries goes on from it one token at a time
-        parts = joins and not rows[0].job.features and not any(map(has_linear_state, given[CACHE].layers))
-        while True:
-            end = min(width, begin + self._chunk) if parts else width
-            output = self._forward.read(ids, given, begin, end)
-            if end == width:
-                break
-            begin = end
-            yield True
-            self._methods.use(methods)
-        given = self._forward.next_given(output, given)
-        places = _places(rows)
-        job, session = rows[0].job, session_of(given[CACHE])
-        kept = job.session is None or session is None or keeps_turns(session.plan)
-        group = Group(self._forward, methods, rows, given, alone=job.alone or not (joins and kept))
-        group.choose(output.logits[places, -1].float(), self._chooser)
-        self.group = group
-        group.rows = [row for row in rows if not row.over]
-        if group.rows:
-            group.keep([place for place, row in zip(places, rows, strict=True) if not row.over])
-
-    def _given(self, rows: Sequence[TokenSequence], handle: Handle | None) -> tuple[int, Given, Tensor]:
-        """Tokens that the cache has seen, what goes with the prompts, and their ids, padded on the left."""
-        job, model = rows[0].job, self._forward.model
         cache = self._conversations.reopen(job) if job.session is not None else None
         if cache is None:
-            cache = DynamicCache(config=model.config) if handle is None else handle.new_cache()
-        prompts = _prompts(rows)
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]
-        padded = [(self._forward.pad,) * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
-        ids = torch.tensor(padded, device=model.device)
-        mask = (torch.arange(width, device=ids.device) >= ids.new_tensor(padding)[:, None]).long()
-        features = {
-            name: one.to(model.device, model.dtype if one.is_floating_point() else one.dtype)
-            for name, one in job.features.items()
-        }
-        session = session_of(cache)
-        if session is not None:
-            session.announce(width, None)
-        return cache.get_seq_length(), self._forward.begin(ids, mask, cache, features), ids
-
-
-def _prompts(rows: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
-    """Each of their prompts once: several answers to one need it read once."""
-    return list(dict.fromkeys(row.prompt for row in rows))
-
-
-def _places(rows: Sequence[TokenSequence]) -> list[int]:
-    """The prompt of each row among :func:`_prompts`."""
-    known = {prompt: place for place, prompt in enumerate(_prompts(rows))}
-    return [known[row.prompt] for row in rows]
+            cache = DynamicCache(config=self._forward.model.config) if handle is None else handle.new_cache()
+        prompts = list(dict.fromkeys(row.prompt for row in rows))  # several answers to one prompt read it once
+        joins = handle is not None and handle.can_prefill
+        reading = Reading(self._forward, prompts, cache, job.features, self._chunk, joins)
+        while (done := reading.step()) is None:
+            yield True
+            self._methods.use(methods)
+        running, logits = done
+        self.group = Group(methods, running, joins and not job.features)
+        self.group.begin(rows, [prompts.index(row.prompt) for row in rows], logits, self._chooser)

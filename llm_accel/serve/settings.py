@@ -6,6 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.options import option
@@ -151,3 +152,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def context_of(model: Any, settings: ServeSettings) -> int | None:
+    """Tokens of prompt and answer together, if there is a bound."""
+    known = (getattr(model.config.get_text_config(), "max_position_embeddings", None), settings.max_model_len)
+    return min(filter(None, known), default=None)

@@ -24,6 +24,7 @@ from llm_accel.serve.sequences import Delta, Job
 from llm_accel.serve.settings import ServeSettings
 from tests.contracts.matrix import AGAIN as AGAIN_NAMES
 from tests.contracts.matrix import BUDGET, METHODS, small
+from tests.families.build import text_model
 from tests.tiny import distinct, tiny_model
 
 CHUNK = 40  # tokens of prompts in a round: long prompts take three, several short ones share one
@@ -86,8 +87,10 @@ def check(model: Any, job: Job) -> None:
     """Every answer is that of its prompt alone, as far as it got."""
     for row in job.sequences:
         tokens, logprobs = alone(model, job.methods, row.prompt, job.max_new_tokens)
+        ends = [place for place, token in enumerate(tokens) if token in job.sampling.stop_token_ids]
+        tokens = tokens[: ends[0] + 1] if ends else tokens
         if not job.cancelled:
-            assert row.finish is not None and len(row.tokens) == len(tokens)
+            assert row.finish == ("stop" if ends else "length") and len(row.tokens) == len(tokens)
         assert row.tokens == tokens[: len(row.tokens)], (job.method_name, len(row.prompt))
         said = torch.tensor([one.logprob for one in logprobs_of(job, row.index)])
         torch.testing.assert_close(said, logprobs[: len(said)], rtol=1e-4, atol=1e-4)
@@ -184,3 +187,57 @@ def test_conversations_go_on_beside_others(name: str) -> None:
             assert said[key] == turns_alone(model, methods, turns, 6), key
 
     asyncio.run(scenario())
+
+
+FAMILIES = ("gemma3", "gpt_oss", "deepseek_v3", "qwen3_moe")
+MIXED: tuple[Methods, ...] = (
+    (),
+    (SnapKV(budget=BUDGET, window=8),),
+    (SnapKV(budget=BUDGET, window=8, recompress_every=6),),
+    (small(type(METHODS["h2o"]())),),
+    (StreamingLLM(budget=BUDGET),),
+    (small(type(METHODS["adakv"]())),),
+    (HiP(),),
+)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "llama"])
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_comes(family: str, seed: int) -> None:
+    """Random arrivals, methods, lengths, several answers, stops, cancellations and conversations in one engine."""
+
+    async def scenario() -> None:
+        model = text_model(family) if family == "qwen3_next" else tiny_model(family)
+        driven, rng = Driven(copy.deepcopy(model), max_batch=5), random.Random(seed)
+        methods = [one for one in MIXED if works(model, one)]
+        assert len(methods) > 2
+        jobs: list[Job] = []
+        for number in range(16):
+            prompt = ids(rng.choice([2, 5, 11, 30, 70, 110]), 100 * seed + number)
+            stop = {"stop_token_ids": frozenset(rng.sample(range(100), 4))} if rng.random() < 0.4 else {}
+            session = ("", rng.choice("ab")) if rng.random() < 0.3 else None
+            count = 1 if session is not None else rng.choice([1, 1, 1, 3])
+            new = rng.choice([1, 3, 10, 25])
+            jobs.append(driven.submit([prompt] * count, rng.choice(methods), new, session=session, sampling=stop))
+            for _ in range(rng.randrange(8)):
+                driven.round()
+                if rng.random() < 0.05:
+                    driven.engine.cancel(rng.choice(jobs))
+            assert len(driven.engine.running) <= 5
+        driven.finish()
+        await asyncio.sleep(0)
+        for job in jobs:
+            check(model, job)
+        assert not driven.engine._groups and driven.engine.metrics.failed_steps._value.get() == 0
+
+    asyncio.run(scenario())
+
+
+def works(model: Any, methods: Methods) -> bool:
+    """Whether a family takes a method: where not, it says so to whoever asks, and there is nothing to compare."""
+    try:
+        if methods:
+            llm_accel.apply(model, methods).remove()
+    except llm_accel.UnsupportedModelError:
+        return False
+    return True

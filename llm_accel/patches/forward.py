@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from llm_accel.common.generation import end_tokens
 from llm_accel.patches.cache_name import CACHE
 
 Given = dict[str, Any]  # what goes with the ids of a batch: cache, mask, positions, features of images
@@ -32,18 +31,10 @@ _PLAIN = {
 
 
 class Forward:
-    """The calls of one model.
+    """The calls of one model."""
 
-    Attributes:
-        ends: tokens that end an answer.
-        pad: the token that stands for padding.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.ends = end_tokens(model, tokenizer)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad = min(self.ends, default=0) if pad is None else int(pad)
         taken = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in taken
         self._constant = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
