@@ -39,14 +39,12 @@ class Capacity:
         """Whether these rows may come beside those that run."""
         if self._limit is None:
             return True
-        held: dict[object, list[int]] = {}
-        for row in running:
-            held.setdefault(row.job.methods, []).append(row.reserved)
+        held = _reserved(running)
         before = _padded(held)
-        held.setdefault(rows[0].job.methods, []).extend(self.row_bytes(plan, row) for row in rows)
+        after = _padded([*held, *((row.job.methods, self.row_bytes(plan, row)) for row in rows)])
         prompts = {row.prompt for row in rows}  # kept whole until their last chunk
         reading = len(prompts) * self._bytes(None, Load(max(map(len, prompts)), 1))
-        return max(before + reading, _padded(held)) <= self._limit
+        return max(before + reading, after) <= self._limit
 
     def refusal(self, plan: Plan | None, job: Job) -> str:
         """Why a request can never be served."""
@@ -56,13 +54,14 @@ class Capacity:
             f"keys and values with {job.method_name}; this server has {self._settings.kv_memory_mib:g} MiB."
         )
 
-    def slots(self, plan: Plan | None) -> int:
-        """Rows as long as the model's context, prompt and answer, that run at a time."""
-        most, context = self._settings.max_batch, self._context
+    def free(self, plan: Plan | None, running: Sequence[TokenSequence]) -> int:
+        """Rows as long as the model's context, prompt and answer, that could come now."""
+        rows, context = self._settings.max_batch - len(running), self._context
         if self._limit is None or context is None:
-            return most
+            return rows
         answer = min(self._settings.max_new_tokens or context // 2, context - 1)
-        return min(most, int(self._limit // self._bytes(plan, Load(context - answer, answer))))
+        each = self._bytes(plan, Load(context - answer, answer))
+        return max(0, min(rows, int((self._limit - _padded(_reserved(running))) // each)))
 
     def _bytes(self, plan: Plan | None, load: Load) -> int:
         if self._limit is None:
@@ -72,6 +71,13 @@ class Capacity:
         return row_bytes(self._storage, plan, load)
 
 
-def _padded(held: dict[object, list[int]]) -> int:
+def _reserved(rows: Sequence[TokenSequence]) -> list[tuple[object, int]]:
+    return [(row.job.methods, row.reserved) for row in rows]
+
+
+def _padded(rows: Sequence[tuple[object, int]]) -> int:
     """Bytes of rows that share caches by methods, each of them as long as the longest beside it."""
-    return sum(len(rows) * max(rows) for rows in held.values())
+    held: dict[object, list[int]] = {}
+    for methods, size in rows:
+        held.setdefault(methods, []).append(size)
+    return sum(len(each) * max(each) for each in held.values())

@@ -12,6 +12,7 @@ from functools import partial
 from llm_accel.common.generation import end_tokens
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.patches.forward import Forward
+from llm_accel.patches.plan import Plan
 from llm_accel.patches.rows import lengths_mix
 from llm_accel.patches.running import bytes_of
 from llm_accel.registry import parse_all, spec_of
@@ -21,7 +22,7 @@ from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
-from llm_accel.serve.methods import AppliedMethods
+from llm_accel.serve.methods import AppliedMethods, Methods
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.prefill import Prefill
 from llm_accel.serve.scheduler import Scheduler
@@ -51,7 +52,7 @@ class Engine:
         self._chooser = Chooser(self._forward, end_tokens(served.model, served.tokenizer))
         self._methods = AppliedMethods(served.model, settings.decode)
         self._own = parse_all(settings.method)
-        self._methods.use(self._own or self._methods.plain)
+        self._plans = {spec_of(methods): self._plan(methods) for methods in ((), self._own)}
         self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
         kind = served.model.device.type
         self._chunk = settings.max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cuda"])
@@ -61,11 +62,17 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
         self._watch()
 
+    def _plan(self, methods: Methods) -> Plan | None:
+        self._methods.use(methods or self._methods.plain)
+        return self._methods.plan
+
     def _watch(self) -> None:
         watch, kept = self.metrics.watch, self._conversations
         watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
         watch("running", "Rows whose prompt is read or that decode.", lambda: len(self.running))
-        watch("slots_free", "Rows that may come yet.", lambda: self._most - len(self.running))
+        for method, plan in self._plans.items():
+            free = partial(self._free, plan)
+            watch("slots_free", "Rows of the whole context that may come now.", free, method=method)
         watch("kv_bytes", "Bytes of all running rows when one last came or left.", lambda: self.nbytes)
         watch("sessions", "Conversations that keep their cache.", lambda: len(kept))
         watch("session_bytes", "Bytes of their caches.", lambda: kept.nbytes)
@@ -78,13 +85,11 @@ class Engine:
         return [*reading, *(row for group in list(self._groups) for row in group.rows)]
 
     def slots(self) -> dict[str, int]:
-        """How many rows of the model's whole context run at a time, by method."""
-        found = {}
-        for methods in (self._own, ()):
-            self._methods.use(methods or self._methods.plain)
-            found[spec_of(methods)] = self.capacity.slots(self._methods.plan)
-        self._methods.use(self._own or self._methods.plain)
-        return found
+        """How many rows of the model's whole context could come now, by method."""
+        return {method: self._free(plan) for method, plan in self._plans.items()}
+
+    def _free(self, plan: Plan | None) -> int:
+        return self.capacity.free(plan, self.running)
 
     @property
     def nbytes(self) -> int:

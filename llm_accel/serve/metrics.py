@@ -17,6 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
         self.received = self._counter("requests_received", "Requests whose headers have arrived.", ["endpoint"])
         self.requests = self._counter("requests", "Requests that are over, by outcome.", ["endpoint", "outcome"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose turn came.")
@@ -59,9 +60,12 @@ class Metrics:
         self.held_bytes.labels(name).inc(held)
         self.saved_bytes.labels(name).inc(max(0, dense - held))
 
-    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """A value that is read when somebody asks."""
-        Gauge(f"llm_accel_{name}", help, registry=self.registry).set_function(value)
+    def watch(self, name: str, help: str, value: Callable[[], float], **labels: str) -> None:
+        """A value that is read when somebody asks, under ``labels`` where there are several."""
+        gauge = self._gauges.get(name)
+        if gauge is None:
+            gauge = self._gauges[name] = Gauge(f"llm_accel_{name}", help, list(labels), registry=self.registry)
+        (gauge.labels(**labels) if labels else gauge).set_function(value)
 
     def text(self) -> bytes:
         """The page of ``/metrics``."""
