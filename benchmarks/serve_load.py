@@ -23,6 +23,7 @@ import httpx
 from benchmarks.common import machine, resident_mib
 from benchmarks.server import started
 
+NO_END = "no [DONE]"  # a whole stream without the line that ends it, as transformers serve sends it
 WORDS = "the old dog watched a green river near the house while the doctor praised the hunter"
 
 
@@ -51,8 +52,8 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any
             events = [json.loads(text[6:]) for _, text in lines if text.startswith("data: {")]
             usage = events[-1].get("usage") or {}
             answer = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
-            if "error" in events[-1] or lines[-1][1] != "data: [DONE]":
-                outcome = "broken stream"
+            if lines[-1][1] != "data: [DONE]":
+                outcome = "broken stream" if "error" in events[-1] or not usage else NO_END
         else:
             whole = json.loads("".join(text for _, text in lines))
             usage, answer = whole["usage"], whole["choices"][0]["text"]

@@ -3,6 +3,7 @@ what a kept connection costs. Figures as JSON.
 
 python -m benchmarks.serve_waiting --out waiting.json              # starts llm-accel serve on the bundled model
 python -m benchmarks.serve_waiting --url http://127.0.0.1:8000/v1  # any server with OpenAI's API
+python -m benchmarks.serve_waiting --beside transformers=http://127.0.0.1:8001/v1  # another one in the same rounds
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -21,17 +23,18 @@ from typing import Any
 import httpx
 
 from benchmarks.common import machine
-from benchmarks.serve_load import WORDS, make_client, quantiles, send
+from benchmarks.serve_load import NO_END, WORDS, make_client, quantiles, send
 from benchmarks.server import started
 
 SHORT, LONG = 16, 512  # tokens of answers
+ANSWERED = {"ok", NO_END}
 MIXED = (16, 16, 16, 192)
 
 
 def request(rng: random.Random, words: int, tokens: int, stream: bool = True) -> dict[str, Any]:
-    """A prompt of so many words and an answer of exactly so many tokens."""
+    """A prompt of so many words and an answer of at most so many tokens."""
     prompt = " ".join(rng.choices(WORDS.split(), k=words))
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
     return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {"stream": False})
 
 
@@ -44,7 +47,7 @@ async def head_of_line(client: httpx.AsyncClient, name: dict[str, str], rng: ran
     unfinished = not long.done()
     whole = await long
     outcomes = {record["outcome"] for record in (alone, during, whole)}
-    if outcomes != {"ok"} or not unfinished or whole["completion_tokens"] != LONG:
+    if not outcomes <= ANSWERED or not unfinished or whole["completion_tokens"] != LONG:
         raise SystemExit(
             f"the round means nothing: {outcomes}, the long answer had {whole['completion_tokens']} tokens."
         )
@@ -65,7 +68,7 @@ async def mixed_load(
     begin = time.perf_counter()
     records = await asyncio.gather(*map(one, bodies))
     wall = time.perf_counter() - begin
-    if {record["outcome"] for record in records} != {"ok"}:
+    if not {record["outcome"] for record in records} <= ANSWERED:
         raise SystemExit("the round means nothing: not every request was answered.")
     tokens = sum(record["completion_tokens"] for record in records)
     first = quantiles([record["first_s"] for record in records])
@@ -82,18 +85,24 @@ async def kept_connection(client: httpx.AsyncClient, count: int = 20) -> float:
     return 1e3 * median(times[1:])
 
 
-async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All of it, in rounds."""
-    rng, lines, mixed, kept = random.Random(args.seed), [], [], []
-    async with make_client(url) as client:
-        served = (await client.get("models")).raise_for_status().json()["data"]
-        name = {"model": args.model or served[0]["id"]}
-        await send(client, name | request(rng, 16, SHORT))  # whatever the first request pays for
-        for _ in range(args.rounds):
-            kept.append(await kept_connection(client))
-            lines.append(await head_of_line(client, name, rng))
-            mixed.append(await mixed_load(client, name, rng, args.requests, args.in_flight, args.words))
-    return {"kept_connection_ms": kept, "head_of_line": lines, "mixed": mixed}
+async def measure(servers: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
+    """All of it, in rounds, of which each asks every server the same."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for number in range(-1, args.rounds):  # the first is for whatever first requests pay for
+        for server, url in servers.items():
+            rng = random.Random(f"{args.seed}/{number}")
+            async with make_client(url) as client:
+                served = (await client.get("models")).raise_for_status().json()["data"]
+                name = {"model": args.model or served[0]["id"]}
+                if number < 0:
+                    await send(client, name | request(rng, 16, SHORT))
+                    found[server] = {"kept_connection_ms": [], "head_of_line": [], "mixed": []}
+                    continue
+                kept, line = await kept_connection(client), await head_of_line(client, name, rng)
+                load = await mixed_load(client, name, rng, args.requests, args.in_flight, args.words)
+                for key, value in (("kept_connection_ms", kept), ("head_of_line", line), ("mixed", load)):
+                    found[server][key].append(value)
+    return found
 
 
 def summarize(result: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +125,7 @@ def main() -> None:
     """Measures; the last line of stdout is the summary as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server (default: start one on the bundled model)")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=URL", help="measured in the same rounds")
     parser.add_argument("--model", help="what requests call it (default: the first one that the server lists)")
     parser.add_argument("--method", default="snapkv:budget=256", help="of the server that is started")
     parser.add_argument("--max-batch", type=int, default=16, help="of the server that is started")
@@ -131,11 +141,18 @@ def main() -> None:
         if url is None:
             options = {"port": 0, "method": args.method, "max-batch": args.max_batch}
             url, _ = stack.enter_context(started(options))
-        result = asyncio.run(measure(url, args))
-    summary = summarize(result)
+        servers = {"measured": url} | dict(other.split("=", 1) for other in args.beside)
+        results = asyncio.run(measure(servers, args))
+    summary = {server: summarize(result) for server, result in results.items()}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     if args.out is not None:
-        data = {**machine(), "settings": settings, "summary": summary, **result}
+        data = {
+            **machine(),
+            "settings": settings,
+            "load_average": os.getloadavg(),
+            "summary": summary,
+            "rounds": results,
+        }
         args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))
 

@@ -28,7 +28,7 @@ class Reading:
         cache: a new one, or for one prompt a filled one that has seen the beginning of it.
         features: what a vision-language model needs beside the ids.
         chunk: tokens of a call.
-        joins: whether prompts may be read in chunks and caches be joined, as ``Handle.can_prefill`` says.
+        joins: whether prompts may be read in chunks and caches be joined.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RunningRows:
         """What must be equal in rows of one method that are to be joined; ``turns``: they are taken out again for later
         turns. None where that cannot be."""
         session = session_of(self.cache)
-        if session is None or (turns and not keeps_turns(session.plan)):
+        if session is not None and turns and not keeps_turns(session.plan):
             return None
         return turns, kind_of(self.cache, turns)
 

@@ -22,6 +22,7 @@ class Chooser:
     def __init__(self, forward: Forward, ends: set[int]) -> None:
         self._forward, self._ends = forward, ends
 
+    @torch.no_grad()
     def choose(self, rows: Sequence[TokenSequence], logits: Tensor, contrast: Scores | None = None) -> None:
         """Gives each row its next token, by its logits, fp32 [B, V]; ``contrast``: of a method that changes logits."""
         scores = self._ruled(rows, logits)

@@ -150,11 +150,8 @@ class Engine:
             prefill = self._prefill
             self._guarded(prefill.rows, lambda: self._read(prefill))
         for group in list(self._groups):
-            group.leave()
-            if group.rows:
-                self._guarded(group.rows, partial(self._step, group))
-            group.leave()
-        self._groups = [group for group in self._groups if group.rows]
+            self._guarded(group.rows, partial(self._step, group))
+        self._groups = [group for group in self._groups if not all(row.over for row in group.rows)]
 
     def _admit(self) -> None:
         """Begins to read the prompts of the next rows, if there is a place for them."""
@@ -165,9 +162,8 @@ class Engine:
             self._guarded(job.sequences, lambda: self._begin(job, running, free))
 
     def _begin(self, job: Job, running: list[TokenSequence], free: int) -> None:
-        handle, plan = self._methods.use(job.methods or self._methods.plain), self._methods.plan
-        joins = handle is not None and handle.can_prefill
-        mix = plan is not None and lengths_mix(plan)
+        plan = self._plan(job.methods)
+        joins, mix = self._methods.joins, lengths_mix(plan)
 
         def fits(rows: Sequence[TokenSequence]) -> bool:
             prompts = {row.prompt for row in rows}
@@ -203,10 +199,13 @@ class Engine:
         self._prefill = None
 
     def _step(self, group: Group) -> None:
-        self._methods.use(group.methods)
-        group.step(self._chooser)
-        self.metrics.rows.observe(len(group.rows))
-        self._note(group.rows, group)
+        group.leave()
+        if group.rows:
+            self._methods.use(group.methods)
+            group.step(self._chooser)
+            self.metrics.rows.observe(len(group.rows))
+            self._note(group.rows, group)
+            group.leave()
 
     def _note(self, rows: Sequence[TokenSequence], group: Group | None) -> None:
         """Counts the newest token of each row, and what is over."""

@@ -6,11 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from transformers import DynamicCache
+
 from llm_accel.api import Handle, apply
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.methods import Dense, MethodConfig
 from llm_accel.patches.install import hook_of, suspend
 from llm_accel.patches.plan import Plan
+from llm_accel.patches.rows import stock_rows
 
 Methods = tuple[MethodConfig, ...]
 
@@ -54,6 +57,13 @@ class AppliedMethods:
             if len(self._handles) > _READY:
                 self._resume.pop(self._handles.popitem(last=False)[0])
         return self._handles.get(methods)
+
+    @property
+    def joins(self) -> bool:
+        """Whether caches of what is on the model now can be joined, and prompts be read in chunks."""
+        return (
+            self._handles[self._now].can_prefill if self._now else stock_rows(DynamicCache(config=self._model.config))
+        )
 
     def rest(self) -> None:
         """The model is as it was before the first request."""

@@ -74,7 +74,7 @@ class Prefill:
         if cache is None:
             cache = DynamicCache(config=self._forward.model.config) if handle is None else handle.new_cache()
         prompts = list(dict.fromkeys(row.prompt for row in rows))  # several answers to one prompt read it once
-        joins = handle is not None and handle.can_prefill
+        joins = self._methods.joins
         reading = Reading(self._forward, prompts, cache, job.features, self._chunk, joins)
         while (done := reading.step()) is None:
             yield True
