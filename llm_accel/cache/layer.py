@@ -58,6 +58,7 @@ class AccelLayer(EntryStore):
             and tokens may be taken out; else None.
         given: keys and values as :meth:`update` returned them, until attention has seen them, else None.
         reading: what later layers of the running call read in these entries, else None.
+        refused: whether a call without the plug-in was refused here; earlier layers may have taken its tokens in.
     """
 
     def _clear(self) -> None:
@@ -67,6 +68,7 @@ class AccelLayer(EntryStore):
         self.arriving: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | None = None
         self.reading: Reading | None = None
+        self.refused = False
 
     def await_entries(self) -> None:
         """A call has begun."""
@@ -107,6 +109,7 @@ class AccelLayer(EntryStore):
         """Counts new tokens; refuses, before anything changes, those of a model without the plug-in, whose attention
         knows nothing of evicted entries."""
         if self.stage is CallStage.IDLE:
+            self.refused = True
             raise UnsupportedCallError(
                 "this cache was filled with the plug-in, and this call runs without it; apply the same method again, "
                 "or start with a new cache."
