@@ -86,5 +86,8 @@ def test_a_cache_that_met_a_call_without_the_plug_in_is_not_gone_on_with(family:
     llm_accel.remove(model)
     with pytest.raises(UnsupportedCallError, match="this call runs without it"):
         model(MORE, **{CACHE: cache})
-    with llm_accel.apply(model, KEEP), pytest.raises(UnsupportedCallError, match="an earlier call on this cache failed"):
+    with (
+        llm_accel.apply(model, KEEP),
+        pytest.raises(UnsupportedCallError, match="an earlier call on this cache failed"),
+    ):
         model(MORE, **{CACHE: cache})
