@@ -33,7 +33,7 @@ class CallStage(Enum):
 
 
 @dataclass
-class Reading:
+class PendingReaders:
     """Entries that later layers attend to in the running call, before any of them is evicted.
 
     Attributes:
@@ -67,7 +67,7 @@ class AccelLayer(EntryStore):
         self.missing = 0
         self.arriving: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | None = None
-        self.reading: Reading | None = None
+        self.reading: PendingReaders | None = None
         self.refused = False
 
     def await_entries(self) -> None:
@@ -142,7 +142,7 @@ class AccelLayer(EntryStore):
             key, value: what attention was called with, [B, H, P, D].
         """
         if readers:
-            self.reading = Reading(key, value, readers, then)
+            self.reading = PendingReaders(key, value, readers, then)
         else:
             self._finish_reading(then)
 
