@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from llm_accel import cli
+from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +38,18 @@ def test_the_unit_waits_longer_than_the_server_drains() -> None:
     settings = settings_of(shlex.split(start)[1:])
     (patience,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
     assert settings.drain_s < int(patience) and settings.api_key_file in text.split("[Unit]")[0]
+
+
+def test_the_board_shows_metrics_that_the_server_has() -> None:
+    board = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))
+    metrics = Metrics()
+    source = (ROOT / "llm_accel" / "serve" / "engine.py").read_text(encoding="utf-8")
+    for name in re.findall(r'\bwatch\("(\w+)"', source):
+        metrics.watch(name, "a gauge of the engine", float)
+    for labelled in ("requests", "held_bytes", "dense_bytes"):
+        counter = getattr(metrics, labelled)
+        counter.labels(*["x"] * len(counter._labelnames))
+    known = {line.split("{")[0].split()[0] for line in metrics.text().decode().splitlines() if line[:1] != "#"}
+    asked = set(re.findall(r"llm_accel_\w+", json.dumps(board["panels"])))
+    assert len(asked) > 10 and asked <= known
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
