@@ -84,9 +84,7 @@ def write(tokenizer: Any, kind: str, tokens: int, rng: random.Random) -> tuple[s
 
 
 @torch.inference_mode()
-def answer(
-    model: Any, tokenizer: Any, config: MethodConfig | None, texts: tuple[str, str, str, str], piece: int
-) -> bool:
+def finds(model: Any, tokenizer: Any, config: MethodConfig | None, texts: Sequence[str], piece: int) -> bool:
     """Whether the code is generated again."""
     begin, steps, again, code = texts
     ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in (begin, steps, again)]
