@@ -49,6 +49,12 @@ class TextSettings(ModelOptions):
     chat_template: bool | None = option("default: on if the tokenizer has one", None, group="prompts")
     seed: int = option("seed of the prompts", 0, group="prompts")
     batch_size: int = option("prompts per call", 1, least=1, group="run")
+    shared_prefill: bool = option(
+        "read each prompt once for the dense model and all methods that evict at its end: the same answers for less "
+        "time, with the whole cache and all queries of the prompt in memory",
+        False,
+        group="run",
+    )
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -86,7 +92,9 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
         self.settings, self.model, self.maker, self.palette = maker.settings, model, maker, palette
-        self.engine = TextEngine(model, tokenizer, bool(self.settings.query_agnostic))
+        self.engine = TextEngine(
+            model, tokenizer, bool(self.settings.query_agnostic), shared=self.settings.shared_prefill
+        )
         self.configs = {method: parse_all(method) for method in self.settings.methods}
         self.name = self.settings.model_name
 

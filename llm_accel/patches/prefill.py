@@ -24,13 +24,20 @@ from llm_accel.patches.replay import ReadCache
 
 Prompts = Tensor | Sequence[Tensor]
 Rows = int | Sequence[int]
+_SHARED = "share a prefill with other methods"
+_WHAT = {
+    "prefill": "read prompts a few at a time",
+    "compress": "compress a context by itself",
+    "record": _SHARED,
+    "resume": _SHARED,
+}
 
 
 def prefill(
     model: Any, hook: DecoderHook, prompts: Prompts, mask: Tensor | None, rows: Rows, protect: Tensor | None
 ) -> ReadCache:
     """See :meth:`llm_accel.Handle.prefill`."""
-    _refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
+    refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
     ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
     if protect is not None and tuple(protect.shape) != tuple(ids.shape):
         raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
@@ -47,7 +54,7 @@ def prefill(
     whole = ReadCache(ids, mask)
     session = attach_session(whole, hook.plan, model.get_decoder().config)
     for index, layer in enumerate(whole.layers):
-        _join(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
+        join_layer(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
         for layers in parts:
             layers[index] = None  # its memory is free before the next layer is joined
     whole.outcome = joined(outcomes, -1, 0)
@@ -59,7 +66,7 @@ def compress(
     model: Any, hook: DecoderHook, context: Prompts, mask: Tensor | None, protect: Tensor | None
 ) -> DynamicCache:
     """See :meth:`llm_accel.Handle.compress`."""
-    _refuse(model, hook, "compress", why_kept(hook.plan))
+    refuse(model, hook, "compress", why_kept(hook.plan))
     ids, mask = padded(context, mask, model.get_input_embeddings().weight.device, "compress")
     cache = DynamicCache()
     attach_session(cache, hook.plan, model.get_decoder().config)
@@ -148,17 +155,20 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     return None
 
 
-def _refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+def refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+    """Raises :class:`UnsupportedCallError` where a method of the handle cannot work; ``reason``: why this one cannot."""
     if not hook.enabled:
         raise UnsupportedCallError(f"{caller} inside disabled(): nothing would be compressed; call it outside.")
     if not hasattr(model, "generate"):
         raise UnsupportedCallError(f"{type(model).__name__} cannot generate; apply to the model with a language head.")
     if reason is not None:
-        what = "cannot read prompts a few at a time" if caller == "prefill" else "cannot compress a context by itself"
-        raise UnsupportedCallError(f"{hook.plan.title} {what}: {reason}. Call model.generate with the whole batch.")
+        raise UnsupportedCallError(
+            f"{hook.plan.title} cannot {_WHAT[caller]}: {reason}. Call model.generate with the whole batch."
+        )
 
 
-def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
+def join_layer(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
+    """Fills an empty layer with the rows of all ``parts``, padded to ``length`` tokens."""
     if type(layer) is DynamicSlidingWindowLayer:
         layer.lazy_initialization(parts[0].keys, parts[0].values)
         layer.keys = joined([part.keys for part in parts], -2, 0)

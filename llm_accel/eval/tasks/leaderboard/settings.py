@@ -79,6 +79,9 @@ class LeaderboardSettings(RulerSettings):
         None,
         group="prompts",
     )
+    shared_prefill: bool = option(
+        "read each prompt once for the dense model and all methods that evict at its end", True, group="run"
+    )
 
     def validate(self) -> None:
         preset = PRESETS[self.preset]
