@@ -156,7 +156,7 @@ def why_whole(plan: Plan, config: Any) -> str | None:
 
 
 def refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
-    """Raises :class:`UnsupportedCallError` where a method of the handle cannot work; ``reason``: why this one cannot."""
+    """Raises :class:`UnsupportedCallError` where ``caller`` cannot work; ``reason``: why this method is not for it."""
     if not hook.enabled:
         raise UnsupportedCallError(f"{caller} inside disabled(): nothing would be compressed; call it outside.")
     if not hasattr(model, "generate"):
