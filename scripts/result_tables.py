@@ -148,6 +148,23 @@ def prefill(file: Path) -> str:
     return markdown(["", "MiB", "of dense"], rows)
 
 
+def kvpress(file: Path) -> str:
+    """Needles found and bytes held by both packages, of each way, task and row."""
+
+    def cell(found: dict[str, Any] | None) -> list[str]:
+        if found is None:
+            return ["-", "-"]
+        low, high = found["ci95"]
+        return [f"{found['found']}/{found['of']} ({low:.2f}-{high:.2f})", f"{found['held']:.1%}"]
+
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    body = []
+    for row in rows:
+        asked = f"{row['way']}, {row['task']}, {length_label(row['length'])}"
+        body.append([asked, f"`{row['row']}`", *cell(row["llm_accel"]), *cell(row["kvpress"])])
+    return markdown(["question, task", "method", "llm_accel", "KV held", "kvpress", "KV held"], body)
+
+
 KINDS: dict[str, Callable[[Path], str]] = {
     "needle": needle,
     "hip_needle": hip_needle,
@@ -155,6 +172,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "bench": bench,
     "leaderboard": leaderboard,
     "prefill": prefill,
+    "kvpress": kvpress,
 }
 
 
