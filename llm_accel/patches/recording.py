@@ -26,15 +26,16 @@ class Recording(DynamicCache):
 
     Attributes:
         ids, mask: the prompt, int64 [B, n], padded on the left.
+        decoder: the decoder that reads it.
         queries: of each layer with full attention all queries, post-RoPE, [B, Hq, n, D].
         attentions: how each of these layers computed its attention.
         context: the tokens as the decoder was given them.
         outcome: the decoder's output for the last token, [B, 1, hidden]; None until the prompt has been read.
     """
 
-    def __init__(self, ids: Tensor, mask: Tensor, config: Any) -> None:
-        super().__init__(config=config)
-        self.ids, self.mask = ids, mask
+    def __init__(self, ids: Tensor, mask: Tensor, decoder: Any) -> None:
+        super().__init__(config=decoder.config)
+        self.ids, self.mask, self.decoder = ids, mask, decoder
         padding = (mask == 0).sum(-1)
         self.start = padding if bool(padding.any()) else None
         self.queries: dict[int, Tensor] = {}

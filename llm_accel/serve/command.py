@@ -17,6 +17,8 @@ from llm_accel.serve.settings import ServeSettings
 if TYPE_CHECKING:
     from llm_accel.serve.server import Server
 
+log = logging.getLogger(__name__)
+
 add_arguments = ServeSettings.add_arguments
 
 
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     with bind(settings.host, settings.port) as listener:  # a taken port is known before the model is loaded
         served = load(settings)
         server = Server(served, settings)
+        for method, rows in server.engine.slots().items():
+            log.info("up to %d rows of %s at a time", rows, method)
         listen(listener, server.config.backlog)
         _serve(server, served.name, listener)
 

@@ -72,7 +72,7 @@ def test_a_client_that_leaves_stops_its_row(running: Running) -> None:
 
 
 def test_an_exception_fails_its_batch_only(running: Running) -> None:
-    failed = running.metrics()["llm_accel_failed_batches_total"]
+    failed = running.metrics()["llm_accel_failed_steps_total"]
     expected = running.complete().json()["choices"]
     running.idle()  # its answer left before its batch was over; a batch that is busy must be that of the next request
     with pool() as threads:
@@ -88,7 +88,7 @@ def test_an_exception_fails_its_batch_only(running: Running) -> None:
     assert sorted(statuses) in ([200, 200, 500], [200, 500, 500])
     error = next(response for response in results if response.status_code == 500).json()["error"]
     assert error["code"] == "error" and "no memory left" not in error["message"]
-    assert running.metrics()["llm_accel_failed_batches_total"] == failed + 1
+    assert running.metrics()["llm_accel_failed_steps_total"] == failed + 1
     assert running.complete().json()["choices"] == expected
 
 
