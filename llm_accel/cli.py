@@ -51,6 +51,9 @@ COMMANDS = {
         "speed and memory of methods, against dense and the bandwidth bound",
         alone="cells that run at the same time share cores and memory, which would distort their timings",
     ),
+    "bench serve": Command(
+        "llm_accel.eval.tasks.bench_serve.command", "load on OpenAI-compatible servers, side by side", alone=_WHOLE
+    ),
     "plan": Command(
         "llm_accel.eval.tasks.plan.command", "bytes, largest batch and step time of a model before it is loaded"
     ),
@@ -117,6 +120,8 @@ def _dispatch(arguments: list[str]) -> int:
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """The command that these arguments name, and its options. :class:`LlmAccelError` for a name that does not exist."""
     name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
         raise LlmAccelError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]

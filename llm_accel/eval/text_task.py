@@ -61,10 +61,17 @@ class TextSettings(ModelOptions):
         return "bundled needle model" if self.model is None else short_name(self.model)
 
 
+SHARED = (
+    "read each prompt once for the dense model and all methods that evict at its end: the same answers for less time, "
+    "with the whole cache and all queries of a prompt in memory"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRunOptions(RunOptions):
     """How a run on text is carried out."""
 
+    shared_prefill: bool = option(SHARED, False, group="run")
     palette: str = option("safe: for colour-blind readers", "classic", choices=tuple(sorted(PALETTES)), group="output")
 
 
@@ -84,17 +91,19 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     settings: TextSettings
 
-    def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic", shared_prefill: bool = False
+    ) -> None:
         self.settings, self.model, self.maker, self.palette = maker.settings, model, maker, palette
-        self.engine = TextEngine(model, tokenizer, bool(self.settings.query_agnostic))
+        self.engine = TextEngine(model, tokenizer, bool(self.settings.query_agnostic), shared=shared_prefill)
         self.configs = {method: parse_all(method) for method in self.settings.methods}
         self.name = self.settings.model_name
 
     @classmethod
-    def load(cls, settings: Any, palette: str = "classic") -> Self:
+    def load(cls, settings: Any, palette: str = "classic", shared_prefill: bool = False) -> Self:
         """The task with model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
         model, tokenizer, settings = load_text_model(settings)
-        return cls(model, tokenizer, cls.maker_type.load(settings, tokenizer), palette)
+        return cls(model, tokenizer, cls.maker_type.load(settings, tokenizer), palette, shared_prefill)
 
     @property
     def wanted(self) -> int:

@@ -21,13 +21,20 @@ from llm_accel.patches.rows import join_layer
 
 Prompts = Tensor | Sequence[Tensor]
 Rows = int | Sequence[int]
+_SHARED = "share a prefill with other methods"
+_WHAT = {
+    "prefill": "read prompts a few at a time",
+    "compress": "compress a context by itself",
+    "record": _SHARED,
+    "resume": _SHARED,
+}
 
 
 def prefill(
     model: Any, hook: DecoderHook, prompts: Prompts, mask: Tensor | None, rows: Rows, protect: Tensor | None
 ) -> ReadCache:
     """See :meth:`llm_accel.Handle.prefill`."""
-    _refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
+    refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
     ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
     if protect is not None and tuple(protect.shape) != tuple(ids.shape):
         raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
@@ -56,7 +63,7 @@ def compress(
     model: Any, hook: DecoderHook, context: Prompts, mask: Tensor | None, protect: Tensor | None
 ) -> DynamicCache:
     """See :meth:`llm_accel.Handle.compress`."""
-    _refuse(model, hook, "compress", why_kept(hook.plan))
+    refuse(model, hook, "compress", why_kept(hook.plan))
     ids, mask = padded(context, mask, model.get_input_embeddings().weight.device, "compress")
     cache = DynamicCache()
     attach_session(cache, hook.plan, model.get_decoder().config)
@@ -145,11 +152,13 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     return None
 
 
-def _refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+def refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+    """Raises :class:`UnsupportedCallError` where ``caller`` cannot work; ``reason``: why this method is not for it."""
     if not hook.enabled:
         raise UnsupportedCallError(f"{caller} inside disabled(): nothing would be compressed; call it outside.")
     if not hasattr(model, "generate"):
         raise UnsupportedCallError(f"{type(model).__name__} cannot generate; apply to the model with a language head.")
     if reason is not None:
-        what = "cannot read prompts a few at a time" if caller == "prefill" else "cannot compress a context by itself"
-        raise UnsupportedCallError(f"{hook.plan.title} {what}: {reason}. Call model.generate with the whole batch.")
+        raise UnsupportedCallError(
+            f"{hook.plan.title} cannot {_WHAT[caller]}: {reason}. Call model.generate with the whole batch."
+        )
