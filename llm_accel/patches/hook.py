@@ -80,7 +80,7 @@ class DecoderHook:
         arm_mlps(decoder, self)
         _refuse(kwargs, decoder, self.plan)
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if isinstance(cache, Recording):
+        if isinstance(cache, Recording) and inputs is not None:
             return args, cache.begin(inputs, kwargs)
         session = attach_session(cache, self.plan, decoder.config)
         if is_waiting(cache):
