@@ -108,7 +108,7 @@ def test_worker_and_scheduler_agree_where_steps_are_in_flight():
 
     made = CompressedManager.__new__(CompressedManager)
     made._begins, made._prompts, made.freed = {"a": 300}, {}, 0
-    made.kv_cache_spec = SimpleNamespace(policy=policy_of("random:budget=100", 32))
+    made.kv_cache_spec = SimpleNamespace(policy=policy_of("random:budget=100", 32), page_size_bytes=1)
     made.block_pool, asked = SimpleNamespace(get_num_free_blocks=lambda: 0), []
     made._remove_blocks_in_range = lambda *given: asked.append(given)
     made.remove_skipped_blocks("a", 0, 300)  # planned: the first decode step, at 300; done: nothing
