@@ -35,7 +35,7 @@ class TextOutcome:
     answers: list[list[int]]  # generated ids per row, up to the end token
     kv_bytes: int  # bytes that the cache holds after generation, per row
     dense_kv_bytes: int  # bytes that the dense model would hold, per row
-    prefill_ms: float  # until the first token, for the batch; query-agnostic: context and question together
+    prefill_ms: float | None  # until the first token, for the batch; query-agnostic: context and question together
     decode_ms: float | None  # mean time of a decode step of the batch; None without a step after the first token
     prompt_bytes: tuple[int, int] | None = None  # held once the answer begins, and by the dense model then, per row
 
