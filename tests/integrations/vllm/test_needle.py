@@ -70,8 +70,6 @@ def test_an_engine_answers_as_transformers_and_holds_what_the_arithmetic_says(ca
         assert one["dense_kv_bytes"] - one["kv_bytes"] == (last - first) * page
         stored = length + one["new_tokens"]  # and perhaps an end token
         assert one["dense_kv_bytes"] in (-(-stored // 32) * page, -(-(stored - 1) // 32) * page)
-            -(-(length + new) // 32) * page for new in (one["new_tokens"], one["new_tokens"] - 1)
-        ]
         assert one["prefill_ms"] is None and one["decode_ms_per_token"] is None
     settings = json.loads((tmp_path / "vllm" / "run.json").read_text())["settings"]
     assert settings["engine"] == "vllm" and settings["block_size"] == 32 and settings["weights_hash"]
