@@ -81,7 +81,7 @@ def test_requests_that_were_preempted_are_compressed_anew(method):
             found = kit.answers(llm, tokens, new=80)
         assert kit.pool(llm).get_num_free_blocks() == begin
     restarts = [lengths.get(tuple(prompt), []) for prompt in tokens]
-    assert sum(map(len, restarts)) >= 2 and any(0 < one < 80 for some in restarts for one in some)
+    assert any(0 < one < 80 for some in restarts for one in some)
     assert found == kit.expected(tokens, method, new=80, restarts=restarts)
 
 

@@ -40,7 +40,7 @@ def test_without_vllm_the_engine_says_how_to_get_it(capsys, tmp_path):
 @pytest.mark.vllm
 @pytest.mark.skipif(not INSTALLED, reason="vllm is not installed")
 def test_methods_that_vllm_cannot_run_are_refused_before_any_engine_starts(capsys, tmp_path):
-    for method, reason in (("adakv", "one block table serves all heads"), ("snapkv:budget=70", "at least 160")):
+    for method, reason in (("adakv", "one block table serves all heads"), ("snapkv:budget=70", "at least 161")):
         more = ["--engine", "vllm", "--block-size", "128", "--method", "dense", "--method", method]
         assert main(["needle", *GRID, "--out", str(tmp_path), *more]) == 2
         assert reason in capsys.readouterr().err
