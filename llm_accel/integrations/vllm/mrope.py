@@ -33,9 +33,11 @@ _COLUMNS = 6
 class MropeInfo:
     """Mixed into a family's processing info: counts what enters the language model, and takes images only."""
 
+    ctx: Any
+
     def get_num_image_tokens(self, **size: Any) -> int:
         count = super().get_num_image_tokens(**size)  # type: ignore[misc]
-        method = visual_method(self.ctx.model_config)  # type: ignore[attr-defined]
+        method = visual_method(self.ctx.model_config)
         return count if method is None else method.tokens(count)
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:

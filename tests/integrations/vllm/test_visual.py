@@ -83,14 +83,11 @@ def test_qwen_answers_as_in_transformers(tiny, family, method, chunk):
 
 
 TILED = [
-    ("llava_next", None, 2048),
-    ("llava_next", "stride_tokens:budget=9", 2048),
     ("llava_next", "random_tokens:ratio=0.4,newline=keep", 12),
     ("llava_onevision", None, 2048),
     ("llava_onevision", "random_tokens:budget=9", 2048),
     ("llava_onevision", "flowcut:budget=20,newline=keep", 12),
     ("llava_onevision", "visionzip:dominant=5,contextual=2", 2048),
-    ("internvl", None, 2048),
     ("internvl", "stride_tokens:budget=7", 2048),
     ("internvl", "flowcut:budget=5", 12),
     ("internvl", "visionzip:dominant=4,contextual=2", 2048),
