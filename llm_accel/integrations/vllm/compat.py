@@ -32,10 +32,11 @@ class Interface:
         module, _, names = self.path.partition(":")
         try:
             found: Any = importlib.import_module(module)
+        except Exception as error:  # a torchvision for CUDA beside a torch for CPUs raises a RuntimeError
+            return f"{module} cannot be imported: {error}"
+        try:
             for name in names.split("."):
                 found = getattr(found, name)
-        except ImportError as error:
-            return f"{module} cannot be imported: {error}"
         except AttributeError:
             return f"{self.path} is missing"
         taken = inspect.signature(found).parameters if self.parameters else {}
