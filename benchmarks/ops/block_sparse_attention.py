@@ -108,4 +108,4 @@ def prefill(slots: int, block_k: int, budget: int = 2048, stages: tuple[int, ...
 
 
 CASES = [*(case(slots) for slots in (8192, 32768, 131072)), case(32768, batch=8), case(32768, count=8)]
-CASES += [prefill(32768, 64, stages=(3, 5)), prefill(32768, 8, stages=(3, 5))]
+CASES += [prefill(32768, 64, stages=(2, 4)), prefill(32768, 8, stages=(2, 4))]

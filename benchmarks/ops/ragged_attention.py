@@ -63,7 +63,7 @@ def case(kept: int, skew: int = 1, batch: int = 1, count: int = 1, stages: tuple
 
 CASES = [
     *(case(kept) for kept in (512, 2048, 4096)),
-    case(32768, stages=(4, 6, 8)),
+    case(32768, stages=(2, 4, 5)),
     *(case(kept, skew=8) for kept in (512, 4096, 32768)),
     case(4096, skew=8, batch=16),
     case(4096, skew=8, count=8),
