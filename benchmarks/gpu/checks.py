@@ -10,7 +10,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.worker import Case
 from benchmarks.ops import block_sparse_attention as block_sparse
@@ -19,6 +21,7 @@ from llm_accel.kernels import block_sparse as block_sparse_op
 from llm_accel.kernels import column_votes, compaction, hip_select, ragged_decode, slot_decode
 from llm_accel.kernels.dispatch import Op
 from llm_accel.kernels.hip_select import Keys
+from llm_accel.patches.attention_lse import with_lse
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
 TOLERANCE = 5e-3  # RMS of the error over RMS of the reference, as in the tests
@@ -27,7 +30,7 @@ Arguments = Callable[[str, int], Sequence[Any]]  # of an operation, in order, on
 
 def votes(width: int | None, device: str, slots: int) -> Sequence[Any]:
     query = _normal(device, QUERY_HEADS, width or slots)
-    return query, _normal(device, HEADS, slots), None, HEADS, DIM**-0.5, None, None, "sum", None
+    return query, _normal(device, HEADS, slots), None, HEADS, DIM**-0.5, None, None, "sum", None, None
 
 
 def prompt(block_k: int, device: str, slots: int) -> Sequence[Any]:
@@ -81,13 +84,40 @@ CHECKS: dict[str, tuple[Op, Arguments]] = {
     "HiP stage, one query": (hip_select.OP, partial(stage, 8, 4, True)),
     "column votes, one query": (column_votes.OP, partial(votes, 1)),
 }
-NAMES = tuple(CHECKS)
+LSE = "log-sum-exp of SDPA"
+NAMES = (*CHECKS, LSE)
 
 
 def cases(device: str) -> dict[str, Case]:
     """By name. On a CPU the reference in bf16 stands in for the kernel."""
     slots = 4096 if device.startswith("cuda") else 256
-    return {name: partial(check, op, arguments, device, slots) for name, (op, arguments) in CHECKS.items()}
+    return {LSE: partial(log_sum_exp, device, slots // 4)} | {
+        name: partial(check, op, arguments, device, slots) for name, (op, arguments) in CHECKS.items()
+    }
+
+
+def log_sum_exp(device: str, slots: int) -> Iterator[dict[str, Any]]:
+    """Whether what SDPA's kernels leave beside their output is the log-sum-exp that column votes take it for."""
+    query, key = _normal(device, QUERY_HEADS, slots), _normal(device, HEADS, slots)
+    mask = torch.ones(slots, slots, dtype=torch.bool, device=device).tril()
+    repeated = key.float().repeat_interleave(QUERY_HEADS // HEADS, 1)
+    logits = query.float() @ repeated.transpose(2, 3) * DIM**-0.5
+    exact, wrong = logits.masked_fill_(~mask, -torch.inf).logsumexp(-1), []
+    for kernel in SDPBackend.__members__.values():
+        try:
+            with sdpa_kernel(kernel):
+                _, lse = with_lse(partial(_causal, query, key), query)
+        except RuntimeError as error:
+            yield {"kernel": str(kernel), "unavailable": str(error)[:100]}
+            continue
+        error = None if lse is None else difference(lse, exact)
+        yield {"kernel": str(kernel), "error": error}
+        wrong += [str(kernel)] if error is not None and error > TOLERANCE else []
+    assert not wrong, f"the log-sum-exp of {wrong} is another"
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
 
 
 def check(op: Op, arguments: Arguments, device: str, slots: int) -> Iterator[dict[str, Any]]:

@@ -19,8 +19,9 @@ FIRST = (
     "ragged_attention: 32/8/128 B=1 T=1 kept=32768 skew 1:1",
     "block_sparse_attention: 32/8/128 prefill S=32768 block=64 budget=2048",
     "block_sparse_attention: 32/8/128 prefill S=32768 block=8 budget=2048",
+    "column_votes: prefill, log-sum-exp given 32/8/128 W=32768 S=32768",
     "column_votes: prefill 32/8/128 W=32768 S=32768",
-    "column_votes: prefill 32/8/128 W=8192 S=8192",
+    "column_votes: prefill, log-sum-exp given 32/8/128 W=8192 S=8192",
     "hip_select: prefill, selection included, 32/8/128 S=131072",
     "hip_select: selection alone, 32/8/128 S=131072",
     "hip_select: decode, selection included, 32/8/128 S=131072",
@@ -40,7 +41,7 @@ def title(case: Case) -> str:
 def dry_cases() -> list[Case]:
     """One small case of every operation, for a CPU."""
     return [
-        column_votes.case("prefill", (4, 2, 16), 32, 32),
+        column_votes.case("prefill", (4, 2, 16), 32, 32, given=True),
         gather_entries.case(64, 0.25),
         ragged_attention.case(128, skew=8, batch=2, stages=(4,)),
         slot_decode.case((4, 2, 16), 40, batch=2),

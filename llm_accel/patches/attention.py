@@ -128,8 +128,8 @@ class AccelAttention:
         if fused is not None:
             layer.after_readers(readers, key, value, None)
             return fused
-        output = layer.attend(attention, query, key, value)
-        layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key))
+        output, lse = eviction.attend(query, key, value)
+        layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key, lse))
         return output
 
     def _again(self, layer: AccelLayer, attention: ModelAttention, query: Tensor, index: int) -> Tensor:

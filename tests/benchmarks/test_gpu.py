@@ -51,6 +51,7 @@ def test_every_case_is_of_a_known_operation_and_they_are_sorted() -> None:
     "small",
     [
         column_votes.case("prefill", (4, 2, 16), 32, 32),
+        column_votes.case("prefill", (4, 2, 16), 32, 32, given=True),
         column_votes.case("window", (4, 2, 16), 8, 64, softcap=5.0),
         gather_entries.case(64, 0.25),
         ragged_attention.case(128, skew=8, batch=2),
@@ -198,8 +199,8 @@ def test_the_projection_knows_what_a_case_compiles(monkeypatch: pytest.MonkeyPat
     assert all(kernels.values()) and kernels["gather"][0].kernel.__name__ == "gather_kernel"
     measured = Item("operations", 1, 9, group="operations", cases=operations.first_names(), case_limit=1)
     deep = projection.kernels_of(measured)
-    name = next(name for name in measured.cases if name.endswith(", 8 stages"))
-    assert max(launch.stages for launch in deep[name]) == 8
+    name = next(name for name in measured.cases if name.endswith(", 5 stages"))
+    assert max(launch.stages for launch in deep[name]) == 5
     monkeypatch.setattr(projection, "compile_seconds", len)
     (_, first, _, _), (_, second, _, _), other = projection.project([checked, checked, plan.first_items()[0]])
     assert first > 10 and second == 0 and other[1] == 0
