@@ -23,8 +23,7 @@ COMPOSITE = torch.ops.aten.scaled_dot_product_attention.default
 
 class AttentionLse(TorchDispatchMode):
     """While active, remembers what the attention of one layer says of its rows. It is the model's own attention that
-    runs, as it would run anyhow; where it has no log-sum-exp to give (eager attention, the math backend), there is none.
-    """
+    runs, as it would run anyhow; eager attention and the math backend have no log-sum-exp to give."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +44,8 @@ class AttentionLse(TorchDispatchMode):
         return result
 
     def of(self, query: Tensor) -> Tensor | None:
-        """Log-sum-exp in natural units, fp32 [B, Hq, T], of queries [B, Hq, T, D]; None where attention gave none, or more
-        than one, or one of another shape."""
+        """Log-sum-exp in natural units, fp32 [B, Hq, T], of queries [B, Hq, T, D]; None where attention gave none, or
+        more than one, or one of another shape."""
         if len(self._found) != 1:
             return None
         (batch, heads, count), (found,) = query.shape[:3], self._found

@@ -18,8 +18,8 @@ from llm_accel.kernels.launch import SHARED_MEMORY, Launch
 from tests.kernels.compiled import CONFIGURATIONS
 
 ARCHITECTURES = (80, 90)
-# Kernels whose time is that of reading keys and values, and how many tiles of them must be in shared memory at once: with
-# one, a program reads and computes by turns.
+# Kernels whose time is that of reading keys and values, and how many tiles of them must be in shared memory at once:
+# with one, a program reads and computes by turns.
 BUFFERS = {"split_kernel": 2, "slot_split_kernel": 2, "block_sparse_kernel": 2}
 _TYPES = {
     torch.float16: "fp16",

@@ -150,14 +150,13 @@ def block_sparse_kernel(
         largest = peak
 
     begin = tl.maximum(low - wholes, 0)
-    listed = _listed(place, begin - sink_edge + list_whole, list_whole * PIECES, listed_pieces, BK, PIECE, PIECES)
+    first_edge = list_whole * PIECES
+    listed = _listed(place, begin - sink_edge + list_whole, first_edge, listed_pieces, BK, PIECE, PIECES)
     for tile in range(begin, tl.maximum(high - wholes, 0)):
         piece = (tile - sink_edge + list_whole) * PIECES + o_piece
-        m_piece = (piece >= list_whole * PIECES) & (piece < listed_pieces)
+        m_piece = (piece >= first_edge) & (piece < listed_pieces)
         here = listed
-        listed = _listed(
-            place, tile + 1 - sink_edge + list_whole, list_whole * PIECES, listed_pieces, BK, PIECE, PIECES
-        )
+        listed = _listed(place, tile + 1 - sink_edge + list_whole, first_edge, listed_pieces, BK, PIECE, PIECES)
         rank = tile - sink_edge - list_edge  # in the window segment if not negative
         start_at = tl.where(rank < 0, past, near + tl.where(rank < window_left, rank, rank + window_whole) * BN)
         start_at = tl.where(tile < sink_edge, (sink_whole + tile) * BN, start_at)

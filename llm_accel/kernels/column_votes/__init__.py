@@ -17,7 +17,7 @@ OP = Op(
         "triton",
         column_votes_triton,
         why_not_triton,
-        "Triton kernels, sums of columns, the log-sum-exp of rows given or first",
+        "Triton kernels, log-sum-exp of rows and sums of columns",
     ),
     torch_backend(column_votes_reference, "blocked over keys"),
 )
@@ -49,9 +49,9 @@ def column_votes(
         sinks: learned sink logits [Hq] that take part in the softmax and in no column.
         group: reduction over the query heads of a group.
         round_to: dtype that probabilities are rounded to before they are summed; None keeps fp32.
-        lse: log-sum-exp of the logits that each query sees, learned sinks included, fp32 [B, Hq, W] in natural units, as
-            attention kernels return it; of queries that see nothing anything. Without it every logit is computed twice,
-            for the log-sum-exp first.
+        lse: log-sum-exp of the logits that each query sees, learned sinks included, fp32 [B, Hq, W] in natural units,
+            as attention kernels return it; of queries that see nothing anything. Without it every logit is computed
+            twice, for the log-sum-exp first.
 
     Returns:
         fp32 [B, heads, S], zero where no observed query may look.
