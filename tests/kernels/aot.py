@@ -20,7 +20,7 @@ from tests.kernels.compiled import CONFIGURATIONS
 ARCHITECTURES = (80, 90)
 # Kernels whose time is that of reading keys and values, and how many tiles of them must be in shared memory at once:
 # with one, a program reads and computes by turns.
-BUFFERS = {"split_kernel": 2, "slot_split_kernel": 2, "block_sparse_kernel": 2}
+BUFFERS = {name: 2 for name in ("split_kernel", "slot_split_kernel", "block_sparse_kernel", "col_scores_kernel")}
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

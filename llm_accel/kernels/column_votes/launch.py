@@ -20,7 +20,7 @@ def tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
     """Largest row block, slot block and stages; bf16 at 128 channels takes 81 KiB on sm_80 and 112 KiB on sm_90."""
     if dtype == torch.float32:
         return (16, 16, 2) if block_d > 64 else (32, 32, 2)
-    return (64, 64, 2) if block_d > 128 else (64, 128, 3)
+    return (64, 64, 3) if block_d > 128 else (64, 128, 3)
 
 
 def plan(
@@ -44,6 +44,7 @@ def plan(
     per_key = query_heads // key_heads
     block_d = next_power_of_2(dim, least=16)
     rows, columns, stages = tiles(query.dtype, block_d)
+    columns = 32 if dim < block_d == 256 else columns  # masks of channels take registers too
     shared: dict[str, Any] = {
         **{"query": query, "key": key, "start": start, "scaling": scaling, "softcap": softcap or 1.0},
         **{"width": width, "slots": slots},
@@ -78,7 +79,7 @@ def plan(
                 **{**constants, "PACK": pack, "LOOPS": per_group // pack, "PER_KEY": per_key, "BLOCK_M": block_m},
                 **{"BLOCK_N": columns, "MAX": group == "max", "ROUND": _triton_dtype(round_to)},
             },
-            warps=4,
+            warps=8 if block_d > 128 and query.dtype != torch.float32 else 4,  # registers
             stages=stages,
         )
     )
