@@ -46,6 +46,7 @@ class Usage:
             nothing is pipelined.
         products: how matrices are multiplied: "wgmma" (Hopper's tensor cores), "mma" (those of all), or "" for neither.
         wanted: buffers that there must be.
+        tall: whether Hopper's tensor cores must multiply, which take 64 rows at once.
     """
 
     shared: int
@@ -54,6 +55,7 @@ class Usage:
     buffers: int = 0
     products: str = ""
     wanted: int = 0
+    tall: bool = False
 
     def complaint(self, arch: int) -> str | None:
         """What makes it unfit for this architecture, or None."""
@@ -61,6 +63,8 @@ class Usage:
             return f"{self.shared} bytes of shared memory, the limit of sm_{arch} is {SHARED_MEMORY[arch]}"
         if self.buffers < self.wanted:
             return f"{self.buffers} tiles in shared memory at once, {self.wanted} are wanted"
+        if self.tall and arch >= 90 and self.products != "wgmma":
+            return f"{self.products or 'no'} products on 64 rows or more, wgmma is wanted"
         return f"{self.spilled} bytes per thread spilled" if self.spilled else None
 
 
@@ -88,8 +92,17 @@ def compile_for(launch: Launch, arch: int) -> Usage:
     registers, spilled = _resources(compiled.asm["cubin"])
     products = next((kind for kind in ("wgmma", "mma") if f"{kind}." in compiled.asm["ptx"]), "")
     name = launch.kernel.__name__
-    rest = (_buffers(compiled.asm["ttgir"]), products, BUFFERS.get(name, 0) if launch.stages > 2 else 0)
-    return Usage(int(compiled.metadata.shared), registers, spilled, *rest)
+    wanted = BUFFERS.get(name, 0) if launch.stages > 2 else 0
+    tiles = _buffers(compiled.asm["ttgir"])
+    return Usage(int(compiled.metadata.shared), registers, spilled, tiles, products, wanted, _rows(launch) >= 64)
+
+
+def _rows(launch: Launch) -> int:
+    """Rows of the matrices that a kernel multiplies with tensor cores; 0 where it uses none."""
+    given = next(value for value in launch.arguments.values() if isinstance(value, Tensor))
+    sizes = [launch.constants.get(name, 0) for name in ("BR", "BLOCK_M")]
+    rows = max(*sizes, launch.constants.get("PACK", 0) * launch.constants.get("ROWS", 0))
+    return rows if given.element_size() == 2 else 0
 
 
 def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

@@ -60,6 +60,15 @@ def test_tiles_in_shared_memory_are_counted() -> None:
     assert replace(shallow, wanted=2).complaint(90) == "1 tiles in shared memory at once, 2 are wanted"
 
 
+def test_hopper_multiplies_as_it_is_wanted_to() -> None:
+    launch = aot.compiled()["hip_select", "bfloat16 head_dim 128 chunk 8 queries 256"][0]
+    usage = aot.compile_for(launch, 90)
+    assert usage.products == "wgmma" and usage.buffers >= 2 and usage.complaint(90) is None
+    narrow = replace(launch, constants={**launch.constants, "BR": 32})
+    usage = replace(aot.compile_for(narrow, 90), tall=True)
+    assert usage.complaint(90) == "mma products on 64 rows or more, wgmma is wanted"
+
+
 GROWING = {
     "ragged_attention": lambda size: compiled._ragged_decode(128, torch.bfloat16, pages=40 + size),
     "slot_decode": lambda size: compiled._slot_decode(128, torch.bfloat16, slots=4096 + size),
