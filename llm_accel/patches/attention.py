@@ -148,8 +148,8 @@ def over_entries(
     if fused is not None:
         layer.after_readers(readers, key, value, None)
         return fused
-    output = layer.attend(attention, query, key, value)
-    layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key))
+    output, lse = eviction.attend(query, key, value)
+    layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key, lse))
     return output
 
 
