@@ -32,6 +32,10 @@ from llm_accel.methods.visual.base import VisualInput as VisualInput
 from llm_accel.methods.visual.base import VisualTokens as VisualTokens
 from llm_accel.methods.visual.exit_profile import ExitProfile as ExitProfile
 from llm_accel.methods.visual.exit_profile import load_exit_profile as load_exit_profile
+from llm_accel.methods.visual.grounding import Columns as Columns
+from llm_accel.methods.visual.grounding import Grounding as Grounding
+from llm_accel.methods.visual.grounding import HeadScaling as HeadScaling
+from llm_accel.methods.visual.grounding import WeightShift as WeightShift
 from llm_accel.methods.visual.routers import Routers as Routers
 from llm_accel.methods.visual.routers import load_routers as load_routers
 from llm_accel.methods.visual.tower import TowerCut as TowerCut
