@@ -60,6 +60,9 @@ from llm_accel.methods.visual.visionzip import VisionZip as VisionZip
 from llm_accel.methods.visual.fastv import FastV as FastV
 from llm_accel.methods.visual.dyvte import DyVTE as DyVTE
 from llm_accel.methods.visual.vasparse import VASparse as VASparse
+from llm_accel.methods.visual.vhr import VHR as VHR
+from llm_accel.methods.visual.paint import PAINT as PAINT
+from llm_accel.methods.visual.var import VAR as VAR
 from llm_accel.methods.visual.downsample import Downsample as Downsample
 from llm_accel.methods.visual.stride_tokens import StrideTokens as StrideTokens
 from llm_accel.methods.visual.random_tokens import RandomTokens as RandomTokens
