@@ -38,7 +38,9 @@ _WHOLE = "each of them would repeat the whole run in the same directory"
 COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
     "doctor": Command("llm_accel.doctor", "versions, GPU, available kernels and backends, and why others are not"),
-    "needle": Command("llm_accel.eval.tasks.needle.command", "needle-in-a-haystack grid, several methods side by side"),
+    "needle": Command(
+        "llm_accel.integrations.needle_command", "needle-in-a-haystack grid, several methods side by side"
+    ),
     "ruler": Command(
         "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
     ),

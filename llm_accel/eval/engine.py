@@ -36,10 +36,9 @@ class TextOutcome:
     answers: list[list[int]]  # generated ids per row, up to the end token
     kv_bytes: int  # bytes that the cache holds after generation, per row
     dense_kv_bytes: int  # bytes that the dense model would hold, per row
-    prefill_ms: (
-        float  # until the first token, for the batch; query-agnostic: context and question together. Of a shared
-    )
-    # prefill, each method's own: the reading that they share counts whole for each of them
+    # until the first token, for the batch; query-agnostic: context and question together. Of a shared prefill, each
+    # method's own: the reading that they share counts whole for each of them; None where the engine does not say
+    prefill_ms: float | None
     decode_ms: float | None  # mean time of a decode step of the batch; None without a step after the first token
     prompt_bytes: tuple[int, int] | None = None  # held once the answer begins, and by the dense model then, per row
 

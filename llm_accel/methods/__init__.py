@@ -32,6 +32,10 @@ from llm_accel.methods.visual.base import VisualInput as VisualInput
 from llm_accel.methods.visual.base import VisualTokens as VisualTokens
 from llm_accel.methods.visual.exit_profile import ExitProfile as ExitProfile
 from llm_accel.methods.visual.exit_profile import load_exit_profile as load_exit_profile
+from llm_accel.methods.visual.grounding import Columns as Columns
+from llm_accel.methods.visual.grounding import Grounding as Grounding
+from llm_accel.methods.visual.grounding import HeadScaling as HeadScaling
+from llm_accel.methods.visual.grounding import WeightShift as WeightShift
 from llm_accel.methods.visual.routers import Routers as Routers
 from llm_accel.methods.visual.routers import load_routers as load_routers
 from llm_accel.methods.visual.tower import TowerCut as TowerCut
@@ -56,6 +60,9 @@ from llm_accel.methods.visual.visionzip import VisionZip as VisionZip
 from llm_accel.methods.visual.fastv import FastV as FastV
 from llm_accel.methods.visual.dyvte import DyVTE as DyVTE
 from llm_accel.methods.visual.vasparse import VASparse as VASparse
+from llm_accel.methods.visual.vhr import VHR as VHR
+from llm_accel.methods.visual.paint import PAINT as PAINT
+from llm_accel.methods.visual.var import VAR as VAR
 from llm_accel.methods.visual.downsample import Downsample as Downsample
 from llm_accel.methods.visual.stride_tokens import StrideTokens as StrideTokens
 from llm_accel.methods.visual.random_tokens import RandomTokens as RandomTokens

@@ -10,6 +10,7 @@ from llm_accel.cache import (
     AccelLayer,
     GroupedLayer,
     HidingLayer,
+    MarkedLayer,
     RaggedLayer,
     RelativeSlotLayer,
     ReplyLayer,
@@ -25,6 +26,7 @@ from llm_accel.methods import (
     Dense,
     Depth,
     HeadMask,
+    HeadScaling,
     HeadShard,
     HeadSplit,
     LayerCut,
@@ -34,6 +36,7 @@ from llm_accel.methods import (
     StepEviction,
     VASparse,
     VisualInput,
+    WeightShift,
 )
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.steps import SparseAttention
@@ -62,6 +65,11 @@ class Plan:
         compiles: whether they run as a compiled graph wherever a call allows it.
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
         derived: layers whose attention is given what is computed from the cached entries (latents), not these.
+        head_scaling: the method that scales the outputs of heads, if any acts.
+        scaled_layers: the layers in which it does.
+        weight_shift: the method that shifts attention between entries, if any acts; with all that it must know of the
+            model.
+        shifted_layers: the layers in which it does.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
         lead: what the model is told before it reads a context again.
         kv_method: the method that decides which KV entries stay, if any; worked out from ``configs``.
@@ -85,6 +93,10 @@ class Plan:
     derived: frozenset[int] = field(default=frozenset(), compare=False)
     family: VisionFamily | None = None
     cut: Cut | None = field(default=None, compare=False)
+    head_scaling: HeadScaling | None = None
+    scaled_layers: frozenset[int] = frozenset()
+    weight_shift: WeightShift | None = None
+    shifted_layers: frozenset[int] = frozenset()
     decode: Decode = field(default="eager", compare=False)
     compiles: bool = field(default=False, compare=False)
     mlp_chunk: int | None = field(default=None, compare=False)
@@ -124,6 +136,16 @@ class Plan:
         return self.tokens is not None or self.cut is not None
 
     @property
+    def grounds(self) -> bool:
+        """Whether outputs of attention are changed so that they rest more on the image."""
+        return self.head_scaling is not None or self.weight_shift is not None
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether visual tokens are marked by what the vision tower attends to."""
+        return self.weight_shift is not None and self.weight_shift.reads_tower
+
+    @property
     def hides(self) -> bool:
         """Whether entries are hidden from attention and none leaves the cache."""
         return isinstance(self.kv_method, StepEviction) and self.kv_method.hides
@@ -152,14 +174,15 @@ class Plan:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:
             return ReplyLayer()
+        plain = MarkedLayer if index in self.shifted_layers else AccelLayer
         if self.kv_method is None or index in self.skipped:
-            return AccelLayer()
+            return plain()
         if isinstance(self.kv_method, StepEviction):
             if self.kv_method.hides:
                 return HidingLayer()
             kind = RelativeSlotLayer if self.kv_method.relative_positions else SlotLayer
             return kind(self.kv_method.vacancies)
-        return AccelLayer() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
+        return plain() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
 
     def reader_count(self, index: int) -> int:
         """How many later layers read the entries of this one."""

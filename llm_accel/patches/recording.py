@@ -61,7 +61,7 @@ class Recording(DynamicCache):
         self, attention: ModelAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Dense attention of one layer, [B, T, Hq, Dv]."""
-        index = int(attention.module.layer_idx)
+        index: Any = getattr(attention.module, "layer_idx", None)
         if not is_full(self.layers[index]):
             return attention.plain(query, key, value, mask)
         self.queries[index] = query

@@ -58,7 +58,7 @@ def test_their_side_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_the_table_counts_answers_and_bytes_by_way_task_and_length() -> None:
-    prompts = {f"single 1024 {depth} 0": SimpleNamespace(expected=("1234567",)) for depth in (0, 50)}
+    prompts = {f"single 100 {at} 0": SimpleNamespace(expected=("1234567",), ids=range(100)) for at in (0, 50)}
 
     def records(row: str, answers: tuple[str, ...], held: int) -> list[dict[str, Any]]:
         return [
@@ -71,10 +71,11 @@ def test_the_table_counts_answers_and_bytes_by_way_task_and_length() -> None:
         "llm_accel": records("dense", (right, right), 100) + records("snapkv:ratio=0.25", (right, right), 25),
         "kvpress": records("dense", (right, right), 100) + records("snapkv:ratio=0.25", (right, wrong), 25),
     }
-    dense, snapkv = command.summarize(sides, prompts, str)  # type: ignore[arg-type]
-    assert (dense["way"], dense["task"], dense["length"], dense["row"]) == ("query-aware", "single", 1024, "dense")
+    dense, snapkv = command.summarize(sides, prompts, str, 1.0)  # type: ignore[arg-type]
+    assert (dense["way"], dense["task"], dense["length"], dense["row"]) == ("query-aware", "single", 100, "dense")
     assert [(snapkv[side]["found"], snapkv[side]["of"], snapkv[side]["held"]) for side in sides] == [
         (2, 2, 0.25),
         (1, 2, 0.25),
     ]
-    assert command.cell([], prompts, str, []) is None
+    assert command.cell([], prompts, str, 1.0) is None  # type: ignore[arg-type]
+    assert command.token_bytes(tiny_model()) == 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head dim, fp32

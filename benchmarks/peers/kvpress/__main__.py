@@ -19,10 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from transformers import DynamicCache
+
 from benchmarks.common import machine, publish
 from benchmarks.peers.kvpress.rows import Row, rows
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.checkpoints import resolve_model
+from llm_accel.common.generation import cache_bytes
 from llm_accel.common.loading import load_text_model
 from llm_accel.common.statistics import wilson
 from llm_accel.eval.engine import TextEngine
@@ -31,6 +35,7 @@ from llm_accel.eval.prompts.grammar import exact_match
 from llm_accel.eval.prompts.maker import TextPrompt
 from llm_accel.eval.tasks.needle.settings import NeedleSettings, parse_depths
 from llm_accel.eval.tasks.needle.task import NeedleMaker
+from llm_accel.patches.cache_name import CACHE
 from llm_accel.registry import parse_all
 
 THEIRS = Path(__file__).with_name("theirs.py")
@@ -83,8 +88,11 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def summarize(sides: dict[str, list[Record]], prompts: dict[str, TextPrompt], decode: Any) -> list[Record]:
-    """For each way, task, length and row: needles found, interval, bytes held of dense's and time, on both sides."""
+def summarize(
+    sides: dict[str, list[Record]], prompts: dict[str, TextPrompt], decode: Any, token: float
+) -> list[Record]:
+    """For each way, task, length and row: needles found, interval, bytes held of those of all entries and time, on both
+    sides; ``token``: bytes of one token's entries."""
     table = []
     for agnostic in WAYS:
         for group in dict.fromkeys(name.rsplit(" ", 2)[0] for name in prompts):
@@ -95,26 +103,33 @@ def summarize(sides: dict[str, list[Record]], prompts: dict[str, TextPrompt], de
             task, length = group.split(" ")
             for row in dict.fromkeys(r["row"] for some in own.values() for r in some):
                 entry = {"way": WAYS[agnostic], "task": task, "length": int(length), "row": row}
-                for side, some in own.items():
-                    dense = [r["kv_bytes"] for r in some if r["row"] == "dense"]
-                    entry[side] = cell([r for r in some if r["row"] == row], prompts, decode, dense)
-                table.append(entry)
+                found = {side: [r for r in some if r["row"] == row] for side, some in own.items()}
+                table.append(entry | {side: cell(some, prompts, decode, token) for side, some in found.items()})
     return table
 
 
-def cell(records: Sequence[Record], prompts: dict[str, TextPrompt], decode: Any, dense: Sequence[int]) -> Record | None:
-    """What one side did in one row."""
+def cell(records: Sequence[Record], prompts: dict[str, TextPrompt], decode: Any, token: float) -> Record | None:
+    """What one side did in one row. Of dense, bytes are those of all entries."""
     if not records:
         return None
     hits = sum(exact_match(decode(r["tokens"]), prompts[r["prompt"]].expected, "number") for r in records)
-    held = sum(r["kv_bytes"] for r in records) / len(records)
+    whole = sum(token * len(prompts[r["prompt"]].ids) for r in records)
+    held = 1.0 if records[0]["row"] == "dense" else sum(r["kv_bytes"] for r in records) / whole
     return {
         "found": int(hits),
         "of": len(records),
         "ci95": [round(end, 3) for end in wilson(hits, len(records))],
-        "held": round(held / (sum(dense) / len(dense)), 4) if dense else None,
+        "held": round(held, 4),
         "read_s": round(median(r["seconds"] for r in records), 3),
     }
+
+
+@torch.inference_mode()
+def token_bytes(model: Any) -> float:
+    """Bytes of the entries of one token in all layers."""
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros(1, 8, dtype=torch.long), **{CACHE: cache})
+    return cache_bytes(cache) / 8
 
 
 def peer_versions(python: str) -> dict[str, str]:
@@ -155,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [dataclasses.asdict(row) for row in some],
         "prompts": list(_described(prompts)),
     }
+    token = token_bytes(model)
     del model, engines  # two models would have to fit into memory
     theirs(options, job, files["kvpress"])
     sides = {side: [r for r in read(file) if r["prompt"] in prompts] for side, file in files.items()}
@@ -163,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return str(tokenizer.decode([t for t in tokens if t not in job["ends"]], skip_special_tokens=True))
 
     about = {"peer": peer_versions(options.peer_python), "model": options.model, "dtype": options.dtype}
-    publish({**machine(), **about, "seed": options.seed, "rows": summarize(sides, prompts, decode)}, options.publish)
+    publish(
+        {**machine(), **about, "seed": options.seed, "rows": summarize(sides, prompts, decode, token)}, options.publish
+    )
 
 
 def _described(prompts: dict[str, TextPrompt]) -> Iterator[dict[str, Any]]:
