@@ -1,16 +1,10 @@
-"""End-to-end runs of ``llm-accel bench`` on one GPU: what is run, how long it will take, and what came of it."""
+"""End-to-end runs of ``llm-accel bench`` on one GPU: what is run, and how long it will take."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +17,6 @@ from llm_accel.eval.tasks.bench.shapes import build, shape_config
 SHAPE = ("--shape", "llama-3.1-8b", "--new-tokens", "64", "--no-plot")
 METHODS = ("snapkv", "h2o", "streaming_llm", "adakv")
 STARTUP, COMPILING, EAGER_STEP = 40.0, 45.0, 0.03  # seconds: a process with its weights, one graph, one step
-Run = Callable[[Sequence[str], float], str | None]  # command and seconds -> what went wrong, or None
 
 
 @dataclass(frozen=True)
@@ -87,43 +80,3 @@ def estimate(settings: BenchSettings) -> float:
 @cache
 def _work(shape: str, changes: tuple[str, ...]) -> ModelCost:
     return ModelCost.of(build(shape_config(shape, changes), torch.bfloat16, torch.device("meta"), None, 0))
-
-
-def run_process(command: Sequence[str], seconds: float) -> str | None:
-    """Runs a command; its last line of stderr where it failed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {seconds:.0f} s"
-    lines = done.stderr.strip().splitlines()
-    return None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
-
-
-def end_to_end(
-    planned: Sequence[Step],
-    folder: Path,
-    deadline: float,
-    result: dict[str, Any],
-    save: Callable[[], None],
-    run: Run = run_process,
-) -> None:
-    """Runs steps while there is time for them; those that there is none for are named with what they need."""
-    result["end_to_end"], result["no_time_for"] = [], {}
-    for step in planned:
-        left = deadline - time.monotonic()
-        if step.seconds > left:
-            result["no_time_for"][step.name] = f"about {step.seconds:.0f} s"
-            continue
-        out = folder / step.name.replace(" ", "-").replace(",", "")
-        started = time.monotonic()
-        command = [sys.executable, "-m", step.module, *step.arguments, "--out", str(out)]
-        error = run(command, left)
-        record: dict[str, Any] = {"name": step.name, "command": " ".join(command[2:]), "error": error}
-        record["seconds"] = time.monotonic() - started
-        written = next((path for path in (out / "bench.json", out / "syncs.json") if path.exists()), None)
-        if error is None and written is not None:
-            record["result"] = json.loads(written.read_text(encoding="utf-8"))
-        result["end_to_end"].append(record)
-        save()
-        print(f"{step.name:<36} {record['seconds']:6.0f} s  {error or 'done'}", flush=True)
-    save()

@@ -54,16 +54,20 @@ def main() -> int:
     """Writes trace.json.gz and syncs.json; 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="of the model; all of the shape when not given")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: eager steps, for trying it out")
     parser.add_argument("--method", default="snapkv:budget=2048")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/trace"))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.trace needs a CUDA device; torch finds none", file=sys.stderr)
         return 2
-    model = build(shape_config(args.shape), torch.bfloat16, torch.device("cuda"), None, 0)
-    found = trace(model, args.method, "compiled", args.length, args.steps, args.out)
+    changes = () if args.layers is None else (f"num_hidden_layers={args.layers}",)
+    model = build(shape_config(args.shape, changes), torch.bfloat16, torch.device(args.device), None, 0)
+    decode = "compiled" if args.device == "cuda" else "eager"
+    found = trace(model, args.method, decode, args.length, args.steps, args.out)
     (args.out / "syncs.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found))
     return 0

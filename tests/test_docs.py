@@ -61,7 +61,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    running = start(tiny_reader(), tokenizer(), window_ms=0, max_new_tokens=4)
+    running = start(tiny_reader(), tokenizer(), max_new_tokens=4)
     yield running
     running.stop()
 
@@ -132,7 +132,9 @@ def test_commands_parse(page: Path):
         elif words[:2] == ["python", "-m"]:
             found = importlib.util.find_spec(words[2])
             assert found and found.origin
-            source = Path(found.origin).read_text(encoding="utf-8")
+            module = Path(found.origin)
+            module = module.with_name("__main__.py") if module.name == "__init__.py" else module
+            source = module.read_text(encoding="utf-8")
             assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks.ops.registry import Case, Work, captured
 from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import hip_select
+from llm_accel.kernels.hip_select.candidates import levels
 from llm_accel.methods import HiP
 from llm_accel.methods.sparse.hip import make_search
 
@@ -36,6 +37,17 @@ def build_prefill(config: HiP, slots: int, device: str) -> Work:
     return Work(run, lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True))
 
 
+def build_select(config: HiP, slots: int, device: str) -> Work:
+    """The selection of a prompt, against attention over what it chose."""
+    query, key, value = tensors(slots, slots, device)
+    search = make_search(config, config.budget_of(LAYER, LAYERS), few=False)
+    chosen = hip_select(query, key, search)
+    return Work(
+        run=lambda: hip_select(query, key, search),
+        baseline=lambda: block_sparse_attention(query, key, value, chosen, scaling=DIM**-0.5),
+    )
+
+
 def build_decode(config: HiP, slots: int, device: str) -> Work:
     """As many steps as the longest refresh period has, as one graph, against as many of SDPA over all slots."""
     query, key, value = tensors(1, slots, device)
@@ -57,19 +69,33 @@ def build_decode(config: HiP, slots: int, device: str) -> Work:
 
 
 def case(kind: str, slots: int, config: HiP | None = None) -> Case:
-    """``kind``: "prefill", or "decode", a period of steps."""
+    """``kind``: "prefill"; "decode", a period of steps; or "select", the selection of a prompt alone."""
     config = config or HiP()
     seen = config.sink + config.budget + config.window
-    queries = slots if kind == "prefill" else max(config.periods)
-    read = 2 * slots if kind == "prefill" else queries * 2 * seen
+    queries = max(config.periods) if kind == "decode" else slots
+    read = queries * 2 * seen if kind == "decode" else 2 * slots
+    builders = {"prefill": build_prefill, "decode": build_decode, "select": build_select}
+    baselines = {"prefill": "causal SDPA", "decode": "SDPA over all slots", "select": "attention over what is chosen"}
+    what = "selection alone" if kind == "select" else f"{kind}, selection included"
     return Case(
         op="hip_select",
-        name=f"{kind}, selection included, {QUERY_HEADS}/{HEADS}/{DIM} S={slots}",
-        build=partial(build_prefill if kind == "prefill" else build_decode, config, slots),
-        baseline="causal SDPA" if kind == "prefill" else "SDPA over all slots",
+        name=f"{what}, {QUERY_HEADS}/{HEADS}/{DIM} S={slots}",
+        build=partial(builders[kind], config, slots),
+        baseline=baselines[kind],
         moved=2 * DIM * HEADS * read,
-        flop=4 * DIM * QUERY_HEADS * queries * seen,
+        flop=selection_flop(config, slots) if kind == "select" else 4 * DIM * QUERY_HEADS * queries * seen,
     )
 
 
-CASES = [case(kind, slots) for kind in ("prefill", "decode") for slots in (32768, 131072)]
+def selection_flop(config: HiP, slots: int) -> int:
+    """Floating-point operations of the stages of a prompt, without those that estimate levels."""
+    total = 0
+    for index, (chunk, tokens, stride) in enumerate(config.stages):
+        exact = config.last_stage_exact and index + 1 == len(config.stages)
+        reads = chunk if exact else 2 * levels(chunk)  # keys of a chunk
+        chunks = slots * slots // 2 // chunk if tokens is None else slots * min(tokens, slots) // chunk
+        total += 2 * DIM * QUERY_HEADS * chunks * reads // stride
+    return total
+
+
+CASES = [case(kind, slots) for kind in ("prefill", "decode", "select") for slots in (32768, 131072)]

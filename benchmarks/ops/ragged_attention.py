@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.ops.registry import Case, Work
 from llm_accel.kernels.ragged_decode import ragged_attention
+from llm_accel.kernels.ragged_decode.launch import plan
 
 QUERY_HEADS, HEADS, DIM, PAGE = 32, 8, 128, 64
 
@@ -19,7 +20,8 @@ def lengths_of(kept: int, skew: int) -> list[int]:
     return [max(PAGE, round(kept * HEADS * share / sum(shares) / PAGE) * PAGE) for share in shares]
 
 
-def build(batch: int, kept: int, skew: int, count: int, device: str) -> Work:
+def problem(batch: int, kept: int, skew: int, count: int, device: str) -> list[torch.Tensor]:
+    """Query, pools of keys and values, table and lengths."""
     lengths = lengths_of(kept, skew)
     pages = [length // PAGE for length in lengths]
     table = torch.full((batch, HEADS, max(pages)), -1)
@@ -32,15 +34,21 @@ def build(batch: int, kept: int, skew: int, count: int, device: str) -> Work:
         keys, values = torch.randn(2, used, PAGE, DIM, dtype=torch.bfloat16).unbind(0)
         query = torch.randn(batch, QUERY_HEADS, count, DIM, dtype=torch.bfloat16)
         held = torch.tensor(lengths).expand(batch, -1).contiguous()
-        padded = torch.randn(batch, HEADS, max(lengths), DIM, dtype=torch.bfloat16)
-    table = table.to(device)
+    return [query, keys, values, table.to(device), held]
+
+
+def build(batch: int, kept: int, skew: int, count: int, device: str) -> Work:
+    tensors = problem(batch, kept, skew, count, device)
+    longest = max(lengths_of(kept, skew))
+    padded = torch.randn(batch, HEADS, longest, DIM, dtype=torch.bfloat16, device=device)
     return Work(
-        run=lambda: ragged_attention(query, keys, values, table, held, scaling=DIM**-0.5),
-        baseline=lambda: F.scaled_dot_product_attention(query, padded, padded, enable_gqa=True),
+        run=lambda: ragged_attention(*tensors, scaling=DIM**-0.5),
+        baseline=lambda: F.scaled_dot_product_attention(tensors[0], padded, padded, enable_gqa=True),
+        launches=lambda: plan(*tensors, DIM**-0.5, None, None)[1],
     )
 
 
-def case(kept: int, skew: int = 1, batch: int = 1, count: int = 1) -> Case:
+def case(kept: int, skew: int = 1, batch: int = 1, count: int = 1, stages: tuple[int, ...] = ()) -> Case:
     entries = batch * sum(lengths_of(kept, skew))
     return Case(
         op="ragged_attention",
@@ -49,11 +57,13 @@ def case(kept: int, skew: int = 1, batch: int = 1, count: int = 1) -> Case:
         baseline="SDPA, every head padded to the longest",
         moved=entries * 2 * 2 * DIM,
         flop=4 * entries * (QUERY_HEADS // HEADS) * count * DIM,
+        stages=stages,
     )
 
 
 CASES = [
-    *(case(kept) for kept in (512, 4096, 32768)),
+    *(case(kept) for kept in (512, 2048, 4096)),
+    case(32768, stages=(2, 4, 5)),
     *(case(kept, skew=8) for kept in (512, 4096, 32768)),
     case(4096, skew=8, batch=16),
     case(4096, skew=8, count=8),

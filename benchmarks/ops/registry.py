@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import benchmarks.ops
+from llm_accel.kernels.launch import Launch
 
 # Speeds that order the cases; results are compared with measured ones.
 BYTES_PER_SECOND = 3e12
@@ -23,10 +24,12 @@ class Work:
     Attributes:
         run: the operation, through the function that users call.
         baseline: what is timed beside it.
+        launches: the launches of ``run``, for variants of them.
     """
 
     run: Callable[[], object]
     baseline: Callable[[], object]
+    launches: Callable[[], list[Launch]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Case:
         moved: bytes that must be read and written at least.
         flop: floating-point operations on visible pairs.
         baseline_flop: those of the baseline, where it is the same kernel on more pairs; else 0.
+        stages: depths of the software pipeline that are measured beside the shipped one.
     """
 
     op: str
@@ -50,6 +54,7 @@ class Case:
     moved: int
     flop: int = 0
     baseline_flop: int = 0
+    stages: tuple[int, ...] = ()
 
     @property
     def bound(self) -> float:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llm_accel.cache.autograd_modes import thawed
 from llm_accel.cache.fixed import FixedForm, FixedSpec
-from llm_accel.cache.joining import joined, leading
+from llm_accel.cache.joining import joined, leading, lessened
 from llm_accel.errors import UnsupportedCallError
 
 
@@ -68,6 +68,7 @@ class EntryStore(DynamicLayer):
     plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "pictured", "compressed", "floor")
     # what lies beside the slots: the dimension of the slots and what stands where a row has none
     slotted: ClassVar[dict[str, tuple[int, int]]] = {"window": (-2, 0), "positions": (-1, -1), "kept": (-1, -1)}
+    per_slot: ClassVar[tuple[str, ...]] = ("positions",)  # beside keys and values, slots in the last dimension
     fixed: FixedForm | None = None
     keys: Tensor = held("keys")  # None only before the first update
     values: Tensor = held("values")
@@ -285,6 +286,27 @@ class EntryStore(DynamicLayer):
         for name in ("keys", "values"):
             setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
         self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+
+    def trim(self, padding: int) -> None:
+        """Lets go of what no row has, after rows have left: leading slots that are empty in all of them, and
+        ``padding`` leading tokens that are padding in all of them."""
+        if padding:
+            self.cumulative_length -= padding
+            self.padding = lessened(self.padding, padding)
+        empty = 0 if self.start is None else int(self.start.min())
+        if empty:
+            self._drop_oldest(empty)
+
+    def _drop_oldest(self, count: int) -> None:
+        """Drops the leading ``count`` slots, which are empty in every row."""
+        self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
+        self.own_storage()
+        for name in self.per_slot:
+            beside = getattr(self, name)
+            if beside is not None:
+                setattr(self, name, beside[..., count:])
+        self.start = lessened(self.start, count)
+        self.floor = max(0, self.floor - count)
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

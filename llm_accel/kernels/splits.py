@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, strides
 
 PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer leave it idle
-LEAST_SHARE = 256  # entries that are worth a program of their own
+LEAST_SHARE = 128  # entries that are worth a program of their own: two tiles, both on their way at once
 MOST_SPLITS = 32
 
 
@@ -23,10 +23,11 @@ def split_count(programs: int, entries: int) -> int:
 
 
 def tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
-    """Largest row block, entry block and stages that stay within 99 KiB of shared memory."""
+    """Largest row block, entry block and stages that stay within 99 KiB of shared memory: two tiles of keys and values,
+    of which one is on its way while the other is worked on."""
     if dtype == torch.float32:
-        return 16, 16 if block_d > 64 else 32, 2
-    return (32, 32, 4) if block_d > 128 else (64, 64, 4)
+        return 16, 16 if block_d > 64 else 32, 3
+    return (32, 32, 3) if block_d > 128 else (64, 64, 3)
 
 
 def combine(
@@ -57,7 +58,8 @@ def combine(
             **{"query_heads": output.shape[2], "count": output.shape[1], "rows": rows, "splits": splits},
             **strides("o", output, "bth"),
         },
-        {"DV": width, "BLOCK_DV": next_power_of_2(width, least=16), "BLOCK_S": next_power_of_2(splits)},
+        # as many as there may be, so that a cache that grows needs no other kernel
+        {"DV": width, "BLOCK_DV": next_power_of_2(width, least=16), "BLOCK_S": MOST_SPLITS},
         warps=4,
         stages=1,
     )

@@ -13,6 +13,7 @@ from llm_accel.methods.attention import AttentionView
 from llm_accel.methods.prompt_view import Depth
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without
+from llm_accel.patches.attention_lse import with_lse
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
@@ -74,14 +75,33 @@ class Eviction:
         layer.choose_spare(victims)
         return output
 
-    def after_attention(self, query: Tensor, key: Tensor) -> None:
-        """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's dense attention, [B, T, Hq, Dv]; with it the log-sum-exp of the rows, fp32 [B, Hq, T], where the
+        scores of a prompt need that and attention computed it anyhow."""
+
+        def dense() -> Tensor:
+            return self.layer.attend(self.attention, query, key, value)
+
+        accumulates = isinstance(self.method, StepEviction) and self.method.accumulates
+        softmax = self.attention.softmax(key.shape[-1])
+        plain = softmax["softcap"] is None and softmax["sinks"] is None  # the kernels of SDPA know of neither
+        prompt = query.shape[2] > 1 and not torch.compiler.is_compiling()
+        if accumulates and plain and prompt and isinstance(self.layer, SlotLayer):
+            return with_lse(dense, query)
+        return dense(), None
+
+    def after_attention(self, query: Tensor, key: Tensor, lse: Tensor | None = None) -> None:
+        """Eviction at the end of a prompt or of a decode step; before that, remembers what the scores will need.
+
+        Args:
+            lse: log-sum-exp of each query's logits, fp32 [B, Hq, T], where it is known.
+        """
         if isinstance(self.method, StepEviction):
             if isinstance(self.layer, HidingLayer):
                 self._hide(self.method, self.layer, query, key)
             else:
                 assert isinstance(self.layer, SlotLayer)
-                self._step(self.method, self.layer, query, key)
+                self._step(self.method, self.layer, query, key, lse)
         elif self.session.phase is Phase.PREFILL_END:
             self._close(query, key)
         elif self.session.phase is Phase.PREFILL_CHUNK:
@@ -114,9 +134,9 @@ class Eviction:
         assert self.layer.window is not None
         return self.layer.window
 
-    def _step(self, method: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor) -> None:
+    def _step(self, method: StepEviction, layer: SlotLayer, query: Tensor, key: Tensor, lse: Tensor | None) -> None:
         if method.accumulates:
-            layer.accumulate(self._votes(query, key, layer.start), self._decay(method, query))
+            layer.accumulate(self._votes(query, key, layer.start, lse), self._decay(method, query))
         if self.closing:
             if self._over_budget():
                 layer.keep(self._select(None, key), self.session.plan.trace)
@@ -124,7 +144,7 @@ class Eviction:
                 layer.own_storage()
             if self.session.phase is Phase.PREFILL_END:
                 layer.bound(method.capacity(layer.cumulative_length))
-        if layer.full:
+        if layer.full and self.session.phase is not Phase.PREFILL_CHUNK:  # the rest of a later turn is appended
             layer.choose_spare(method.victims(step_view(layer)))
 
     def _hide(self, method: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:
@@ -138,11 +158,11 @@ class Eviction:
         if layer.full:
             layer.show(self._select(None, layer.keys))
 
-    def _votes(self, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
+    def _votes(self, query: Tensor, key: Tensor, start: Tensor | None, lse: Tensor | None = None) -> Tensor:
         """Attention that the queries of this call pay to each entry, summed over the heads that share it."""
         softmax = self.attention.softmax(key.shape[-1])
         with torch.no_grad():  # as a decorator it would break every compiled graph
-            return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", **softmax)
+            return column_votes(query, key, start, heads=self.layer.kv_heads, group="sum", lse=lse, **softmax)
 
     def _decay(self, method: StepEviction, query: Tensor) -> float:
         return method.score_decay if query.shape[2] == 1 else 1.0

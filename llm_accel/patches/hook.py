@@ -20,6 +20,7 @@ from llm_accel.patches.context import compress_context
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
+from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
@@ -82,11 +83,13 @@ class DecoderHook:
         arm(decoder, self)  # a copied or reloaded model has lost its own
         arm_mlps(decoder, self)
         _refuse(kwargs, decoder, self.plan)
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if isinstance(cache, Recording) and inputs is not None:
+            return args, cache.begin(inputs, kwargs)
         session = attach_session(cache, self.plan, decoder.config)
         if is_waiting(cache):
             return args, replayed(cache, decoder, kwargs)
         session.passing = passing
-        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
@@ -145,17 +148,26 @@ class DecoderExit:
         if isinstance(session, Replay):
             session.hand_over(output)
             return
+        if isinstance(session, Recording):
+            session.outcome = output.last_hidden_state[:, -1:].clone()
+            return
         if session is None:
             return
         session.visual.blind = None
-        session.verify_attention()
-        if session.context is not None and session.phase is Phase.PREFILL_END:
-            compress_context(session, decoder)
-        session.verify()
+        end_call(session, decoder)
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()
         if session.passing:
             output[CACHE] = None  # the caller asked for none, and would take it for that of the next call
+
+
+def end_call(session: Session, decoder: nn.Module) -> None:
+    """What is due once all layers have had a call. Raises :class:`llm_accel.errors.EvictionError` if a layer over
+    budget evicted nothing."""
+    session.verify_attention()
+    if session.context is not None and session.phase is Phase.PREFILL_END:
+        compress_context(session, decoder)
+    session.verify()
 
 
 def session_of(cache: Cache) -> Session | None:

@@ -168,12 +168,17 @@ class Session:
                 "(cache.batch_select_indices, cache.batch_repeat_interleave)."
             )
 
-    def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
-        """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+    def check_whole(self, past: int) -> None:
+        """Refuses a cache of ``past`` seen tokens in some of whose layers a call that failed left its own."""
         torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
-        torn = torn or (self.torn and past > 0) or (self.unfinished and any(map(_may_be_ahead, self.layers)))
+        stopped = self.unfinished or any(layer.refused for layer in self.ours.values())
+        torn = torn or (self.torn and past > 0) or (stopped and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
+
+    def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
+        """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+        self.check_whole(past)
         for layer in self.ours.values():
             layer.await_entries()
         if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd

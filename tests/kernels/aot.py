@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from llm_accel.kernels.launch import SHARED_MEMORY, Launch
 from tests.kernels.compiled import CONFIGURATIONS
 
 ARCHITECTURES = (80, 90)
+# Kernels whose time is that of reading keys and values, and how many tiles of them must be in shared memory at once:
+# with one, a program reads and computes by turns.
+BUFFERS = {name: 2 for name in ("split_kernel", "slot_split_kernel", "block_sparse_kernel", "col_scores_kernel")}
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -38,16 +42,29 @@ class Usage:
         shared: bytes of shared memory per program.
         registers: per thread.
         spilled: bytes per thread that did not fit into registers.
+        buffers: tiles of the pipelined loads that are in shared memory at once, the fewest of any of them; 0 where
+            nothing is pipelined.
+        products: how matrices are multiplied: "wgmma" (Hopper's tensor cores), "mma" (those of all), or "" for neither.
+        wanted: buffers that there must be.
+        tall: whether Hopper's tensor cores must multiply, which take 64 rows at once.
     """
 
     shared: int
     registers: int
     spilled: int
+    buffers: int = 0
+    products: str = ""
+    wanted: int = 0
+    tall: bool = False
 
     def complaint(self, arch: int) -> str | None:
         """What makes it unfit for this architecture, or None."""
         if self.shared > SHARED_MEMORY[arch]:
             return f"{self.shared} bytes of shared memory, the limit of sm_{arch} is {SHARED_MEMORY[arch]}"
+        if self.buffers < self.wanted:
+            return f"{self.buffers} tiles in shared memory at once, {self.wanted} are wanted"
+        if self.tall and arch >= 90 and self.products != "wgmma":
+            return f"{self.products or 'no'} products on 64 rows or more, wgmma is wanted"
         return f"{self.spilled} bytes per thread spilled" if self.spilled else None
 
 
@@ -73,7 +90,19 @@ def compile_for(launch: Launch, arch: int) -> Usage:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     registers, spilled = _resources(compiled.asm["cubin"])
-    return Usage(int(compiled.metadata.shared), registers, spilled)
+    products = next((kind for kind in ("wgmma", "mma") if f"{kind}." in compiled.asm["ptx"]), "")
+    name = launch.kernel.__name__
+    wanted = BUFFERS.get(name, 0) if launch.stages > 2 else 0
+    tiles = _buffers(compiled.asm["ttgir"])
+    return Usage(int(compiled.metadata.shared), registers, spilled, tiles, products, wanted, _rows(launch) >= 64)
+
+
+def _rows(launch: Launch) -> int:
+    """Rows of the matrices that a kernel multiplies with tensor cores; 0 where it uses none."""
+    given = next(value for value in launch.arguments.values() if isinstance(value, Tensor))
+    sizes = [launch.constants.get(name, 0) for name in ("BR", "BLOCK_M")]
+    rows = max(*sizes, launch.constants.get("PACK", 0) * launch.constants.get("ROWS", 0))
+    return rows if given.element_size() == 2 else 0
 
 
 def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
@@ -101,6 +130,12 @@ def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
 
 def _specialised(parameter: Any, value: object) -> bool:
     return isinstance(value, int) and not parameter.do_not_specialize
+
+
+def _buffers(ttgir: str) -> int:
+    """The fewest tiles that any of the pipelined loads of matrices keeps in shared memory at once."""
+    counts = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x\w+,", ttgir)
+    return min(map(int, counts), default=0)
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

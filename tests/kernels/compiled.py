@@ -30,11 +30,17 @@ def block_sparse() -> dict[str, list[Launch]]:
 
 
 def _block_sparse(
-    dtype: torch.dtype, dim: int, block_q: int, block_k: int, everything: bool = False, queries: int = 4096
+    dtype: torch.dtype,
+    dim: int,
+    block_q: int,
+    block_k: int,
+    everything: bool = False,
+    queries: int = 4096,
+    slots: int = 4096,
 ) -> list[Launch]:
     """Grouped-query attention, 4 query heads per KV head; ``everything``: padding, sinks, soft cap and window."""
     query = torch.empty(2, 16, queries, dim, dtype=dtype, device="meta")
-    key = torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta")
+    key = torch.empty(2, 4, slots, dim, dtype=dtype, device="meta")
     shape = (2, 4, ceil_div(queries, block_q))
     counts = torch.empty(shape, dtype=torch.int32, device="meta")
     blocks = BlockList(
@@ -81,10 +87,11 @@ def _column_votes(
     padded: bool = False,
     sinks: bool = False,
     round_to: torch.dtype | None = None,
+    slots: int = 4096,
 ) -> list[Launch]:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     with torch.device("meta"):
-        query, key = torch.empty(1, 8 * group, width, dim, dtype=kind), torch.empty(1, 8, 4096, dim, dtype=kind)
+        query, key = torch.empty(1, 8 * group, width, dim, dtype=kind), torch.empty(1, 8, slots, dim, dtype=kind)
         start = torch.empty(1, dtype=torch.int64) if padded else None
         learned = torch.empty(8 * group, dtype=kind) if sinks else None
     return plan_column_votes(query, key, start, heads, dim**-0.5, softcap, learned, reduce, round_to)[1]
@@ -100,10 +107,10 @@ def compaction() -> dict[str, list[Launch]]:
     }
 
 
-def _compaction(dim: int, dtype: torch.dtype, scored: bool = False) -> list[Launch]:
+def _compaction(dim: int, dtype: torch.dtype, scored: bool = False, kept: int = 1024) -> list[Launch]:
     with torch.device("meta"):
         entries = torch.empty(1, 8, 4096, dim, dtype=dtype)
-        indices = torch.empty(1, 8, 1024, dtype=torch.int64)
+        indices = torch.empty(1, 8, kept, dtype=torch.int64)
         scores = torch.empty(1, 8, 4096) if scored else None
     return plan_compaction(indices, entries, entries, scores)[1]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llm_accel.kernels.dispatch import all_ops, interpreting
 from llm_accel.kernels.launch import SHARED_MEMORY
-from tests.kernels import aot
+from tests.kernels import aot, compiled
 from tests.kernels.aot import Usage
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")
@@ -46,6 +49,51 @@ def test_a_kernel_compiles_without_a_gpu(arch: int) -> None:
     usage = aot.compile_for(aot.compiled()["gather_entries", "128 16-bit"][0], arch)
     assert 16 <= usage.registers <= 255
     assert usage.complaint(arch) is None
+
+
+def test_tiles_in_shared_memory_are_counted() -> None:
+    launch = aot.compiled()["ragged_attention", "decode 64 bf16"][0]
+    usage = aot.compile_for(launch, 90)
+    assert usage.buffers >= 2 and usage.products == "mma" and usage.complaint(90) is None
+    shallow = aot.compile_for(replace(launch, stages=2), 90)
+    assert shallow.buffers == 1  # what the check is there to find
+    assert replace(shallow, wanted=2).complaint(90) == "1 tiles in shared memory at once, 2 are wanted"
+
+
+def test_hopper_multiplies_as_it_is_wanted_to() -> None:
+    launch = aot.compiled()["hip_select", "bfloat16 head_dim 128 chunk 8 queries 256"][0]
+    usage = aot.compile_for(launch, 90)
+    assert usage.products == "wgmma" and usage.buffers >= 2 and usage.complaint(90) is None
+    narrow = replace(launch, constants={**launch.constants, "BR": 32})
+    usage = replace(aot.compile_for(narrow, 90), tall=True)
+    assert usage.complaint(90) == "mma products on 64 rows or more, wgmma is wanted"
+
+
+GROWING = {
+    "ragged_attention": lambda size: compiled._ragged_decode(128, torch.bfloat16, pages=40 + size),
+    "slot_decode": lambda size: compiled._slot_decode(128, torch.bfloat16, slots=4096 + size),
+    "gather_entries": lambda size: compiled._compaction(128, torch.bfloat16, scored=True, kept=1024 + size),
+    "column_votes of a step": lambda size: compiled._column_votes(128, "bf16", width=1, slots=4096 + 512 * size + size),
+    "column_votes of a window": lambda size: compiled._column_votes(
+        128, "bf16", width=32, slots=4096 + 512 * size + size
+    ),
+    "block_sparse_attention of a step": lambda size: compiled._block_sparse(
+        torch.bfloat16, 128, 16, 8, queries=1, slots=4096 + 128 * size + 8 * size
+    ),
+}
+
+
+@pytest.mark.parametrize("op", GROWING)
+def test_a_cache_that_grows_needs_no_other_kernel(op: str) -> None:
+    kernels = {tuple(aot.fingerprint(launch) for launch in GROWING[op](size)) for size in (0, 1, 8)}
+    assert len(kernels) == 1
+
+
+def test_steps_have_programs_for_a_large_gpu() -> None:
+    """132 multiprocessors; a budget of 2048 entries, and a cache of 32768."""
+    for pages, least in ((33, 128), (512, 256)):
+        split = compiled._ragged_decode(128, torch.bfloat16, pages=pages)[0]
+        assert math.prod(split.grid) >= least
 
 
 def test_complaints() -> None:

@@ -14,6 +14,7 @@ from llm_accel.kernels.block_sparse import block_sparse_attention
 from llm_accel.kernels.hip_select import (
     ABSENT,
     ExactSearch,
+    Keys,
     Scope,
     Search,
     Stage,
@@ -22,6 +23,7 @@ from llm_accel.kernels.hip_select import (
     candidates,
     hip_select,
 )
+from llm_accel.kernels.hip_select.reference import stage_score_reference
 
 
 @dataclass
@@ -302,3 +304,37 @@ def test_a_loud_head_does_not_choose_for_a_quiet_one(search: Search) -> None:
     assert any(s <= needle < s + search.scope.block_k for s in fair)
     raw = replace(search, fair=False).select(query, key, None)[0, 0, -1].tolist()
     assert not any(s <= needle < s + search.scope.block_k for s in raw)
+
+
+@pytest.mark.parametrize("room", ["slots", "heads", "fused"])
+def test_keys_in_a_buffer_with_room_are_read_in_place(room: str) -> None:
+    """A cache that has grown is a view of its buffer; only where heads lie between slots, keys are copied."""
+    buffer = torch.randn(2, 4, 50, 16) if room != "fused" else torch.randn(2, 50, 4, 16).transpose(1, 2)
+    key = buffer[:, :, 3:40] if room == "slots" else buffer[:, 1:3] if room == "heads" else buffer
+    copied, view = Keys.of(key.contiguous(), None), Keys.of(key, None)
+    assert (view.rows.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()) == (room != "fused")
+    positions = torch.randint(0, 60, (*key.shape[:2], 3, 7))  # some of them after the last key
+    assert torch.equal(view.rows[view.at(positions)], copied.rows[copied.at(positions)])
+    lengths = torch.tensor([5, 30])
+    ours, theirs = (Keys.first(given, lengths) for given in (key, key.contiguous()))
+    assert torch.equal(ours.rows[ours.at(positions)], theirs.rows[theirs.at(positions)])
+
+
+@every_search
+def test_a_view_is_searched_like_a_copy(name: str) -> None:
+    query, buffer = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 700, 16)
+    key, search = buffer[:, :, :600], SEARCHES[name]
+    assert torch.equal(search.select(query, key, None), search.select(query, key.contiguous(), None))
+
+
+def test_scores_are_fp32_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        key = torch.randn(1, 1, 64, 16)
+        reps, starts = torch.randn(1, 1, 1, 4, 16).float(), torch.arange(0, 64, 8)[None, None, None]
+        end = torch.full((1, 1, 1, 1), 64)
+        for exact in (False, True):
+            assert stage_score_reference(reps, Keys.of(key, None), starts, end, 8, exact).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

@@ -7,6 +7,16 @@ import triton.language as tl
 from llm_accel.kernels.triton_utils import LOG2E, dot, log2_logits, pivot
 
 
+@triton.jit
+def _listed(place, tile, first, last, BK: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Positions at which the pieces of a tile begin, [PIECES], from the list at ``place``; any outside of the pieces
+    from ``first`` to before ``last``."""
+    SPLIT: tl.constexpr = BK // PIECE
+    piece = tile * PIECES + tl.arange(0, PIECES)
+    m_piece = (piece >= first) & (piece < last)
+    return tl.load(place + piece // SPLIT, mask=m_piece, other=0) * BK + piece % SPLIT * PIECE
+
+
 @triton.jit(do_not_specialize=["queries", "slots", "blocks", "sink", "window"])
 def block_sparse_kernel(
     query,
@@ -119,13 +129,15 @@ def block_sparse_kernel(
     total = tl.zeros([BM], tl.float32)
     mixed = tl.zeros([BM, BDV], tl.float32)
 
-    for tile in range(tl.minimum(low, wholes), tl.minimum(high, wholes)):
-        piece = (tile - sink_whole) * PIECES + o_piece
-        m_piece = (piece >= 0) & (piece < list_whole * PIECES)
-        listed = tl.load(place + piece // SPLIT, mask=m_piece, other=0) * BK + piece % SPLIT * PIECE
+    # Where the next tile stands in the list is read a tile ahead: what waits for no other load can be pipelined.
+    begin = tl.minimum(low, wholes)
+    listed = _listed(place, begin - sink_whole, 0, list_whole * PIECES, BK, PIECE, PIECES)
+    for tile in range(begin, tl.minimum(high, wholes)):
         rank = tile - sink_whole - list_whole + window_left
-        begin = tl.where(tile < sink_whole, tile * BN, near + rank * BN)
-        pieces = tl.where(m_piece, listed, begin + o_piece * PIECE)
+        apart = tl.where(tile < sink_whole, tile * BN, near + rank * BN) + o_piece * PIECE
+        m_list = (tile >= sink_whole) & (tile < sink_whole + list_whole)
+        pieces = tl.where(m_list, listed, apart)
+        listed = _listed(place, tile + 1 - sink_whole, 0, list_whole * PIECES, BK, PIECE, PIECES)
         position = tl.reshape(pieces[:, None] + tl.arange(0, PIECE)[None, :], [BN]).to(tl.int64)
         b_key = tl.load(p_key + position[None, :] * k_s + o_d[:, None], mask=(o_d < D)[:, None], other=0.0)
         logits = log2_logits(dot(b_query, b_key, UPCAST), scaling, softcap, HAS_SOFTCAP)  # [BM, BN]
@@ -137,15 +149,19 @@ def block_sparse_kernel(
         mixed = mixed * shrink[:, None] + dot(weights.to(b_value.dtype), b_value, UPCAST)
         largest = peak
 
-    for tile in range(tl.maximum(low - wholes, 0), tl.maximum(high - wholes, 0)):
+    begin = tl.maximum(low - wholes, 0)
+    first_edge = list_whole * PIECES
+    listed = _listed(place, begin - sink_edge + list_whole, first_edge, listed_pieces, BK, PIECE, PIECES)
+    for tile in range(begin, tl.maximum(high - wholes, 0)):
         piece = (tile - sink_edge + list_whole) * PIECES + o_piece
-        m_piece = (piece >= list_whole * PIECES) & (piece < listed_pieces)
-        listed = tl.load(place + piece // SPLIT, mask=m_piece, other=0) * BK + piece % SPLIT * PIECE
+        m_piece = (piece >= first_edge) & (piece < listed_pieces)
+        here = listed
+        listed = _listed(place, tile + 1 - sink_edge + list_whole, first_edge, listed_pieces, BK, PIECE, PIECES)
         rank = tile - sink_edge - list_edge  # in the window segment if not negative
-        begin = tl.where(rank < 0, past, near + tl.where(rank < window_left, rank, rank + window_whole) * BN)
-        begin = tl.where(tile < sink_edge, (sink_whole + tile) * BN, begin)
+        start_at = tl.where(rank < 0, past, near + tl.where(rank < window_left, rank, rank + window_whole) * BN)
+        start_at = tl.where(tile < sink_edge, (sink_whole + tile) * BN, start_at)
         end = tl.where(tile < sink_edge, sink_end, past)
-        pieces = tl.where(m_piece, listed, begin + o_piece * PIECE)
+        pieces = tl.where(m_piece, here, start_at + o_piece * PIECE)
         position = tl.reshape(pieces[:, None] + tl.arange(0, PIECE)[None, :], [BN])  # [BN]
         m_n = position < end
         seen = m_n[None, :] & (position[None, :] <= own[:, None])

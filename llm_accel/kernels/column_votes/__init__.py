@@ -13,7 +13,12 @@ from llm_accel.kernels.dispatch import Backend, Op, Problem, torch_backend, why_
 
 OP = Op(
     "column_votes",
-    Backend("triton", column_votes_triton, why_not_triton, "Triton kernels, log-sum-exp of rows and sums of columns"),
+    Backend(
+        "triton",
+        column_votes_triton,
+        why_not_triton,
+        "Triton kernels, log-sum-exp of rows and sums of columns",
+    ),
     torch_backend(column_votes_reference, "blocked over keys"),
 )
 
@@ -29,6 +34,7 @@ def column_votes(
     sinks: Tensor | None = None,
     group: Literal["mean", "max", "sum"] = "mean",
     round_to: torch.dtype | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities of the observed queries, summed over the queries, reduced over each group of heads.
 
@@ -43,9 +49,12 @@ def column_votes(
         sinks: learned sink logits [Hq] that take part in the softmax and in no column.
         group: reduction over the query heads of a group.
         round_to: dtype that probabilities are rounded to before they are summed; None keeps fp32.
+        lse: log-sum-exp of the logits that each query sees, learned sinks included, fp32 [B, Hq, W] in natural units,
+            as attention kernels return it; of queries that see nothing anything. Without it every logit is computed
+            twice, for the log-sum-exp first.
 
     Returns:
         fp32 [B, heads, S], zero where no observed query may look.
     """
     run = OP.choose(Problem.of(query, key)).run
-    return run(query, key, start, heads, scaling, softcap, sinks, group, round_to)  # type: ignore[no-any-return]
+    return run(query, key, start, heads, scaling, softcap, sinks, group, round_to, lse)  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ def column_votes_reference(
     sinks: Tensor | None,
     group: str,
     round_to: torch.dtype | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """See :func:`llm_accel.kernels.column_votes.column_votes`."""
     batch, query_heads, width, _ = query.shape
@@ -30,7 +31,11 @@ def column_votes_reference(
         rows = query[:, :, row : row + QUERY_BLOCK]
         seen = slots - width + row + rows.shape[2]
         visible = key[:, :, :seen]
-        normaliser = row_logsumexp(rows, visible, start, scaling, softcap, sinks)
+        if lse is None:
+            normaliser = row_logsumexp(rows, visible, start, scaling, softcap, sinks)
+        else:
+            given = lse[:, :, row : row + QUERY_BLOCK].float()
+            normaliser = given.masked_fill(~given.isfinite(), float("inf"))
         for first, last, logits in _logit_blocks(rows, visible, start, scaling, softcap):
             probability = logits.sub_(normaliser[..., None]).exp_()
             if round_to is not None:

@@ -1,5 +1,5 @@
-"""Column votes in two passes: the log-sum-exp of each row, then column sums of the probabilities. No [W, S] tensor, no
-atomics, the same result every time.
+"""Column votes: column sums of the probabilities, after a pass for the log-sum-exp of each row where attention has not
+given it. No [W, S] tensor, no atomics, the same result every time.
 
 Rows are packed: row ``r`` is query ``r // PACK`` of head ``r % PACK`` among heads that share a key head. Query ``w``
 stands at slot ``slots - width + w``. Log-sum-exp is in base-2 units.
@@ -74,32 +74,54 @@ def row_lse_kernel(
     tl.store(lse + row * width + o_w, b_lse, mask=o_w < width)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def merge_lse_kernel(parts, lse, rows, SPANS: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-sum-exp over the spans: parts [SPANS, rows] to lse [rows]."""
+@triton.jit(do_not_specialize=["rows", "spans"])
+def merge_lse_kernel(parts, lse, rows, spans, BLOCK: tl.constexpr):
+    """Log-sum-exp over the spans: parts [spans, rows] to lse [rows]."""
     o_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    for i_span in tl.static_range(SPANS):
+    for i_span in range(spans):
         b_max = tl.maximum(b_max, tl.load(parts + i_span * rows + o_r, mask=o_r < rows, other=float("-inf")))
     b_pivot = pivot(b_max)
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for i_span in tl.static_range(SPANS):
+    for i_span in range(spans):
         part = tl.load(parts + i_span * rows + o_r, mask=o_r < rows, other=float("-inf"))
         b_sum += tl.exp2(part - b_pivot)
     tl.store(lse + o_r, log_sum(b_max, b_sum), mask=o_r < rows)
 
 
+@triton.jit
+def column_sums(
+    query, lse, o_m, o_n, b_k, first, own_of_first, scaling, softcap, unit, width,
+    q_h, q_w,
+    PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    ROUND: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of the slots ``o_n``, whose keys are b_k [D, N], summed over the packed rows ``o_m``: [N]. Without
+    MASKED every row is there and sees every slot."""
+    o_w, o_g = o_m // PACK, o_m % PACK
+    b_q = load_rows(query, o_w, o_g, q_h, q_w, width, D, BLOCK_D)  # [M, D]
+    b_lse = tl.load(lse + o_g * width + o_w, mask=o_w < width, other=0.0) * unit
+    b_p = tl.exp2(log2_logits(dot(b_q, b_k, UPCAST), scaling, softcap, HAS_SOFTCAP) - b_lse[:, None])  # [M, N]
+    if MASKED:
+        visible = (o_n[None, :] <= own_of_first + o_w[:, None]) & (o_n >= first)[None, :] & (o_w < width)[:, None]
+        b_p = tl.where(visible, b_p, 0.0)
+    if ROUND is not None:
+        b_p = b_p.to(ROUND).to(tl.float32)
+    return tl.sum(b_p, 0)
+
+
 @triton.jit(do_not_specialize=["width", "slots"])
 def col_scores_kernel(
-    query, key, start, lse, votes, scaling, softcap, weight,
+    query, key, start, lse, votes, scaling, softcap, weight, unit,
     heads, width, slots,
     q_b, q_h, q_w, k_b, k_h, k_s, s_b, s_h,
     PACK: tl.constexpr, LOOPS: tl.constexpr, PER_KEY: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MAX: tl.constexpr, ROUND: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Votes for one block of slots: votes [B, heads, slots]. The LOOPS * PACK query heads of a group are taken PACK at
-    a time; the results are added up, or with MAX the largest counts."""
+    """Votes for one block of slots: votes [B, heads, slots]; ``unit``: base-2 units in one unit of ``lse``. The
+    LOOPS * PACK query heads of a group are taken PACK at a time; the results are added up, or with MAX the largest
+    counts. Tiles whose rows all see all slots come in a loop without masks."""
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,23 +133,31 @@ def col_scores_kernel(
         if start is not None:
             first = tl.load(start + i_b * s_b + i_k * s_h).to(tl.int32)
         b_k = load_columns(key + i_b * k_b + i_k * k_h, o_n, k_s, slots, D, BLOCK_D)  # [D, N]
+        rows = query + i_b * q_b + i_q * q_h
+        norms = lse + (i_b * heads * LOOPS * PACK + i_q) * width
         b_sum = tl.zeros([BLOCK_N], tl.float32)
         # the first query that sees a slot of this block; queries of padding see none
-        earliest = tl.maximum(tl.maximum(i_n * BLOCK_N, first) - (slots - width), 0)
+        own = slots - width  # slot of the first query
+        low = tl.maximum(tl.maximum(i_n * BLOCK_N, first) - own, 0) * PACK
         end = tl.where((i_n + 1) * BLOCK_N > first, width * PACK, 0)
-        for i_m in range(earliest * PACK, end, BLOCK_M):
+        # rows from ``whole`` to before ``rest``, in whole tiles, see every slot of the block
+        whole = low + tl.cdiv(tl.maximum(((i_n + 1) * BLOCK_N - 1 - own) * PACK - low, 0), BLOCK_M) * BLOCK_M
+        whole = tl.where((i_n * BLOCK_N < first) | ((i_n + 1) * BLOCK_N > slots), end, tl.minimum(whole, end))
+        rest = whole + tl.maximum(end - whole, 0) // BLOCK_M * BLOCK_M
+        for i_m in range(whole, rest, BLOCK_M):
             o_m = i_m + tl.arange(0, BLOCK_M)
-            o_w, o_g = o_m // PACK, o_m % PACK
-            own = slots - width + o_w
-            b_q = load_rows(query + i_b * q_b + i_q * q_h, o_w, o_g, q_h, q_w, width, D, BLOCK_D)  # [M, D]
-            row = (i_b * heads * LOOPS * PACK + i_q + o_g) * width + o_w
-            b_lse = tl.load(lse + row, mask=o_w < width, other=0.0)
-            b_s = log2_logits(dot(b_q, b_k, UPCAST), scaling, softcap, HAS_SOFTCAP)  # [M, N]
-            visible = (o_n[None, :] <= own[:, None]) & (o_n >= first)[None, :] & (o_w < width)[:, None]
-            b_p = tl.where(visible, tl.exp2(b_s - b_lse[:, None]), 0.0)
-            if ROUND is not None:
-                b_p = b_p.to(ROUND).to(tl.float32)
-            b_sum += tl.sum(b_p, 0)
+            b_sum += column_sums(
+                rows, norms, o_m, o_n, b_k, first, own, scaling, softcap, unit, width, q_h, q_w,
+                PACK, D, BLOCK_D, False, ROUND, HAS_SOFTCAP, UPCAST,
+            )  # fmt: skip
+        diagonal = tl.cdiv(tl.maximum(tl.minimum(whole, end) - low, 0), BLOCK_M)
+        for i_edge in range(diagonal + tl.cdiv(tl.maximum(end - rest, 0), BLOCK_M)):
+            i_m = tl.where(i_edge < diagonal, low + i_edge * BLOCK_M, rest + (i_edge - diagonal) * BLOCK_M)
+            o_m = i_m + tl.arange(0, BLOCK_M)
+            b_sum += column_sums(
+                rows, norms, o_m, o_n, b_k, first, own, scaling, softcap, unit, width, q_h, q_w,
+                PACK, D, BLOCK_D, True, ROUND, HAS_SOFTCAP, UPCAST,
+            )  # fmt: skip
         if MAX:
             b_votes = tl.maximum(b_votes, b_sum)
         else:

@@ -15,7 +15,7 @@ def copy_rows(source, target, slot, o_n, m_n, stride, D: tl.constexpr, BLOCK_D: 
     tl.store(target + o_n.to(tl.int64)[:, None] * D + o_d[None, :], rows, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "i_b", "i_h", "s_b", "s_h"])
 def gather_kernel(
     indices, keys, values, scores, new_keys, new_values, new_scores,
     heads, count,

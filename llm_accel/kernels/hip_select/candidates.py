@@ -68,21 +68,35 @@ class Keys:
     @classmethod
     def of(cls, key: Tensor, start: Tensor | None) -> Keys:
         """Keys of rows that begin at slot ``start``, int64 [B], or at 0."""
-        batch, heads, slots, dim = key.shape
-        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
+        rows, begin = _in_place(key)
         origin = begin if start is None else begin + start.to(key.device)[:, None, None, None]
-        return cls(key.reshape(-1, dim), origin, begin + slots - 1)
+        return cls(rows, origin, begin + key.shape[2] - 1)
 
     @classmethod
     def first(cls, key: Tensor, lengths: Tensor) -> Keys:
         """Keys of rows that hold their first ``lengths``, int64 [B], slots; the rest are free."""
-        batch, heads, slots, dim = key.shape
-        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
-        return cls(key.reshape(-1, dim), begin, begin + lengths[:, None, None, None] - 1)
+        rows, begin = _in_place(key)
+        return cls(rows, begin, begin + lengths[:, None, None, None] - 1)
 
     def at(self, positions: Tensor) -> Tensor:
         """Rows of the keys at ``positions``, int64 [B, H, n, m]; the last key where there is none."""
         return torch.minimum(self.origin + positions, self.last)
+
+
+def _in_place(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, S, D] as rows [N, D], without a copy where the distances of heads and batch rows are whole numbers of
+    slots, as in a buffer with room for more; and the row of the first slot of each head, int64 [B, H, 1, 1]."""
+    batch, heads, slots, dim = key.shape
+    far, near, step, unit = key.stride()
+    if key.is_contiguous() or unit != 1 or step < dim or far % step or near % step:
+        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
+        return key.reshape(-1, dim), begin
+    distances = far // step, near // step
+    count = (batch - 1) * distances[0] + (heads - 1) * distances[1] + slots
+    first, second = (
+        torch.arange(size, device=key.device) * apart for size, apart in zip((batch, heads), distances, strict=True)
+    )
+    return key.as_strided((count, dim), (step, 1)), (first[:, None] + second)[:, :, None, None]
 
 
 def first_real(queries: int, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
@@ -160,7 +174,7 @@ def key_scores(representative: Tensor, keys: Keys, positions: Tensor, level: Ten
     at_once = (CACHED if index.device.type == "cpu" else TILE) // max(queries.shape[1:])
     columns = max(1, min(count, at_once))
     rows = max(1, at_once // columns)
-    score = torch.empty(index.shape, device=index.device)
+    score = torch.empty(index.shape, dtype=torch.float32, device=index.device)
     for row in range(0, blocks, rows):
         for column in range(0, count, columns):
             part = index[row : row + rows, column : column + columns]

@@ -43,10 +43,8 @@ def plan(
 
     batch, heads, blocks, chunks = starts.shape
     queries, dim = representative.shape[3:]
-    single = rows.dtype == torch.float32  # takes no tensor cores, and more registers
-    wide = next_power_of_2(dim, 16) >= 128  # registers hold half as many representatives
-    most, columns = (16, 16) if single else (32 if wide else 64, 32)
-    score = torch.empty(starts.shape, device=starts.device)
+    most, columns, warps, stages = tiles(rows.dtype, next_power_of_2(dim, 16), queries, exact)
+    score = torch.empty(starts.shape, dtype=torch.float32, device=starts.device)
     launch = Launch(
         stage_score_kernel,
         (blocks, ceil_div(chunks, columns), batch * heads),
@@ -61,6 +59,7 @@ def plan(
             "score": score,
             "blocks": blocks,
             "chunks": chunks,
+            "k_s": rows.stride(0),
         },
         {
             "CHUNK": chunk,
@@ -74,14 +73,26 @@ def plan(
             "BC": columns,
             "UPCAST": interpreting(),
         },
-        warps=8 if single and dim > 128 else 4,
-        stages=2,
+        warps=warps,
+        stages=stages,
     )
     return score, [launch]
 
 
+def tiles(dtype: torch.dtype, block_d: int, queries: int, exact: bool) -> tuple[int, int, int, int]:
+    """Most queries and chunks of a program, its warps and stages. Where all keys are read, the queries of a block stay
+    in shared memory, 64 KiB of them, and tiles of keys are on their way; on the way down to the best half nothing is.
+    """
+    if dtype == torch.float32:  # takes no tensor cores, and more registers
+        return 16, 16, 8 if block_d > 128 else 4, 2
+    if exact:
+        warps = 8 if queries > 64 else 4
+        return (128, 32, warps, 3) if block_d > 128 else (256, 64, warps, 3)
+    return 64, 32, 4, 1
+
+
 def _fake(representative: Tensor, rows: Tensor, origin: Tensor, last: Tensor, starts: Tensor, *_: Any) -> Tensor:
-    return torch.empty(starts.shape, device=starts.device)
+    return torch.empty(starts.shape, dtype=torch.float32, device=starts.device)
 
 
 _operation = operation("hip_stage_score", plan, _fake)

@@ -38,7 +38,7 @@ def _bisect(
     representative: Tensor, keys: Keys, starts: Tensor, end: Tensor, chunk: int, level: Tensor | None
 ) -> Tensor:
     low, high = starts, torch.minimum(starts + chunk, end)
-    score = torch.full(starts.shape, float("-inf"), device=starts.device)
+    score = torch.full(starts.shape, float("-inf"), dtype=torch.float32, device=starts.device)
     for _ in range(levels(chunk)):
         middle = (low + high) // 2
         both = torch.cat([(low + middle) // 2, (middle + high) // 2], dim=-1)

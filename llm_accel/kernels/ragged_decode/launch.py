@@ -55,7 +55,7 @@ def plan(
             **{"GROUP": group, "PAGE": page, "D": dim, "DV": width, "BLOCK_D": block_d, "BLOCK_DV": block_dv},
             **{"BLOCK_M": block_m, "BLOCK_N": block_n, "HAS_SOFTCAP": softcap is not None, "UPCAST": interpreting()},
         },
-        warps=4,
+        warps=8 if block_m > 32 else 4,  # registers: the sums of 64 rows are too many for 128 threads
         stages=stages,
     )
     return output, [split, combine(mixed, lse, sinks, output)]

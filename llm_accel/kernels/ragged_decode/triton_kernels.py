@@ -13,7 +13,7 @@ import triton.language as tl
 from llm_accel.kernels.triton_utils import dot, log2_logits, log_sum, pivot
 
 
-@triton.jit(do_not_specialize=["count", "rows"])
+@triton.jit(do_not_specialize=["count", "rows", "t_b", "t_h"])  # what changes while decoding
 def split_kernel(
     query, keys, values, table, lengths, mixed, lse, scaling, softcap,
     heads, count, rows,
@@ -43,10 +43,15 @@ def split_kernel(
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     last_row = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // GROUP, count - 1)
     high = tl.minimum(length - count + 1 + last_row, (i_split + 1) * share)
+    # Pages are looked up a tile ahead: what waits for no other load can be pipelined.
+    table += i_b * t_b + i_h * t_h
+    first = i_split * share + tl.arange(0, BLOCK_N)
+    next_page = tl.load(table + first // PAGE, mask=first < length, other=0).to(tl.int64)
     for i_n in range(i_split * share, high, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < length
-        page = tl.load(table + i_b * t_b + i_h * t_h + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
+        page = next_page
+        next_page = tl.load(table + (o_n + BLOCK_N) // PAGE, mask=o_n + BLOCK_N < length, other=0).to(tl.int64)
         entry = (o_n % PAGE).to(tl.int64)
         at_key = page * k_p + entry * k_e
         b_k = tl.load(keys + at_key[None, :] + o_d[:, None], mask=m_n[None, :] & (o_d < D)[:, None], other=0.0)

@@ -68,7 +68,7 @@ def plan(
             **{"BLOCK_M": block_m, "BLOCK_N": block_n, "HAS_SOFTCAP": softcap is not None, "UPCAST": interpreting()},
         },
         warps=4,
-        stages=min(stages, 3),  # with no table between the loads all of them are staged, and 3 fit into 99 KiB
+        stages=stages,
     )
     score = Launch(
         kernels.score_kernel,
@@ -81,7 +81,7 @@ def plan(
             **strides("p", positions, "bh"),
         },
         {
-            **{"GROUP": query_heads // heads, "BLOCK_N": min(SCORE_BLOCK, next_power_of_2(slots, least=16))},
+            **{"GROUP": query_heads // heads, "BLOCK_N": SCORE_BLOCK},
             **{"PER_QUERY": per_query},
         },
         warps=8,

@@ -68,7 +68,7 @@ def slot_split_kernel(
     tl.store(mixed + row[:, None] * DV + o_dv[None, :], b_o, mask=m_g[:, None] & (o_dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["slots", "keep_first", "keep_recent"])
+@triton.jit(do_not_specialize=["slots", "keep_first", "keep_recent", "s_b", "s_h", "p_b", "p_h"])
 def score_kernel(
     logits, lse, scores, positions, start, updated, victims, decay,
     heads, slots, keep_first, keep_recent,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.kernels.column_votes import OP, column_votes, launch
-from llm_accel.kernels.column_votes.reference import column_votes_reference
+from llm_accel.kernels.column_votes.reference import column_votes_reference, row_logsumexp
 from llm_accel.kernels.dispatch import Problem
 from tests.kernels.triton_device import DEVICE, assert_close
 
@@ -103,6 +103,20 @@ def test_spans_of_slots_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch
     spans = [step.grid[1] for step in launch.plan(query, key, *args)[1] if step.kernel.__name__ == "row_lse_kernel"]
     assert spans == [-(-key.shape[2] // launch.tiles(torch.float32, 64)[1])]
     assert_close(name, ours(CASES[name]), oracle(CASES[name]), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["prefill_of_several_blocks", "later_chunk", "padded_prefill", "max", "bf16", "decode"]
+)
+def test_one_launch_where_the_log_sum_exp_is_given(name: str) -> None:
+    case = CASES[name]
+    query, key, start, sinks = case.inputs()
+    softmax = (0.3, case.softcap, sinks)
+    lse = row_logsumexp(query, key, start, *softmax).clone()
+    lse[lse.isinf()] = torch.nan  # of queries that see nothing
+    given = (query, key, start, case.heads or case.key_heads, *softmax, case.group, case.round_to, lse)
+    assert [step.kernel.__name__ for step in launch.plan(*given)[1]] == ["col_scores_kernel"]
+    assert_close(name, OP.backends[0].run(*given), oracle(case), case.dtype)
 
 
 def test_the_same_every_time() -> None:

@@ -71,7 +71,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     work, bounds = ModelCost.of(model), measure_bounds(model.device, model.dtype)
     before = os.getloadavg()
     with torch.no_grad():
-        cells = run_cells(settings, model, bounds, DistributedRun().log)
+        cells, failed = run_cells(settings, model, bounds, DistributedRun().log)
     return {
         "command": "bench",
         "settings": settings.to_dict(),
@@ -82,6 +82,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
         "memory_source": PeakMemory(model.device, work.weight_bytes).source,
         "argv": sys.argv[1:],
         "cells": cells,
+        "failed": failed,
     }
 
 

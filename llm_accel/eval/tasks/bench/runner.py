@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,28 +19,55 @@ from llm_accel.eval.tasks.bench.summary import summarize_cell
 Log = Callable[[str], None]
 
 
-def run_cells(settings: BenchSettings, model: Any, bounds: Bounds, log: Log) -> list[dict[str, Any]]:
-    """One record per length, batch and candidate, in this order."""
-    work = ModelCost.of(model)
+def run_cells(
+    settings: BenchSettings, model: Any, bounds: Bounds, log: Log
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """One record per length, batch and candidate, in this order; and what there was no memory for, with the message.
+    The dense model must fit: everything is compared with it."""
+    work, failed = ModelCost.of(model), dict[str, str]()
     runners = [CandidateRunner(model, candidate) for candidate in settings.candidates]
     cells = []
     for length in settings.lengths:
         for batch in settings.batches:
             inputs = make_inputs(model, length, batch, settings.seed)
-            log(f"length {length}, batch {batch}: warming up, measuring memory")
-            peaks = [runner.warm_up(inputs, settings.new_tokens, work.weight_bytes) for runner in runners]
+            place = f"length {length}, batch {batch}"
+            log(f"{place}: warming up, measuring memory")
+            peaks: dict[int, PeakMemory | None] = {}
+            for index, runner in enumerate(runners):
+                with skipped_without_memory(failed, f"{runner.candidate.name}, {place}", index > 0, log):
+                    peaks[index] = runner.warm_up(inputs, settings.new_tokens, work.weight_bytes)
             runs: list[list[TimedCall]] = [[] for _ in runners]
             for turn in range(settings.rounds):
-                log(f"length {length}, batch {batch}: round {turn + 1} of {settings.rounds}")
-                for place in range(len(runners)):
-                    index = (place + turn) % len(runners)  # so that no candidate always runs after the same one
-                    runs[index].append(runners[index].run(inputs, settings.new_tokens))
-            for runner, own, peak in zip(runners, runs, peaks, strict=True):
-                cell = summarize_cell(settings, runner.candidate, (length, batch), own, runs[0], peak, work, bounds)
+                log(f"{place}: round {turn + 1} of {settings.rounds}")
+                for rank in range(len(runners)):
+                    index = (rank + turn) % len(runners)  # so that no candidate always runs after the same one
+                    name = f"{runners[index].candidate.name}, {place}"
+                    if name not in failed:
+                        with skipped_without_memory(failed, name, index > 0, log):
+                            runs[index].append(runners[index].run(inputs, settings.new_tokens))
+            for index, (runner, own) in enumerate(zip(runners, runs, strict=True)):
+                if f"{runner.candidate.name}, {place}" in failed:
+                    continue
+                rest = (own, runs[0], peaks[index], work, bounds)
+                cell = summarize_cell(settings, runner.candidate, (length, batch), *rest)
                 if settings.probe:
                     cell["largest_batch"]["probed"] = probe(settings, runner, length, cell, work)
                 cells.append(cell)
-    return cells
+    return cells, failed
+
+
+@contextmanager
+def skipped_without_memory(failed: dict[str, str], name: str, allowed: bool, log: Log) -> Iterator[None]:
+    """Notes in ``failed`` that the device has too little memory for this, so that the others go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not allowed:
+            raise
+        failed[name] = str(error).splitlines()[0]
+        log(f"{name}: {failed[name]}")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def probe(

@@ -89,13 +89,14 @@ class BenchSettings(ModelOptions):
         repeated=True,
     )
     decodes: tuple[Decode, ...] = option(
-        "repeatable; compiled also runs the compiled static cache of transformers (default: eager)",
+        "repeatable; compiled also runs the compiled static cache of transformers, see --static (default: eager)",
         ("eager",),
         flag="--decode",
         choices=DECODES,
         parse=_decodes,
         repeated=True,
     )
+    static: bool = option("with compiled decoding, the compiled static cache of transformers too", True)
     lengths: tuple[int, ...] = lengths_option("prompt lengths", "1k,4k")
     batches: tuple[int, ...] = option(
         "rows per call", (1,), flag="--batch", metavar="LIST", parse=parse_batches, shown="1"
@@ -125,7 +126,7 @@ class BenchSettings(ModelOptions):
     def candidates(self) -> tuple[Candidate, ...]:
         """Every method with every way of decoding. ``auto`` does not apply to the plain model; ``compiled`` adds the
         static cache of transformers."""
-        static = [Candidate(DENSE, "static")] if "compiled" in self.decodes else []
+        static = [Candidate(DENSE, "static")] if self.static and "compiled" in self.decodes else []
         ours = [Candidate(method, decode) for decode in self.decodes for method in self.methods]
         return (*(one for one in ours if (one.method, one.decode) != (DENSE, "auto")), *static)
 

@@ -9,11 +9,12 @@ from llm_accel.errors import ConfigError, LlmAccelError
 from llm_accel.eval.lengths import length_label
 from llm_accel.eval.runner import print_summary
 from llm_accel.eval.table import NONE, aligned, size
-from llm_accel.eval.tasks.plan.arithmetic import Load, estimate
+from llm_accel.eval.tasks.plan.arithmetic import estimate
 from llm_accel.eval.tasks.plan.model import Geometry, geometry, load_config
 from llm_accel.eval.tasks.plan.settings import QUESTIONS, PlanSettings
 from llm_accel.methods import Auto, Dense, EntranceTokens, Grounding, LayerCut, MethodConfig, VASparse, VisualInput
 from llm_accel.patches.auto import chosen_methods
+from llm_accel.patches.footprint import Load
 from llm_accel.patches.install import make_plan
 from llm_accel.registry import parse_all
 
