@@ -180,13 +180,13 @@ def kvpress(file: Path) -> str:
 
 KINDS: dict[str, Callable[[Path], str]] = {
     "needle": needle,
-    "counted": counted,
     "hip_needle": hip_needle,
     "vision": vision,
     "bench": bench,
     "leaderboard": leaderboard,
     "prefill": prefill,
     "kvpress": kvpress,
+    "counted": counted,
 }
 
 
