@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from llm_accel.methods import MethodConfig
+from llm_accel.methods import Grounding, MethodConfig
 from llm_accel.patches.auto import chosen_methods
 from llm_accel.patches.compiled.call import refusal_of
 from llm_accel.patches.hook import DecoderHook, attach_session
@@ -64,6 +64,10 @@ class Handle:
             warnings.append("no visual token was taken out: the prompt has none")
         if layers and plan.reply is not None and not visual.before:
             warnings.append(f"{plan.reply.name} left this call alone: its prompt has no image")
+        for config in plan.configs:
+            warnings.extend(config.cautions)
+            if layers and isinstance(config, Grounding) and config.acts and not visual.before:
+                warnings.append(f"{config.name} left this call alone: its prompt has no image")
         return Report(
             method=plan.title,
             backends=backends,

@@ -42,6 +42,7 @@ class EntryStore(DynamicLayer):
         start: first real slot of each row, int64 [B]; None when every slot is real.
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         pictured: whether a prompt with visual tokens came here or was taken out on its way.
+        factors: what the output of each query head is multiplied by, fp32 [B, Hq]; None: nothing is.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
@@ -53,7 +54,16 @@ class EntryStore(DynamicLayer):
     is_sliding = False
     is_compileable = False  # transformers would build masks for it, and ours would take them for unusual ones
     is_croppable = True
-    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
+    row_tensors: ClassVar[tuple[str, ...]] = (
+        "keys",
+        "values",
+        "start",
+        "padding",
+        "window",
+        "positions",
+        "kept",
+        "factors",
+    )
     shared_tensors: ClassVar[tuple[str, ...]] = ()
     plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "pictured", "compressed", "floor")
     # what lies beside the slots: the dimension of the slots and what stands where a row has none
@@ -74,6 +84,7 @@ class EntryStore(DynamicLayer):
         self.start: Tensor | None = None
         self.padding: Tensor | None = None
         self.pictured = False
+        self.factors: Tensor | None = None
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
+from llm_accel.cache import AccelLayer, GroupedLayer, MarkedLayer, ReplyLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import ContextCompression
@@ -26,6 +26,8 @@ from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.cuts import record_scores
+from llm_accel.patches.vision.head_scaling import BlindPass, scale_heads
+from llm_accel.patches.vision.weight_shift import ShiftedAttention, mark_entries
 
 PREFIX = "llm_accel_"
 _NEUTRAL = {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}
@@ -58,7 +60,7 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | GraphCache | Replay | Rereading | Recording | None = None,
+        llm_accel: Session | GraphCache | Replay | Rereading | Recording | BlindPass | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
@@ -66,7 +68,7 @@ class AccelAttention:
         if isinstance(llm_accel, GraphCache | Replay):
             index: Any = getattr(module, "layer_idx", None)
             return llm_accel.attend(index, model, query, key, value), None
-        if isinstance(llm_accel, Rereading | Recording):
+        if isinstance(llm_accel, Rereading | Recording | BlindPass):
             return llm_accel.attend(model, query, key, value, attention_mask), None
         if llm_accel is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
@@ -82,7 +84,8 @@ class AccelAttention:
         heads = mask.heads[index] if mask is not None and index is not None else ()
         rows = masked_rows(mask, llm_accel, query.shape[2]) if mask is not None and heads else 0
         if mask is None or rows == 0:
-            return attention(query), None
+            output = attention(query)
+            return (output if index is None or layer is None else scale_heads(llm_accel, index, layer, output)), None
         if mask.mode != "window":
             return attend_without(mask, heads, rows, query, attention), None
         output = attention(query)
@@ -133,6 +136,9 @@ def over_entries(
         return GroupedAttention(session, split, layer, index, attention)(query, key, value)
     key = layer.turned_keys(session.rotary, key, session.arrived_at)
     record_scores(session, index, (query, key, value), layer.start, attention)
+    if isinstance(layer, MarkedLayer):
+        mark_entries(session, layer)
+        attention = ShiftedAttention(attention, session, layer)
     reply = session.plan.reply
     if reply is not None and isinstance(layer, ReplyLayer):
         return ReplyStep(session, reply, layer, attention).attend(query, key, value)

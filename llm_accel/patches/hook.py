@@ -24,8 +24,11 @@ from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
+from llm_accel.patches.vision.head_scaling import begin_blind_pass
 from llm_accel.patches.vision.rows import begin_call
 from llm_accel.patches.vision.state import VisualReport
+from llm_accel.patches.vision.watch import MARKS
+from llm_accel.patches.vision.weight_shift import check_marks
 from llm_accel.report import LayerReport
 
 
@@ -59,7 +62,7 @@ class DecoderHook:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
         kwargs = named_cache(kwargs)
         cache = kwargs.get(CACHE)
-        visual = kwargs.pop("llm_accel_visual", None)
+        visual, marks = kwargs.pop("llm_accel_visual", None), kwargs.pop(MARKS, None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
                 raise UnsupportedCallError(
@@ -70,7 +73,8 @@ class DecoderHook:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             cached = decoder.config.use_cache if use_cache is None else use_cache
-            without_cache = self.plan.mask is not None or self.plan.attention_method is not None or self.plan.visual
+            without_cache = self.plan.mask is not None or self.plan.attention_method is not None
+            without_cache = without_cache or self.plan.visual or self.plan.grounds
             if decoder.training or not (cached or without_cache):
                 return args, kwargs  # nothing is kept, so there is nothing to evict
             passing = not cached
@@ -96,7 +100,9 @@ class DecoderHook:
         if isinstance(self.plan.kv_method, StepEviction) and self.plan.kv_method.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
-            kwargs = begin_call(session, kwargs, visual, past)
+            kwargs = begin_call(session, kwargs, visual, past, marks)
+            check_marks(session)
+            begin_blind_pass(session, decoder, kwargs)
         if self.plan.reply is not None:
             look(session, self.plan.reply, kwargs)
         self._latest = weakref.ref(session)
@@ -147,6 +153,7 @@ class DecoderExit:
             return
         if session is None:
             return
+        session.visual.blind = None
         end_call(session, decoder)
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()

@@ -18,6 +18,7 @@ from llm_accel.methods.selection import real_slots
 from llm_accel.patches.context import Context
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
+from llm_accel.patches.vision.grounding import grounding_of
 from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
 
@@ -248,6 +249,11 @@ class Session:
         """Whether a prompt with visual tokens is complete."""
         return any(layer.pictured for layer in self.ours.values())
 
+    @property
+    def any_scaled(self) -> bool:
+        """Whether a method has decided how heads of this cache are scaled."""
+        return any(layer.factors is not None for layer in self.ours.values())
+
     def any_shortened(self) -> bool:
         """Whether some layer of this cache has evicted entries or never got some of the tokens."""
         return any(layer.compressed or layer.removed for layer in self.ours.values())
@@ -368,6 +374,7 @@ class Session:
                 report.evicted = report.logical_length - layer.mean_length()
                 report.sparse_calls = getattr(layer, "sparse_calls", 0)
                 report.kept = layer.kept_positions() if self.plan.trace else None
+                report.grounding = grounding_of(self.plan, layer)
             return report
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None and keys.numel():

@@ -11,6 +11,7 @@ from functools import partial
 
 from llm_accel.common.generation import end_tokens
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
+from llm_accel.patches.applied import AppliedMethods, Methods
 from llm_accel.patches.forward import Forward
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.rows import lengths_mix
@@ -22,7 +23,6 @@ from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
-from llm_accel.serve.methods import AppliedMethods, Methods
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.prefill import Prefill
 from llm_accel.serve.scheduler import Scheduler
@@ -63,8 +63,7 @@ class Engine:
         self._watch()
 
     def _plan(self, methods: Methods) -> Plan | None:
-        self._methods.use(methods or self._methods.plain)
-        return self._methods.plan
+        return self._methods.use(methods or self._methods.plain)
 
     def _watch(self) -> None:
         watch, kept = self.metrics.watch, self._conversations

@@ -185,7 +185,8 @@ class InputProcessor:
 
 def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:
     """The dense model reads the prompt, and methods that leave its attention alone read it like that."""
-    others = [it.name for it in methods if Claim.ATTENTION in it.claims and not isinstance(it, Dense)]
+    read_otherwise = {Claim.ATTENTION, Claim.HEADS}
+    others = [it.name for it in methods if read_otherwise & it.claims.keys() and not isinstance(it, Dense)]
     if others:
         raise BadRequest(
             "log-probabilities of the prompt are those of the dense model, and "
