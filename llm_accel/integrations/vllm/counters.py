@@ -95,8 +95,9 @@ class Reader:
         return Counts(*_FORMAT.unpack(written))
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)
+        file: int | None = getattr(self, "_file", None)
+        if file is not None:
+            os.close(file)
 
 
 def _opened(engine: int, how: int) -> int | None:
