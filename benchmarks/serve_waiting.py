@@ -27,6 +27,7 @@ from benchmarks.serve_load import NO_END, WORDS, make_client, quantiles, send
 from benchmarks.server import started
 
 SHORT, LONG = 16, 512  # tokens of answers
+PROBES = 7  # short requests alone, and as many during the long one
 ANSWERED = {"ok", NO_END}
 MIXED = (16, 16, 16, 192)
 
@@ -39,19 +40,23 @@ def request(rng: random.Random, words: int, tokens: int, stream: bool = True) ->
 
 
 async def head_of_line(client: httpx.AsyncClient, name: dict[str, str], rng: random.Random) -> dict[str, float]:
-    """Seconds of a short answer alone, and of one that begins when the first token of a long one is there."""
-    alone = await send(client, name | request(rng, 16, SHORT))
+    """Median seconds of short answers alone, and of those that come one after the other during a long one."""
+    alone = [await send(client, name | request(rng, 16, SHORT)) for _ in range(PROBES)]
     long = asyncio.create_task(send(client, name | request(rng, 16, LONG)))
-    await asyncio.sleep(2 * alone["seconds"])
-    during = await send(client, name | request(rng, 16, SHORT))
-    unfinished = not long.done()
+    await asyncio.sleep(2 * alone[-1]["seconds"])
+    during = []
+    while len(during) < PROBES and not long.done():
+        during.append(await send(client, name | request(rng, 16, SHORT)))
+    if long.done():
+        during = during[:-1]
     whole = await long
-    outcomes = {record["outcome"] for record in (alone, during, whole)}
-    if not outcomes <= ANSWERED or not unfinished or whole["completion_tokens"] != LONG:
+    outcomes, tokens = {record["outcome"] for record in (*alone, *during, whole)}, whole["completion_tokens"]
+    if not outcomes <= ANSWERED or not during or tokens != LONG:
         raise SystemExit(
-            f"the round means nothing: {outcomes}, the long answer had {whole['completion_tokens']} tokens."
+            f"the round means nothing: {outcomes}, a long answer of {tokens} tokens, {len(during)} short ones in it."
         )
-    return {"alone_s": alone["seconds"], "during_s": during["seconds"], "long_s": whole["seconds"]}
+    seconds = [median(record["seconds"] for record in records) for records in (alone, during)]
+    return {"alone_s": seconds[0], "during_s": seconds[1], "long_s": whole["seconds"]}
 
 
 async def mixed_load(

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from llm_accel.patches.applied import Methods
 from llm_accel.patches.running import RunningRows, bytes_of
 from llm_accel.serve.chooser import Chooser
-from llm_accel.serve.methods import Methods
 from llm_accel.serve.sequences import TokenSequence
 
 

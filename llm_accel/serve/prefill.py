@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from transformers import DynamicCache
-
+from llm_accel.patches.applied import AppliedMethods
 from llm_accel.patches.forward import Forward
 from llm_accel.patches.running import Reading
 from llm_accel.serve.chooser import Chooser
 from llm_accel.serve.conversations import Conversations
 from llm_accel.serve.group import Group
 from llm_accel.serve.logprobs import prompt_logprobs
-from llm_accel.serve.methods import AppliedMethods
 from llm_accel.serve.sequences import TokenSequence
 
 
-class Prefill:
+class ReadingRows:
     """Rows whose prompts are being read.
 
     Attributes:
@@ -69,10 +67,10 @@ class Prefill:
 
     def _read_prompts(self, rows: list[TokenSequence]) -> Iterator[bool]:
         job, methods = rows[0].job, rows[0].job.methods or self._methods.plain
-        handle = self._methods.use(methods)
+        self._methods.use(methods)
         cache = self._conversations.reopen(job) if job.session is not None else None
         if cache is None:
-            cache = DynamicCache(config=self._forward.model.config) if handle is None else handle.new_cache()
+            cache = self._methods.new_cache()
         prompts = list(dict.fromkeys(row.prompt for row in rows))  # several answers to one prompt read it once
         joins = self._methods.joins
         reading = Reading(self._forward, prompts, cache, job.features, self._chunk, joins)

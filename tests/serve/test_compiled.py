@@ -38,8 +38,9 @@ def test_answers_are_those_of_plain_generate(compiling: Running, needle: tuple[A
         answers = list(pool.map(lambda ids: compiling.complete(ids, max_tokens=6).json(), prompts))
     assert [answer["choices"][0]["text"] for answer in answers] == expected
     compiling.idle()  # answers leave before the inference thread is done with the cache
-    report = compiling.server.engine._methods._handles[(SnapKV(budget=128),)].report()
-    assert report.backends["decode steps"][0] == "compiled"
+    hook = compiling.server.engine._methods._hooks[(SnapKV(budget=128),)]
+    assert hook.plan.backends["decode steps"][0] == "compiled"
+    assert call.refusal_of(compiling.server.engine._forward.model.get_decoder()) is None
     refused = compiling.complete(llm_accel={"method": "vasparse"}, max_tokens=2)
     assert refused.status_code == 400
 

@@ -111,10 +111,10 @@ async def test_methods_are_put_off_and_on_without_another_trial() -> None:
     model = tiny_model("llama")
     driven = Driven(copy.deepcopy(model), decode="eager")
     jobs = [driven.submit([ids(40, seed)], method, 6) for seed, method in enumerate([SNAP, (), SNAP, ()])]
-    handles = {id(one) for one in driven.engine._methods._handles.values()}
+    handles = {id(one) for one in driven.engine._methods._hooks.values()}
     driven.finish()
-    assert {id(one) for one in driven.engine._methods._handles.values()} >= handles
-    assert len(driven.engine._methods._handles) == 2
+    assert {id(one) for one in driven.engine._methods._hooks.values()} >= handles
+    assert len(driven.engine._methods._hooks) == 2
     for job in jobs:
         check(model, job)
     driven.engine._methods.rest()
