@@ -98,7 +98,7 @@ def tiny(families: dict[str, tuple[str, ...]], count: int = 24, **options: Any) 
                 wanted = visual.in_transformers(folder, prompts, method, **options)
                 yield case(
                     [*found, *again], wanted * 2, model=f"tiny {family}", method=method,
-                    placeholders=sum(placeholders) / len(placeholders),
+                    placeholders=round(sum(placeholders) / len(placeholders), 1),
                 )  # fmt: skip
 
 
@@ -150,16 +150,24 @@ def main() -> None:
     args = parser.parse_args()
     import vllm
 
-    cases = {}
-    for part in args.part or PARTS:
-        cases[part] = []
+    about = conditions(model="see each case", vllm=vllm.__version__)
+    parts = args.part or list(PARTS)
+    cases: dict[str, list[Case]] = {part: [] for part in parts}
+    for part in parts:
         for one in PARTS[part]():
             print(json.dumps(one), file=sys.stderr, flush=True)
             cases[part].append(one)
+            if args.out:  # what an interrupted run leaves
+                args.out.write_text(json.dumps(result(about, cases, complete=False), indent=2) + "\n")
+    found = result(about, cases, complete=True)
+    publish(found, args.out)
+    sys.exit(0 if found["all_equal"] else 1)
+
+
+def result(about: dict[str, Any], cases: dict[str, list[Case]], complete: bool) -> dict[str, Any]:
+    """All that is known so far."""
     equal = all(one["tokens_equal"] == one["tokens"] for some in cases.values() for one in some)
-    about = conditions(model="see each case", vllm=vllm.__version__)
-    publish({"conditions": about, "all_equal": equal, "cases": cases}, args.out)
-    sys.exit(0 if equal else 1)
+    return {"conditions": about, "complete": complete, "all_equal": equal, "cases": cases}
 
 
 if __name__ == "__main__":

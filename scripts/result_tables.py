@@ -99,6 +99,26 @@ def vision(directory: Path) -> str:
     return markdown(["", "tokens", *tasks, "mean", "CHAIR_i", "recall", "patch recall", "LM FLOPs of dense"], rows)
 
 
+def hallucination(file: Path) -> str:
+    """CHAIR and POPE of the options that were chosen, under each condition, and what they were measured on."""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    splits = ("random", "popular", "adversarial")
+    parts = []
+    for name, found in result["conditions"].items():
+        rows = []
+        for method, entry in found["methods"].items():
+            chair, pope = entry["chair"], entry["pope"]
+            spec = found["chosen"][method].removeprefix(f"{found['beside']}+")
+            low, high = chair["chair_s_ci95"]
+            shares = [f"{chair['chair_s']:.3f} ({low:.2f} to {high:.2f})", f"{chair['chair_i']:.3f}"]
+            asked = [f"{pope[one]['f1']:.3f}" for one in splits]
+            yes = sum(pope[one]["yes_ratio"] for one in splits) / len(splits)
+            rows.append([f"`{spec}`", *shares, f"{chair['recall']:.3f}", f"{chair['words']:.1f}", *asked, f"{yes:.2f}"])
+        header = [name, "CHAIR_S", "CHAIR_I", "recall", "words", *(f"POPE F1 {one}" for one in splits), "yes"]
+        parts.append(markdown(header, rows))
+    return "\n".join(parts)
+
+
 def device(hardware: dict[str, Any]) -> str:
     """The GPU, or threads and cores, in words."""
     threads = hardware["torch_threads"]
@@ -180,13 +200,14 @@ def kvpress(file: Path) -> str:
 
 KINDS: dict[str, Callable[[Path], str]] = {
     "needle": needle,
-    "counted": counted,
     "hip_needle": hip_needle,
     "vision": vision,
+    "hallucination": hallucination,
     "bench": bench,
     "leaderboard": leaderboard,
     "prefill": prefill,
     "kvpress": kvpress,
+    "counted": counted,
 }
 
 

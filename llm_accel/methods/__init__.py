@@ -26,6 +26,7 @@ from llm_accel.methods.shard import HeadShard as HeadShard
 from llm_accel.methods.visual.base import Cut as Cut
 from llm_accel.methods.visual.base import CutModel as CutModel
 from llm_accel.methods.visual.base import CutView as CutView
+from llm_accel.methods.visual.base import EntranceTokens as EntranceTokens
 from llm_accel.methods.visual.base import LastQuery as LastQuery
 from llm_accel.methods.visual.base import LayerCut as LayerCut
 from llm_accel.methods.visual.base import VisualInput as VisualInput
@@ -58,6 +59,9 @@ from llm_accel.methods.kv.random_kv import RandomKV as RandomKV
 from llm_accel.methods.visual.flowcut import FlowCut as FlowCut
 from llm_accel.methods.visual.visionzip import VisionZip as VisionZip
 from llm_accel.methods.visual.fastv import FastV as FastV
+from llm_accel.methods.visual.divprune import DivPrune as DivPrune
+from llm_accel.methods.visual.cdpruner import CDPruner as CDPruner
+from llm_accel.methods.visual.dart import DART as DART
 from llm_accel.methods.visual.dyvte import DyVTE as DyVTE
 from llm_accel.methods.visual.vasparse import VASparse as VASparse
 from llm_accel.methods.visual.vhr import VHR as VHR

@@ -25,6 +25,7 @@ from llm_accel.methods import (
     Cut,
     Dense,
     Depth,
+    EntranceTokens,
     HeadMask,
     HeadScaling,
     HeadShard,
@@ -76,6 +77,8 @@ class Plan:
         attention_method: the method that computes attention, if any; worked out from ``configs``.
         cut: after which layers visual tokens may leave the decoder, and which of them, or None.
         tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
+        entrance: the method that decides at the entrance of the decoder which visual tokens enter it, if any; worked
+            out from ``configs``.
         reply: the method that changes how a reply is decoded, if any; worked out from ``configs``.
     """
 
@@ -104,6 +107,7 @@ class Plan:
     kv_method: ScoreAndKeep | None = field(init=False, compare=False)
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
+    entrance: EntranceTokens | None = field(init=False, compare=False)
     reply: VASparse | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
@@ -118,6 +122,7 @@ class Plan:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "kv_method", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
+        object.__setattr__(self, "entrance", _first(self.configs, EntranceTokens))
         object.__setattr__(self, "reply", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
@@ -133,7 +138,7 @@ class Plan:
     @property
     def visual(self) -> bool:
         """Whether visual tokens are taken out."""
-        return self.tokens is not None or self.cut is not None
+        return self.tokens is not None or self.entrance is not None or self.cut is not None
 
     @property
     def grounds(self) -> bool:

@@ -49,6 +49,9 @@ CHOOSING = ("auto",)
 VISUAL = (
     "flowcut",
     "visionzip",
+    "divprune",
+    "cdpruner",
+    "dart",
     "fastv",
     "dyvte",
     "vasparse",

@@ -16,8 +16,8 @@ from llm_accel.registry import parse_all
 
 KV = ("snapkv", "pyramidkv", "random", "auto")  # append, as many entries in each head, or may choose to
 MOVING = ("adakv", "h2o", "streaming_llm", "h2o:semantics=sim")
-TOKENS = ("flowcut", "visionzip", "downsample", "stride_tokens", "random_tokens")
-CUTS = ("fastv", "dyvte")
+TOKENS = ("flowcut", "visionzip", "divprune", "cdpruner", "downsample", "stride_tokens", "random_tokens")
+CUTS = ("fastv", "dart", "dyvte")
 SHIFTING = ("paint", "var")
 CONTRAST = "vasparse:beta=0,keep=1"
 ALONE = ("retrieval_heads", "dense:capacity=64", "kvzip")

@@ -56,5 +56,4 @@ class FreedBlocks(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         if self.kv is not None:
-            self._reader.read()
             logger.info("llm_accel: /metrics shows what %s frees, as llm_accel:kv_blocks_freed", self.kv.spec())

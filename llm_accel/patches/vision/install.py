@@ -13,6 +13,7 @@ from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     Cut,
     Downsample,
+    EntranceTokens,
     Grounding,
     HeadScaling,
     LayerCut,
@@ -48,7 +49,11 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             builds the masks of its decoder itself.
         ConfigError: a method applied with it cannot work on what is left.
     """
-    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | VASparse | Grounding)]
+    visual = [
+        config
+        for config in configs
+        if isinstance(config, VisualInput | EntranceTokens | LayerCut | VASparse | Grounding)
+    ]
     if not visual or model.config.model_type not in REFUSED:
         check_mask(model)
     if not visual:
@@ -76,7 +81,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     cutting: list[LayerCut | VisualInput] = [config for config in visual if isinstance(config, LayerCut)]
     cutting += [config for config in visual if isinstance(config, VisualInput)]
     scaling = any(isinstance(config, HeadScaling) for config in visual)
-    if cutting or scaling:
+    entering = any(isinstance(config, EntranceTokens) for config in visual)
+    if cutting or scaling or entering:
         check_rows(model, names)
     cut = plan_cut(model, family, cutting[0], recurrent) if cutting else None
     if cut is not None:

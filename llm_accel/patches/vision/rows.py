@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods import EntranceTokens
 from llm_accel.methods.selection import slots_of
 from llm_accel.patches.vision.tombstones import surplus_of, tombstones
 
@@ -115,6 +116,8 @@ def begin_call(
     rows = VisualRows(real, visual, None if marks is None else marks.placed(real))
     session.visual.begin(rows, past)
     gone = tombstones(embeddings)
+    if session.plan.entrance is not None:
+        gone = gone | left_out(session, session.plan.entrance, rows, embeddings)
     kwargs = _caught_up(session, kwargs, past)
     if bool(gone.any()):
         index, surplus = rows.take(~gone), surplus_of(embeddings, gone)
@@ -132,6 +135,34 @@ def begin_call(
         }
     session.visual.update_layers(session, first_layer=0)
     return kwargs
+
+
+def left_out(session: Session, method: EntranceTokens, rows: VisualRows, embeddings: Tensor) -> Tensor:
+    """Which tokens of the call a method does not let in, bool [B, T].
+
+    Raises:
+        UnsupportedCallError: nobody knows which tokens are visual, or the prompt is not there as a whole.
+    """
+    if rows.visual is None:
+        raise UnsupportedCallError(
+            f"{method.spec()} must know which tokens are visual; give input_ids, not merged inputs_embeds."
+        )
+    gone = torch.zeros_like(rows.real)
+    for row, visual in enumerate(rows.visual):
+        tokens = visual.nonzero()[:, 0]
+        kept = method.tokens(len(tokens))
+        if kept == len(tokens):
+            continue
+        if session.prompt_end is not None:
+            raise UnsupportedCallError(
+                f"{method.spec()} compares all visual tokens of a prompt, and this one comes in chunks; leave out "
+                "prefill_chunk_size."
+            )
+        known = embeddings[row].detach().float()
+        chosen = method.pick(known[tokens], known[rows.real[row] & ~visual], kept)
+        gone[row, tokens] = True
+        gone[row, tokens[chosen]] = False
+    return gone
 
 
 def _positions(kwargs: dict[str, Any], past: int, tokens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -80,8 +81,13 @@ def limits(method: str | None) -> dict[str, Any]:
     return {"limit_mm_per_prompt": {"image": 2} | ({"video": 0} if method is None else {})}
 
 
-def ask_about_a_video(llm: Any, family: str) -> None:
+def check_videos_are_refused(llm: Any, family: str) -> None:
     """A request that comes with a video of two frames."""
+    from vllm.exceptions import VLLMValidationError
+
     text = f"w5 {next(name for name, token in tiny_vision.special(family).items() if token == tiny_vision.VIDEO)} w6"
     frames = np.zeros((2, 56, 56, 3), dtype=np.uint8)
-    llm.generate([{"prompt": text, "multi_modal_data": {"video": frames}}], use_tqdm=False)
+    told = {"fps": 2.0, "duration": 1.0, "total_num_frames": 2, "frames_indices": [0, 1], "do_sample_frames": False}
+    video = [(frames, told)] if family.startswith("qwen") else frames
+    with pytest.raises(VLLMValidationError, match=r"(?i)at most 0 video"):
+        llm.generate([{"prompt": text, "multi_modal_data": {"video": video}}], use_tqdm=False)
