@@ -41,7 +41,7 @@ FAMILY_TESTS  = $(wildcard tests/families)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
 .PHONY: help needle real test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
-        families-share test-vllm test-vllm-old kernels kernel-table kernel-table-check clients docs lock clean FORCE
+        families-share test-vllm test-vllm-old kernels kernel-table kernel-table-check clients kvpress docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -122,6 +122,14 @@ clients: $(VENV)/.ready
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
 	build/clients/bin/python $(PIP) litellm langchain-openai llama-index-llms-openai-like "lm-eval[api]"
 	PYTHONPATH=$(CURDIR) build/clients/bin/python scripts/clients.py
+
+# kvpress on the same token ids, in an environment of its own over that of the tests: it needs an older transformers. Needs
+# `make real`; goes on where it stopped.
+kvpress: $(VENV)/.ready
+	$(BIN)/python -m venv build/kvpress
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(build/kvpress/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
+	build/kvpress/bin/python $(PIP) "transformers==5.2.*" kvpress==0.5.5
+	$(BIN)/python -m benchmarks.peers.kvpress --peer-python build/kvpress/bin/python $(ARGS)
 
 # The interpreter runs Triton kernels on the CPU. Triton decides when it is imported, hence a run of their own.
 kernels: $(VENV)/.ready

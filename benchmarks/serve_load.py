@@ -23,7 +23,8 @@ import httpx
 from benchmarks.common import machine, resident_mib
 from benchmarks.server import started
 
-_WORDS = "the old dog watched a green river near the house while the doctor praised the hunter"
+NO_END = "no [DONE]"  # a whole stream without the line that ends it, as transformers serve sends it
+WORDS = "the old dog watched a green river near the house while the doctor praised the hunter"
 
 
 def make_requests(count: int, longest: int, new_tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def make_requests(count: int, longest: int, new_tokens: int, seed: int) -> list[
     requests = []
     for number in range(count):
         words = int(16 * (longest / 16) ** rng.random())
-        body: dict[str, Any] = {"prompt": " ".join(rng.choices(_WORDS.split(), k=words)), "max_tokens": new_tokens}
+        body: dict[str, Any] = {"prompt": " ".join(rng.choices(WORDS.split(), k=words)), "max_tokens": new_tokens}
         body |= {"stream": number % 2 == 0, "seed": number, "temperature": 1.0 if number % 4 == 0 else 0.0}
         requests.append(body | {"stream_options": {"include_usage": True}} if body["stream"] else body)
     return requests
@@ -51,8 +52,8 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any
             events = [json.loads(text[6:]) for _, text in lines if text.startswith("data: {")]
             usage = events[-1].get("usage") or {}
             answer = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
-            if "error" in events[-1] or lines[-1][1] != "data: [DONE]":
-                outcome = "broken stream"
+            if lines[-1][1] != "data: [DONE]":
+                outcome = "broken stream" if "error" in events[-1] or not usage else NO_END
         else:
             whole = json.loads("".join(text for _, text in lines))
             usage, answer = whole["usage"], whole["choices"][0]["text"]
@@ -78,7 +79,7 @@ async def run(url: str, requests: list[dict[str, Any]], in_flight: int, pid: int
     """All requests, a fixed number at a time: what came of them, the wall time, and the resident memory of process
     ``pid`` in MiB after each of them."""
     places, memory = asyncio.Semaphore(in_flight), []
-    async with _client(url) as client:
+    async with make_client(url) as client:
         name = (await client.get("models")).raise_for_status().json()["data"][0]["id"]
 
         async def one(body: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +96,13 @@ async def run(url: str, requests: list[dict[str, Any]], in_flight: int, pid: int
 
 async def read_metrics(url: str) -> list[str]:
     """The counters of the server."""
-    async with _client(url) as client:
+    async with make_client(url) as client:
         lines = (await client.get(url.rsplit("/v1", 1)[0] + "/metrics")).text.splitlines()
     return [line for line in lines if line and line[0] != "#" and "_bucket" not in line and "_created" not in line]
 
 
-def _client(url: str) -> httpx.AsyncClient:
+def make_client(url: str) -> httpx.AsyncClient:
+    """A client of the server, with its key if there is one."""
     headers = {"Authorization": f"Bearer {os.environ.get('LLM_ACCEL_API_KEY', 'none')}"}
     return httpx.AsyncClient(base_url=url.rstrip("/") + "/", headers=headers, timeout=None)
 
@@ -116,8 +118,8 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
         "requests_per_s": len(done) / wall,
         "generated_tokens_per_s": sum(record["completion_tokens"] for record in done) / wall,
         "prompt_tokens_per_s": sum(record["prompt_tokens"] for record in done) / wall,
-        "seconds": _quantiles([record["seconds"] for record in done]),
-        "first_s": _quantiles([record["first_s"] for record in done if record["first_s"] is not None]),
+        "seconds": quantiles([record["seconds"] for record in done]),
+        "first_s": quantiles([record["first_s"] for record in done if record["first_s"] is not None]),
         "peak_mib_by_quarter": [max(memory[at : at + quarter]) for at in range(0, len(memory), quarter)],
     }
 
@@ -136,7 +138,8 @@ def compare(many: dict[str, Any], single: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The median and two tails; empty without values."""
     ordered = sorted(values)
     return {f"p{q}": ordered[min(len(ordered) - 1, len(ordered) * q // 100)] for q in (50, 95, 99) if ordered}
 
@@ -161,7 +164,7 @@ def main() -> None:
         url, pid = args.url, None
         if url is None:
             options = {"port": 0, "method": args.method, "max-batch": args.max_batch, "max-queue": args.in_flight}
-            url, pid = stack.enter_context(started(options | {"deadline-s": 600, "window-ms": 0}))
+            url, pid = stack.enter_context(started(options | {"deadline-s": 600}))
         many = asyncio.run(run(url, requests, args.in_flight, pid))
         single = asyncio.run(run(url, requests, 1, pid))
         metrics = asyncio.run(read_metrics(url))

@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from llm_accel.methods import MethodConfig
+from llm_accel.methods import Grounding, MethodConfig
 from llm_accel.patches.auto import chosen_methods
 from llm_accel.patches.compiled.call import refusal_of
 from llm_accel.patches.hook import DecoderHook, attach_session
@@ -19,7 +19,9 @@ from llm_accel.patches.install import hook_of, install, make_plan, uninstall, un
 from llm_accel.patches.persist import load_cache, save_cache
 from llm_accel.patches.plan import Decode
 from llm_accel.patches.prefill import Prompts, compress, prefill, why_whole
+from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import ReadCache
+from llm_accel.patches.shared_prefill import record, resume, why_own
 from llm_accel.registry import configure_all
 from llm_accel.report import Report
 
@@ -62,6 +64,10 @@ class Handle:
             warnings.append("no visual token was taken out: the prompt has none")
         if layers and plan.reply is not None and not visual.before:
             warnings.append(f"{plan.reply.name} left this call alone: its prompt has no image")
+        for config in plan.configs:
+            warnings.extend(config.cautions)
+            if layers and isinstance(config, Grounding) and config.acts and not visual.before:
+                warnings.append(f"{config.name} left this call alone: its prompt has no image")
         return Report(
             method=plan.title,
             backends=backends,
@@ -142,6 +148,35 @@ class Handle:
     def can_prefill(self) -> bool:
         """Whether :meth:`prefill` works with this method on this model."""
         return why_whole(self._hook.plan, self._model.get_decoder().config) is None
+
+    def record(self, input_ids: Prompts, attention_mask: Tensor | None = None) -> Recording:
+        """Reads prompts once for several methods, to compare them: until the end of the prompt, methods that evict
+        there are the dense model. Each of them, applied to the same model in turn, goes on by :meth:`resume`. The
+        recording holds the whole cache and the queries of the prompts, whatever the method.
+
+        Args:
+            input_ids: token ids [B, n], or a list of B 1-D tensors of any lengths.
+            attention_mask: [B, n], zeros on the left of shorter rows; None: no padding.
+
+        Raises:
+            ConfigError: these are no prompts.
+            UnsupportedCallError: this method reads prompts in a way of its own.
+        """
+        return record(self._model, self._hook, input_ids, attention_mask)
+
+    def resume(self, recording: Recording) -> ReadCache:
+        """What this method leaves of recorded prompts, as a cache from which ``model.generate(**cache.inputs, ...)``
+        continues as if it had read them. The recording stays as it is.
+
+        Raises:
+            UnsupportedCallError: this method reads prompts in a way of its own, or the recording is of another model.
+        """
+        return resume(self._model, self._hook, recording)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether :meth:`record` and :meth:`resume` work with this method on this model."""
+        return why_own(self._hook.plan, self._model.get_decoder().config) is None
 
     def save_cache(self, cache: DynamicCache, path: str | Path) -> None:
         """Writes a filled cache of this method to a safetensors file, with the method and the model it belongs to."""

@@ -38,7 +38,9 @@ _WHOLE = "each of them would repeat the whole run in the same directory"
 COMMANDS = {
     "methods": Command("llm_accel.method_table", "the methods, what they cut, and their options"),
     "doctor": Command("llm_accel.doctor", "versions, GPU, available kernels and backends, and why others are not"),
-    "needle": Command("llm_accel.eval.tasks.needle.command", "needle-in-a-haystack grid, several methods side by side"),
+    "needle": Command(
+        "llm_accel.integrations.needle_command", "needle-in-a-haystack grid, several methods side by side"
+    ),
     "ruler": Command(
         "llm_accel.eval.tasks.ruler.command", "RULER's 13 long-context tasks at exact lengths, several methods"
     ),
@@ -50,6 +52,9 @@ COMMANDS = {
         "llm_accel.eval.tasks.bench.command",
         "speed and memory of methods, against dense and the bandwidth bound",
         alone="cells that run at the same time share cores and memory, which would distort their timings",
+    ),
+    "bench serve": Command(
+        "llm_accel.eval.tasks.bench_serve.command", "load on OpenAI-compatible servers, side by side", alone=_WHOLE
     ),
     "plan": Command(
         "llm_accel.eval.tasks.plan.command", "bytes, largest batch and step time of a model before it is loaded"
@@ -117,6 +122,8 @@ def _dispatch(arguments: list[str]) -> int:
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """The command that these arguments name, and its options. :class:`LlmAccelError` for a name that does not exist."""
     name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
         raise LlmAccelError(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]

@@ -22,6 +22,9 @@ class LayerReport:
             row where they hold different numbers of entries.
         state_bytes: bytes of a linear-attention state, which stays as it is.
         sparse_calls: attention calls that a sparse attention method computed; the others were dense.
+        grounding: what a method against hallucination changed in the layer, name -> a list with an item per row or a
+            number: `scaled_heads` (query heads), entries by what they are (`visual`, `local`, `summary`, `sinks`,
+            `visual_sinks`), and `shifted` of `asked` pairs of a query and a head whose attention was corrected.
         skipped_reason: why the layer was left as it is, or None.
         kept: with ``trace=True``, original positions of the entries kept when the prompt was compressed, int64
             [B, Hk, n], ascending, counted from the first real token of each row; -1 first where a row keeps fewer.
@@ -35,6 +38,7 @@ class LayerReport:
     evicted: int = 0
     state_bytes: int = 0
     sparse_calls: int = 0
+    grounding: dict[str, Any] = field(default_factory=dict)
     skipped_reason: str | None = None
     kept: Tensor | None = None
 
@@ -100,6 +104,7 @@ class Report:
                     f"  entries   {longest.physical_length} stored of {longest.logical_length} seen,"
                     f" in {len(ours)} of {len(self.layers)} layers"
                 )
+            lines.extend(_grounding(self.layers))
             for reason in sorted({layer.skipped_reason for layer in self.layers if layer.skipped_reason}):
                 indices = [str(layer.layer) for layer in self.layers if layer.skipped_reason == reason]
                 lines.append(f"  skipped   layers {', '.join(indices)}: {reason}")
@@ -108,6 +113,20 @@ class Report:
             lines.append(f"  chosen    {self.chosen}")
         lines.extend(f"  warning   {text}" for text in self.warnings)
         return "\n".join(lines)
+
+
+def _grounding(layers: list[LayerReport]) -> list[str]:
+    """What a method against hallucination changed, over all layers."""
+    lines = []
+    scaled = [layer for layer in layers if "scaled_heads" in layer.grounding]
+    if scaled:
+        per_row = [len(heads) for layer in scaled for heads in layer.grounding["scaled_heads"]]
+        lines.append(f"  heads     {sum(per_row) / len(per_row):.1f} per layer and row scaled, in {len(scaled)} layers")
+    shifted = [layer.grounding for layer in layers if "shifted" in layer.grounding]
+    if shifted:
+        done, asked = (sum(one[name] for one in shifted) for name in ("shifted", "asked"))
+        lines.append(f"  attention {done} of {asked} rows of heads shifted, in {len(shifted)} layers")
+    return lines
 
 
 def _mib(count: int) -> str:

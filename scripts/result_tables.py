@@ -49,6 +49,19 @@ def needle(directory: Path) -> str:
     )
 
 
+def counted(directory: Path) -> str:
+    """Exact match with its interval and the prompts that ran, by method and length, and the share of the KV bytes."""
+    methods: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["methods"]
+    lengths = list(next(iter(methods.values()))["lengths"])
+    body = []
+    for name, entry in methods.items():
+        found = [entry["lengths"][length] for length in lengths]
+        cells = [f"{at['exact']:.2f} ({at['ci95'][0]:.2f}-{at['ci95'][1]:.2f}), {at['n']}" for at in found]
+        body.append([f"`{name}`", *cells, f"{found[-1]['kv_bytes'] / found[-1]['dense_kv_bytes']:.1%}"])
+    labels = [length_label(int(length)) for length in lengths]
+    return markdown(["exact match (95 %), prompts", *labels, f"KV held at {labels[-1]}"], body)
+
+
 def hip_needle(directory: Path) -> str:
     """Exact match of HiP's settings by the share of the context that a query sees, and of the dense model."""
     from benchmarks.hip_needle import ROWS, SHARES, config
@@ -84,6 +97,26 @@ def vision(directory: Path) -> str:
         exact = [f"{entry['tasks'][task]['exact']:.2f}" for task in tasks]
         rows.append([f"`{name}`", tokens, *exact, mean, *("" if one is None else f"{one:.2f}" for one in others)])
     return markdown(["", "tokens", *tasks, "mean", "CHAIR_i", "recall", "patch recall", "LM FLOPs of dense"], rows)
+
+
+def hallucination(file: Path) -> str:
+    """CHAIR and POPE of the options that were chosen, under each condition, and what they were measured on."""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    splits = ("random", "popular", "adversarial")
+    parts = []
+    for name, found in result["conditions"].items():
+        rows = []
+        for method, entry in found["methods"].items():
+            chair, pope = entry["chair"], entry["pope"]
+            spec = found["chosen"][method].removeprefix(f"{found['beside']}+")
+            low, high = chair["chair_s_ci95"]
+            shares = [f"{chair['chair_s']:.3f} ({low:.2f} to {high:.2f})", f"{chair['chair_i']:.3f}"]
+            asked = [f"{pope[one]['f1']:.3f}" for one in splits]
+            yes = sum(pope[one]["yes_ratio"] for one in splits) / len(splits)
+            rows.append([f"`{spec}`", *shares, f"{chair['recall']:.3f}", f"{chair['words']:.1f}", *asked, f"{yes:.2f}"])
+        header = [name, "CHAIR_S", "CHAIR_I", "recall", "words", *(f"POPE F1 {one}" for one in splits), "yes"]
+        parts.append(markdown(header, rows))
+    return "\n".join(parts)
 
 
 def device(hardware: dict[str, Any]) -> str:
@@ -148,13 +181,33 @@ def prefill(file: Path) -> str:
     return markdown(["", "MiB", "of dense"], rows)
 
 
+def kvpress(file: Path) -> str:
+    """Needles found and bytes held by both packages, of each way, task and row."""
+
+    def cell(found: dict[str, Any] | None) -> list[str]:
+        if found is None:
+            return ["-", "-"]
+        low, high = found["ci95"]
+        return [f"{found['found']}/{found['of']} ({low:.2f}-{high:.2f})", f"{found['held']:.1%}"]
+
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    body = []
+    for row in rows:
+        asked = f"{row['way']}, {row['task']}, {length_label(row['length'])}"
+        body.append([asked, f"`{row['row']}`", *cell(row["llm_accel"]), *cell(row["kvpress"])])
+    return markdown(["question, task", "method", "llm_accel", "KV held", "kvpress", "KV held"], body)
+
+
 KINDS: dict[str, Callable[[Path], str]] = {
     "needle": needle,
     "hip_needle": hip_needle,
     "vision": vision,
+    "hallucination": hallucination,
     "bench": bench,
     "leaderboard": leaderboard,
     "prefill": prefill,
+    "kvpress": kvpress,
+    "counted": counted,
 }
 
 

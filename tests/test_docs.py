@@ -61,7 +61,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    running = start(tiny_reader(), tokenizer(), window_ms=0, max_new_tokens=4)
+    running = start(tiny_reader(), tokenizer(), max_new_tokens=4)
     yield running
     running.stop()
 

@@ -3,6 +3,7 @@
 from llm_accel.cache.grouped import GroupedLayer
 from llm_accel.cache.hiding import HidingLayer
 from llm_accel.cache.layer import AccelLayer
+from llm_accel.cache.marked import MarkedLayer
 from llm_accel.cache.ragged import RaggedLayer
 from llm_accel.cache.relative import RelativeSlotLayer
 from llm_accel.cache.reply import ReplyLayer
@@ -13,6 +14,7 @@ __all__ = [
     "AccelLayer",
     "GroupedLayer",
     "HidingLayer",
+    "MarkedLayer",
     "RaggedLayer",
     "RelativeSlotLayer",
     "ReplyLayer",

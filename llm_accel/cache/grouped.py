@@ -219,6 +219,13 @@ class GroupedLayer(AccelLayer):
         self.compressed = any(part.compressed for part in parts)
         self.cumulative_length, self.is_initialized = length, True
 
+    def trim(self, padding: int) -> None:
+        """As in the base, store by store."""
+        for group in self.groups:
+            group.store.trim(padding)
+        self.cumulative_length -= padding
+        self.start = self.groups[0].store.padding
+
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""
         super().reset()

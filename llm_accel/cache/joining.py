@@ -27,3 +27,11 @@ def leading(more: Sequence[int], parts: Sequence[Any], name: str, device: Any) -
         rows.append(torch.full((part.rows,), count, device=device) + (0 if own is None else own))
     total = torch.cat(rows)
     return total if bool(total.any()) else None
+
+
+def lessened(places: Tensor | None, count: int) -> Tensor | None:
+    """Leading empty places of each row, int64, after ``count`` of all were dropped; None where none are left."""
+    if places is None or not count:
+        return places
+    left = places - count
+    return left if bool(left.any()) else None

@@ -33,7 +33,7 @@ class CallStage(Enum):
 
 
 @dataclass
-class Reading:
+class PendingReaders:
     """Entries that later layers attend to in the running call, before any of them is evicted.
 
     Attributes:
@@ -58,6 +58,7 @@ class AccelLayer(EntryStore):
             and tokens may be taken out; else None.
         given: keys and values as :meth:`update` returned them, until attention has seen them, else None.
         reading: what later layers of the running call read in these entries, else None.
+        refused: whether a call without the plug-in was refused here; earlier layers may have taken its tokens in.
     """
 
     def _clear(self) -> None:
@@ -66,7 +67,8 @@ class AccelLayer(EntryStore):
         self.missing = 0
         self.arriving: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | None = None
-        self.reading: Reading | None = None
+        self.reading: PendingReaders | None = None
+        self.refused = False
 
     def await_entries(self) -> None:
         """A call has begun."""
@@ -107,6 +109,7 @@ class AccelLayer(EntryStore):
         """Counts new tokens; refuses, before anything changes, those of a model without the plug-in, whose attention
         knows nothing of evicted entries."""
         if self.stage is CallStage.IDLE:
+            self.refused = True
             raise UnsupportedCallError(
                 "this cache was filled with the plug-in, and this call runs without it; apply the same method again, "
                 "or start with a new cache."
@@ -139,7 +142,7 @@ class AccelLayer(EntryStore):
             key, value: what attention was called with, [B, H, P, D].
         """
         if readers:
-            self.reading = Reading(key, value, readers, then)
+            self.reading = PendingReaders(key, value, readers, then)
         else:
             self._finish_reading(then)
 

@@ -249,6 +249,22 @@ class RaggedLayer(AccelLayer):
         self.table, self.used = table, source.numel()
         self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
 
+    def trim(self, padding: int) -> None:
+        """Lets go of what no row has, after rows have left."""
+        super().trim(padding)
+        if self.table is not None:
+            self.excess = self.longest - int(self.row_lengths().max())
+
+    def _drop_oldest(self, count: int) -> None:
+        """Pages hold no empty slots; only their numbers change. ``start`` stays a tensor, there is a table."""
+        if self.table is None:
+            super()._drop_oldest(count)
+            return
+        assert self.start is not None
+        self.start, self.longest = self.start - count, self.longest - count
+        self.positions = None if self.positions is None else self.positions[..., count:]
+        self.floor = max(0, self.floor - count)
+
     # The fixed form: every head owns all the pages that it will need, and the first of those it holds are filled.
 
     def allocate(self, spec: FixedSpec) -> FixedForm:

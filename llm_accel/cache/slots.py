@@ -33,6 +33,7 @@ class SlotLayer(AccelLayer):
     row_tensors = (*AccelLayer.row_tensors, "scores", "spare")
     plain_values = (*AccelLayer.plain_values, "capacity", "vacant")
     slotted: ClassVar = AccelLayer.slotted | {"scores": (-1, 0)}
+    per_slot = (*AccelLayer.per_slot, "scores")
     start: Tensor | None = held("start")
     scores: Tensor | None = held("scores")
     spare: Tensor | None = held("spare")
@@ -149,6 +150,11 @@ class SlotLayer(AccelLayer):
         if self.start is not None or self.vacancies:
             self.start = (self.positions[:, 0] < 0).sum(-1)
         self.spare = None
+
+    def _drop_oldest(self, count: int) -> None:
+        """Nothing where slots are overwritten: how many there are is what says so."""
+        if not self.full:
+            super()._drop_oldest(count)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused once slots are overwritten or scores were added: what the removed tokens did cannot be undone."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llm_accel.cache.autograd_modes import thawed
 from llm_accel.cache.fixed import FixedForm, FixedSpec
-from llm_accel.cache.joining import joined, leading
+from llm_accel.cache.joining import joined, leading, lessened
 from llm_accel.errors import UnsupportedCallError
 
 
@@ -42,6 +42,7 @@ class EntryStore(DynamicLayer):
         start: first real slot of each row, int64 [B]; None when every slot is real.
         padding: leading padding tokens of each row, int64 [B], which are counted in the logical length; None: none.
         pictured: whether a prompt with visual tokens came here or was taken out on its way.
+        factors: what the output of each query head is multiplied by, fp32 [B, Hq]; None: nothing is.
         compressed: whether entries were evicted since the last reset.
         floor: physical length right after the last eviction; rolling back below it is impossible.
         window: last observed queries [B, Hq, <=W, D] while the prompt is incomplete, else None.
@@ -53,11 +54,21 @@ class EntryStore(DynamicLayer):
     is_sliding = False
     is_compileable = False  # transformers would build masks for it, and ours would take them for unusual ones
     is_croppable = True
-    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values", "start", "padding", "window", "positions", "kept")
+    row_tensors: ClassVar[tuple[str, ...]] = (
+        "keys",
+        "values",
+        "start",
+        "padding",
+        "window",
+        "positions",
+        "kept",
+        "factors",
+    )
     shared_tensors: ClassVar[tuple[str, ...]] = ()
     plain_values: ClassVar[tuple[str, ...]] = ("cumulative_length", "removed", "pictured", "compressed", "floor")
     # what lies beside the slots: the dimension of the slots and what stands where a row has none
     slotted: ClassVar[dict[str, tuple[int, int]]] = {"window": (-2, 0), "positions": (-1, -1), "kept": (-1, -1)}
+    per_slot: ClassVar[tuple[str, ...]] = ("positions",)  # beside keys and values, slots in the last dimension
     fixed: FixedForm | None = None
     keys: Tensor = held("keys")  # None only before the first update
     values: Tensor = held("values")
@@ -73,6 +84,7 @@ class EntryStore(DynamicLayer):
         self.start: Tensor | None = None
         self.padding: Tensor | None = None
         self.pictured = False
+        self.factors: Tensor | None = None
         self.compressed = False
         self.floor = 0
         self.window: Tensor | None = None
@@ -274,6 +286,27 @@ class EntryStore(DynamicLayer):
         for name in ("keys", "values"):
             setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
         self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
+
+    def trim(self, padding: int) -> None:
+        """Lets go of what no row has, after rows have left: leading slots that are empty in all of them, and
+        ``padding`` leading tokens that are padding in all of them."""
+        if padding:
+            self.cumulative_length -= padding
+            self.padding = lessened(self.padding, padding)
+        empty = 0 if self.start is None else int(self.start.min())
+        if empty:
+            self._drop_oldest(empty)
+
+    def _drop_oldest(self, count: int) -> None:
+        """Drops the leading ``count`` slots, which are empty in every row."""
+        self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
+        self.own_storage()
+        for name in self.per_slot:
+            beside = getattr(self, name)
+            if beside is not None:
+                setattr(self, name, beside[..., count:])
+        self.start = lessened(self.start, count)
+        self.floor = max(0, self.floor - count)
 
     def reset(self) -> None:
         """Forgets everything; the layer can be filled again."""

@@ -43,12 +43,14 @@ def by_method(
 
 def cost_of(records: Sequence[Record]) -> dict[str, Any]:
     """Bytes per prompt after generation (mean), and times (medians; a step of a batch counts once)."""
-    steps = [record["decode_ms_per_token"] for record in records if record["decode_ms_per_token"] is not None]
+    times = {
+        name: [record[name] for record in records if record[name] is not None]
+        for name in ("prefill_ms", "decode_ms_per_token")
+    }
     return {
         "kv_bytes": round(fmean(record["kv_bytes"] for record in records)),
         "dense_kv_bytes": round(fmean(record["dense_kv_bytes"] for record in records)),
-        "prefill_ms": round(median(record["prefill_ms"] for record in records), 3),
-        "decode_ms_per_token": round(median(steps), 3) if steps else None,
+        **{name: round(median(some), 3) if some else None for name, some in times.items()},
     }
 
 

@@ -61,10 +61,17 @@ class TextSettings(ModelOptions):
         return "bundled needle model" if self.model is None else short_name(self.model)
 
 
+SHARED = (
+    "read each prompt once for the dense model and all methods that evict at its end: the same answers for less time, "
+    "with the whole cache and all queries of a prompt in memory"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRunOptions(RunOptions):
     """How a run on text is carried out."""
 
+    shared_prefill: bool = option(SHARED, False, group="run")
     palette: str = option("safe: for colour-blind readers", "classic", choices=tuple(sorted(PALETTES)), group="output")
 
 
@@ -84,17 +91,23 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
 
     settings: TextSettings
 
-    def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic", shared_prefill: bool = False
+    ) -> None:
         self.settings, self.model, self.maker, self.palette = maker.settings, model, maker, palette
-        self.engine = TextEngine(model, tokenizer, bool(self.settings.query_agnostic))
+        self.engine = self.make_engine(tokenizer, shared_prefill)
         self.configs = {method: parse_all(method) for method in self.settings.methods}
         self.name = self.settings.model_name
 
     @classmethod
-    def load(cls, settings: Any, palette: str = "classic") -> Self:
+    def load(cls, settings: Any, palette: str = "classic", shared_prefill: bool = False) -> Self:
         """The task with model and prompts; raises :class:`ConfigError` for what cannot be loaded or made."""
         model, tokenizer, settings = load_text_model(settings)
-        return cls(model, tokenizer, cls.maker_type.load(settings, tokenizer), palette)
+        return cls(model, tokenizer, cls.maker_type.load(settings, tokenizer), palette, shared_prefill)
+
+    def make_engine(self, tokenizer: Any, shared_prefill: bool) -> Any:
+        """What answers the prompts; see :class:`Task`."""
+        return TextEngine(self.model, tokenizer, bool(self.settings.query_agnostic), shared=shared_prefill)
 
     @property
     def wanted(self) -> int:
@@ -153,7 +166,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
             if not timed:
                 self.engine.run([prompt], ())  # the first call also pays for set-up
             outcome = self.engine.run([prompt], ())
-            timed.append((length, outcome.prefill_ms / 1e3))
+            timed.append((length, (outcome.prefill_ms or 0.0) / 1e3))
             step = (outcome.decode_ms or 0.0) / 1e3
             if timed[-1][1] > _PROBE_SECONDS:
                 break
@@ -195,7 +208,7 @@ class TextTask(Task[GridPoint, TextPrompt, TextOutcome]):
             "dense_kv_bytes": outcome.dense_kv_bytes,
             "prompt_kv_bytes": None if outcome.prompt_bytes is None else outcome.prompt_bytes[0],
             "prompt_dense_kv_bytes": None if outcome.prompt_bytes is None else outcome.prompt_bytes[1],
-            "prefill_ms": round(outcome.prefill_ms, 3),
+            "prefill_ms": None if outcome.prefill_ms is None else round(outcome.prefill_ms, 3),
             "decode_ms_per_token": None if outcome.decode_ms is None else round(outcome.decode_ms, 3),
             "batch": len(outcome.answers),
             "prompt_hash": prompt.digest(),

@@ -96,6 +96,12 @@ class MethodConfig:
         on from the method's name in a message, {other} being the other method; empty: both do what the claim says."""
         return {}
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What a user should know of options that are allowed and rarely wise; each stands in the report as a
+        warning."""
+        return ()
+
     def fail(self, field: str, allowed: str) -> typing.NoReturn:
         """Raises the error for one option: what was given and what is allowed."""
         raise ConfigError(f"{self.name}: {field}={_shown(getattr(self, field))} is not allowed; give {allowed}.")

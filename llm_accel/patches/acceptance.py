@@ -12,6 +12,7 @@ from llm_accel.cache.stock import has_linear_state, is_full
 from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     AttentionMethod,
+    Grounding,
     LayerCut,
     MethodConfig,
     RetrievalHeads,
@@ -111,6 +112,8 @@ def check_readers(decoder: Any, wiring: Wiring, configs: Sequence[MethodConfig],
             why = "tokens that leave after one layer would still be among the entries that later layers read"
         elif isinstance(config, RetrievalHeads) and splits:
             why = "the heads of those layers would lose what streaming heads of others drop"
+        elif isinstance(config, Grounding):
+            why = "what it changes in one layer would have to be known in the others that read the same entries"
         elif isinstance(config, VASparse) and config.attends:
             why = "it weighs entries by the attention of the layer that keeps them"
         else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from llm_accel.cache import AccelLayer, GroupedLayer, ReplyLayer
+from llm_accel.cache import AccelLayer, GroupedLayer, MarkedLayer, ReplyLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import ContextCompression
@@ -21,10 +21,13 @@ from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.ranks import check_heads
+from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay
 from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.cuts import record_scores
+from llm_accel.patches.vision.head_scaling import BlindPass, scale_heads
+from llm_accel.patches.vision.weight_shift import ShiftedAttention, mark_entries
 
 PREFIX = "llm_accel_"
 _NEUTRAL = {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}
@@ -57,7 +60,7 @@ class AccelAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        llm_accel: Session | GraphCache | Replay | Rereading | None = None,
+        llm_accel: Session | GraphCache | Replay | Rereading | Recording | BlindPass | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B, Hq, T, D], key and value [B, H, P, D] post-RoPE -> [B, T, Hq, Dv]."""
@@ -65,7 +68,7 @@ class AccelAttention:
         if isinstance(llm_accel, GraphCache | Replay):
             index: Any = getattr(module, "layer_idx", None)
             return llm_accel.attend(index, model, query, key, value), None
-        if isinstance(llm_accel, Rereading):
+        if isinstance(llm_accel, Rereading | Recording | BlindPass):
             return llm_accel.attend(model, query, key, value, attention_mask), None
         if llm_accel is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
@@ -75,74 +78,20 @@ class AccelAttention:
         def attention(query: Tensor) -> Tensor:
             if index is None or layer is None:
                 return model.plain(query, key, value, attention_mask)
-            return self._over(layer, model, query, key, value, llm_accel, index)
+            return over_entries(layer, model, query, key, value, llm_accel, index)
 
         mask = llm_accel.plan.mask
         heads = mask.heads[index] if mask is not None and index is not None else ()
         rows = masked_rows(mask, llm_accel, query.shape[2]) if mask is not None and heads else 0
         if mask is None or rows == 0:
-            return attention(query), None
+            output = attention(query)
+            return (output if index is None or layer is None else scale_heads(llm_accel, index, layer, output)), None
         if mask.mode != "window":
             return attend_without(mask, heads, rows, query, attention), None
         output = attention(query)
         if layer is not None:  # other layers have windows of their own
             output = attend_window(mask, heads, rows, model, (query, key, value), layer, output)
         return output, None
-
-    def _over(
-        self,
-        layer: AccelLayer,
-        attention: ModelAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        session: Session,
-        index: int,
-    ) -> Tensor:
-        """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
-        if layer.stage is not CallStage.ARRIVED:
-            return self._again(layer, attention, query, index)
-        layer.stage = CallStage.IDLE
-        readers = session.plan.reader_count(index)
-        if not readers:
-            layer.given = None  # nobody else looks for these entries, which must not be held past their eviction
-        if session.padding is not None:
-            layer.pad(session.padding.to(key.device), query.shape[2])
-        split = session.plan.split
-        if split is not None and isinstance(layer, GroupedLayer):
-            return GroupedAttention(session, split, layer, index, attention)(query, key, value)
-        key = layer.turned_keys(session.rotary, key, session.arrived_at)
-        record_scores(session, index, (query, key, value), layer.start, attention)
-        reply = session.plan.reply
-        if reply is not None and isinstance(layer, ReplyLayer):
-            return ReplyStep(session, reply, layer, attention).attend(query, key, value)
-        kv_method = session.plan.kv_method if index not in session.plan.skipped else None
-        if kv_method is None or isinstance(kv_method, ContextCompression):  # such a method evicts after the call
-            output = layer.attend(attention, query, key, value)
-            layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
-            return output
-        eviction = Eviction(session, kv_method, layer, index, attention)
-        if session.phase is Phase.DEFERRED_EVICTION:
-            key, value = eviction.before_attention(query, key, value)
-        fused = eviction.attended(query, key, value)
-        if fused is not None:
-            layer.after_readers(readers, key, value, None)
-            return fused
-        output, lse = eviction.attend(query, key, value)
-        layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key, lse))
-        return output
-
-    def _again(self, layer: AccelLayer, attention: ModelAttention, query: Tensor, index: int) -> Tensor:
-        """Attention of a later layer's queries over the entries of ``layer``, of which nothing is evicted before."""
-        reading = layer.reading
-        if reading is None:
-            raise UnsupportedModelError(
-                f"{type(attention.module).__name__} attends more than once to the same keys in layer {index}, where "
-                "entries may have been evicted in between. Remove the plug-in and report the model class."
-            )
-        output = layer.attend_again(attention, query, reading.key, reading.value)
-        layer.read_once()
-        return output
 
 
 class AccelMask:
@@ -162,3 +111,62 @@ class AccelMask:
                 "KV compression works with plain causal masks only."
             )
         return None
+
+
+def over_entries(
+    layer: AccelLayer,
+    attention: ModelAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    session: Session,
+    index: int,
+) -> Tensor:
+    """Attention over the entries of a layer of ours, [B, T, Hq, Dv]: of the layer itself or of a later one."""
+    if layer.stage is not CallStage.ARRIVED:
+        return _again(layer, attention, query, index)
+    layer.stage = CallStage.IDLE
+    readers = session.plan.reader_count(index)
+    if not readers:
+        layer.given = None  # nobody else looks for these entries, which must not be held past their eviction
+    if session.padding is not None:
+        layer.pad(session.padding.to(key.device), query.shape[2])
+    split = session.plan.split
+    if split is not None and isinstance(layer, GroupedLayer):
+        return GroupedAttention(session, split, layer, index, attention)(query, key, value)
+    key = layer.turned_keys(session.rotary, key, session.arrived_at)
+    record_scores(session, index, (query, key, value), layer.start, attention)
+    if isinstance(layer, MarkedLayer):
+        mark_entries(session, layer)
+        attention = ShiftedAttention(attention, session, layer)
+    reply = session.plan.reply
+    if reply is not None and isinstance(layer, ReplyLayer):
+        return ReplyStep(session, reply, layer, attention).attend(query, key, value)
+    kv_method = session.plan.kv_method if index not in session.plan.skipped else None
+    if kv_method is None or isinstance(kv_method, ContextCompression):  # such a method evicts after the call
+        output = layer.attend(attention, query, key, value)
+        layer.after_readers(readers, key, value, layer.own_storage if session.phase is Phase.PREFILL_END else None)
+        return output
+    eviction = Eviction(session, kv_method, layer, index, attention)
+    if session.phase is Phase.DEFERRED_EVICTION:
+        key, value = eviction.before_attention(query, key, value)
+    fused = eviction.attended(query, key, value)
+    if fused is not None:
+        layer.after_readers(readers, key, value, None)
+        return fused
+    output, lse = eviction.attend(query, key, value)
+    layer.after_readers(readers, key, value, partial(eviction.after_attention, query, key, lse))
+    return output
+
+
+def _again(layer: AccelLayer, attention: ModelAttention, query: Tensor, index: int) -> Tensor:
+    """Attention of a later layer's queries over the entries of ``layer``, of which nothing is evicted before."""
+    reading = layer.reading
+    if reading is None:
+        raise UnsupportedModelError(
+            f"{type(attention.module).__name__} attends more than once to the same keys in layer {index}, where "
+            "entries may have been evicted in between. Remove the plug-in and report the model class."
+        )
+    output = layer.attend_again(attention, query, reading.key, reading.value)
+    layer.read_once()
+    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from llm_accel.patches.cache_name import CACHE
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
 
+Scores = tuple[dict[int, Tensor], dict[int, Softmax]]
+
 _PER_CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
 
 
@@ -31,10 +34,12 @@ class Context:
     Attributes:
         parts: of each call token ids, int64 [B, T], or what stands for them, [B, T, hidden].
         position: position of the last token, as the model was given it, [..., B, 1]; None: it counts them itself.
+        scores: what reading it again has shown, by the method without its budget and what leads to each part.
     """
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
+        self.scores: dict[tuple[ContextCompression, Lead], Scores] = {}
         self.position: Tensor | None = None
 
     def add(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
@@ -157,8 +162,11 @@ def compress_context(session: Session, decoder: Any) -> None:
     session.torn = True  # until all layers have evicted
     groups = _rows_alike(next(iter(acting.values())))
     if _over_budget(session, kv_method, groups, acting):
+        reading = replace(kv_method, budget=None, ratio=None), session.plan.lead
         with torch.no_grad():
-            _evict(session, kv_method, acting, _scores(session, decoder, context, kv_method, groups, acting))
+            if reading not in context.scores:
+                context.scores[reading] = _scores(session, decoder, context, kv_method, groups, acting)
+            _evict(session, kv_method, acting, context.scores[reading])
     session.torn = False
 
 
@@ -169,7 +177,7 @@ def _scores(
     kv_method: ContextCompression,
     groups: Sequence[tuple[int, Tensor]],
     acting: dict[int, AccelLayer],
-) -> tuple[dict[int, Tensor], dict[int, Softmax]]:
+) -> Scores:
     """Scores of all entries by layer, fp32 [B, kv_heads, S], and how each layer turns logits into probabilities."""
     tokens = context.tokens(decoder)
     scores = {index: torch.zeros(layer.keys.shape[:3], device=layer.keys.device) for index, layer in acting.items()}
@@ -259,7 +267,7 @@ def _evict(
     session: Session,
     kv_method: ContextCompression,
     acting: dict[int, AccelLayer],
-    found: tuple[dict[int, Tensor], dict[int, Softmax]],
+    found: Scores,
 ) -> None:
     scores, softmax = found
     views = [

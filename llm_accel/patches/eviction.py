@@ -144,7 +144,7 @@ class Eviction:
                 layer.own_storage()
             if self.session.phase is Phase.PREFILL_END:
                 layer.bound(method.capacity(layer.cumulative_length))
-        if layer.full:
+        if layer.full and self.session.phase is not Phase.PREFILL_CHUNK:  # the rest of a later turn is appended
             layer.choose_spare(method.victims(step_view(layer)))
 
     def _hide(self, method: StepEviction, layer: HidingLayer, query: Tensor, key: Tensor) -> None:

@@ -88,11 +88,12 @@ class GenerateProxy:
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         plan = self.hook.plan
-        if plan.reply is not None and self._setting("use_cache", kwargs) is False:
+        in_steps = plan.reply is not None or plan.grounds
+        if in_steps and self._setting("use_cache", kwargs) is False:
             raise UnsupportedCallError(
                 f"{plan.title} acts on decode steps, of which there are none with use_cache=False; leave it out."
             )
-        if plan.evicts or plan.reply is not None:
+        if plan.evicts or in_steps:
             for name in _ASSISTED:
                 if self._setting(name, kwargs):
                     raise UnsupportedCallError(

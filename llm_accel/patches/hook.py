@@ -20,11 +20,15 @@ from llm_accel.patches.context import compress_context
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
+from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
 from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
+from llm_accel.patches.vision.head_scaling import begin_blind_pass
 from llm_accel.patches.vision.rows import begin_call
 from llm_accel.patches.vision.state import VisualReport
+from llm_accel.patches.vision.watch import MARKS
+from llm_accel.patches.vision.weight_shift import check_marks
 from llm_accel.report import LayerReport
 
 
@@ -58,7 +62,7 @@ class DecoderHook:
             args, kwargs = (), named(type(decoder).forward, args, kwargs)
         kwargs = named_cache(kwargs)
         cache = kwargs.get(CACHE)
-        visual = kwargs.pop("llm_accel_visual", None)
+        visual, marks = kwargs.pop("llm_accel_visual", None), kwargs.pop(MARKS, None)
         if not self.enabled:
             if isinstance(cache, Cache) and session_of(cache) is not None:
                 raise UnsupportedCallError(
@@ -69,7 +73,8 @@ class DecoderHook:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             cached = decoder.config.use_cache if use_cache is None else use_cache
-            without_cache = self.plan.mask is not None or self.plan.attention_method is not None or self.plan.visual
+            without_cache = self.plan.mask is not None or self.plan.attention_method is not None
+            without_cache = without_cache or self.plan.visual or self.plan.grounds
             if decoder.training or not (cached or without_cache):
                 return args, kwargs  # nothing is kept, so there is nothing to evict
             passing = not cached
@@ -78,11 +83,13 @@ class DecoderHook:
         arm(decoder, self)  # a copied or reloaded model has lost its own
         arm_mlps(decoder, self)
         _refuse(kwargs, decoder, self.plan)
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if isinstance(cache, Recording) and inputs is not None:
+            return args, cache.begin(inputs, kwargs)
         session = attach_session(cache, self.plan, decoder.config)
         if is_waiting(cache):
             return args, replayed(cache, decoder, kwargs)
         session.passing = passing
-        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
             return args, kwargs  # the model itself says what is missing
         length, past = inputs.shape[1], cache.get_seq_length()
@@ -93,7 +100,9 @@ class DecoderHook:
         if isinstance(self.plan.kv_method, StepEviction) and self.plan.kv_method.relative_positions:
             kwargs["position_ids"] = session.rank_positions(decoder, inputs, past, kwargs.get("position_ids"))
         if self.plan.family is not None:
-            kwargs = begin_call(session, kwargs, visual, past)
+            kwargs = begin_call(session, kwargs, visual, past, marks)
+            check_marks(session)
+            begin_blind_pass(session, decoder, kwargs)
         if self.plan.reply is not None:
             look(session, self.plan.reply, kwargs)
         self._latest = weakref.ref(session)
@@ -139,16 +148,26 @@ class DecoderExit:
         if isinstance(session, Replay):
             session.hand_over(output)
             return
+        if isinstance(session, Recording):
+            session.outcome = output.last_hidden_state[:, -1:].clone()
+            return
         if session is None:
             return
-        session.verify_attention()
-        if session.context is not None and session.phase is Phase.PREFILL_END:
-            compress_context(session, decoder)
-        session.verify()
+        session.visual.blind = None
+        end_call(session, decoder)
         if session.reading:
             session.outcome = output.last_hidden_state[:, -1:].clone()
         if session.passing:
             output[CACHE] = None  # the caller asked for none, and would take it for that of the next call
+
+
+def end_call(session: Session, decoder: nn.Module) -> None:
+    """What is due once all layers have had a call. Raises :class:`llm_accel.errors.EvictionError` if a layer over
+    budget evicted nothing."""
+    session.verify_attention()
+    if session.context is not None and session.phase is Phase.PREFILL_END:
+        compress_context(session, decoder)
+    session.verify()
 
 
 def session_of(cache: Cache) -> Session | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -160,6 +160,22 @@ def _put_on(model: Any, hook: DecoderHook) -> None:
                 setattr(model, entry, RefusingProxy(entry))
     if plan.family is not None:
         install_vision(model, hook)
+
+
+def suspend(model: Any, hook: DecoderHook) -> Callable[[], None]:
+    """Takes a plug-in off a model for a while. Call the result to put it on again as it was, its compiled graphs
+    included, once no other is there."""
+    decoder = model.get_decoder()
+    call = decoder._compiled_call_impl
+    _take_off(model, hook)
+
+    def resume() -> None:
+        hook.enabled = True
+        if call is not None:
+            decoder._compiled_call_impl = call
+        _put_on(model, hook)
+
+    return resume
 
 
 def uninstall(model: Any) -> None:

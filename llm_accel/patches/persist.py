@@ -31,7 +31,7 @@ def save_cache(cache: DynamicCache, path: str | Path, model: PreTrainedModel, pl
     model write a file each.
 
     Raises:
-        UnsupportedCallError: the cache is not one of the applied method's, or it is empty.
+        UnsupportedCallError: the cache is not one of the applied method's, it is empty, or a call on it failed.
     """
     session = session_of(cache)
     if session is None or session.plan != plan:
@@ -42,6 +42,7 @@ def save_cache(cache: DynamicCache, path: str | Path, model: PreTrainedModel, pl
         raise UnsupportedCallError(
             "this cache has not been continued since handle.prefill; call model.generate(**cache.inputs) first."
         )
+    session.check_whole(cache.get_seq_length())
     tensors: dict[str, Tensor] = {}
     values: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):

@@ -10,6 +10,7 @@ from llm_accel.cache import (
     AccelLayer,
     GroupedLayer,
     HidingLayer,
+    MarkedLayer,
     RaggedLayer,
     RelativeSlotLayer,
     ReplyLayer,
@@ -24,7 +25,9 @@ from llm_accel.methods import (
     Cut,
     Dense,
     Depth,
+    EntranceTokens,
     HeadMask,
+    HeadScaling,
     HeadShard,
     HeadSplit,
     LayerCut,
@@ -34,6 +37,7 @@ from llm_accel.methods import (
     StepEviction,
     VASparse,
     VisualInput,
+    WeightShift,
 )
 from llm_accel.patches.families import VisionFamily
 from llm_accel.patches.steps import SparseAttention
@@ -62,12 +66,19 @@ class Plan:
         compiles: whether they run as a compiled graph wherever a call allows it.
         readers: layer -> the earlier layer whose entries its attention reads, where it keeps none of its own.
         derived: layers whose attention is given what is computed from the cached entries (latents), not these.
+        head_scaling: the method that scales the outputs of heads, if any acts.
+        scaled_layers: the layers in which it does.
+        weight_shift: the method that shifts attention between entries, if any acts; with all that it must know of the
+            model.
+        shifted_layers: the layers in which it does.
         mlp_chunk: tokens that an MLP computes at once; None: all of a call.
         lead: what the model is told before it reads a context again.
         kv_method: the method that decides which KV entries stay, if any; worked out from ``configs``.
         attention_method: the method that computes attention, if any; worked out from ``configs``.
         cut: after which layers visual tokens may leave the decoder, and which of them, or None.
         tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
+        entrance: the method that decides at the entrance of the decoder which visual tokens enter it, if any; worked
+            out from ``configs``.
         reply: the method that changes how a reply is decoded, if any; worked out from ``configs``.
     """
 
@@ -85,6 +96,10 @@ class Plan:
     derived: frozenset[int] = field(default=frozenset(), compare=False)
     family: VisionFamily | None = None
     cut: Cut | None = field(default=None, compare=False)
+    head_scaling: HeadScaling | None = None
+    scaled_layers: frozenset[int] = frozenset()
+    weight_shift: WeightShift | None = None
+    shifted_layers: frozenset[int] = frozenset()
     decode: Decode = field(default="eager", compare=False)
     compiles: bool = field(default=False, compare=False)
     mlp_chunk: int | None = field(default=None, compare=False)
@@ -92,6 +107,7 @@ class Plan:
     kv_method: ScoreAndKeep | None = field(init=False, compare=False)
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
+    entrance: EntranceTokens | None = field(init=False, compare=False)
     reply: VASparse | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
@@ -106,6 +122,7 @@ class Plan:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "kv_method", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
+        object.__setattr__(self, "entrance", _first(self.configs, EntranceTokens))
         object.__setattr__(self, "reply", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
@@ -121,7 +138,17 @@ class Plan:
     @property
     def visual(self) -> bool:
         """Whether visual tokens are taken out."""
-        return self.tokens is not None or self.cut is not None
+        return self.tokens is not None or self.entrance is not None or self.cut is not None
+
+    @property
+    def grounds(self) -> bool:
+        """Whether outputs of attention are changed so that they rest more on the image."""
+        return self.head_scaling is not None or self.weight_shift is not None
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether visual tokens are marked by what the vision tower attends to."""
+        return self.weight_shift is not None and self.weight_shift.reads_tower
 
     @property
     def hides(self) -> bool:
@@ -152,14 +179,15 @@ class Plan:
             return GroupedLayer(self.split.full[index], self.kv_heads)
         if self.reply is not None and self.reply.attends:
             return ReplyLayer()
+        plain = MarkedLayer if index in self.shifted_layers else AccelLayer
         if self.kv_method is None or index in self.skipped:
-            return AccelLayer()
+            return plain()
         if isinstance(self.kv_method, StepEviction):
             if self.kv_method.hides:
                 return HidingLayer()
             kind = RelativeSlotLayer if self.kv_method.relative_positions else SlotLayer
             return kind(self.kv_method.vacancies)
-        return AccelLayer() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
+        return plain() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
 
     def reader_count(self, index: int) -> int:
         """How many later layers read the entries of this one."""

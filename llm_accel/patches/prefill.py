@@ -10,27 +10,31 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
-from llm_accel.cache import AccelLayer, GroupedLayer, SlotLayer
 from llm_accel.cache.joining import joined
-from llm_accel.cache.linear import join_states
-from llm_accel.cache.stock import has_linear_state, is_full
+from llm_accel.cache.stock import is_full
 from llm_accel.errors import ConfigError, UnsupportedCallError
-from llm_accel.methods import StepEviction
 from llm_accel.patches.cache_name import CACHE
-from llm_accel.patches.eviction import step_view
 from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.replay import ReadCache
+from llm_accel.patches.rows import join_layer
 
 Prompts = Tensor | Sequence[Tensor]
 Rows = int | Sequence[int]
+_SHARED = "share a prefill with other methods"
+_WHAT = {
+    "prefill": "read prompts a few at a time",
+    "compress": "compress a context by itself",
+    "record": _SHARED,
+    "resume": _SHARED,
+}
 
 
 def prefill(
     model: Any, hook: DecoderHook, prompts: Prompts, mask: Tensor | None, rows: Rows, protect: Tensor | None
 ) -> ReadCache:
     """See :meth:`llm_accel.Handle.prefill`."""
-    _refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
+    refuse(model, hook, "prefill", why_whole(hook.plan, model.get_decoder().config))
     ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
     if protect is not None and tuple(protect.shape) != tuple(ids.shape):
         raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
@@ -44,10 +48,10 @@ def prefill(
         _read(model, ids[part, real], mask[part, real], cache, None if protect is None else protect[part, real])
         outcomes.append(session.outcome)
         parts.append(list(cache.layers))
-    whole = ReadCache(ids, mask)
+    whole, length = ReadCache(ids, mask), ids.shape[1]
     session = attach_session(whole, hook.plan, model.get_decoder().config)
     for index, layer in enumerate(whole.layers):
-        _join(hook.plan, layer, [part[index] for part in parts], ids.shape[1])
+        join_layer(hook.plan, layer, [part[index] for part in parts], length, lambda method, _: method.capacity(length))
         for layers in parts:
             layers[index] = None  # its memory is free before the next layer is joined
     whole.outcome = joined(outcomes, -1, 0)
@@ -59,7 +63,7 @@ def compress(
     model: Any, hook: DecoderHook, context: Prompts, mask: Tensor | None, protect: Tensor | None
 ) -> DynamicCache:
     """See :meth:`llm_accel.Handle.compress`."""
-    _refuse(model, hook, "compress", why_kept(hook.plan))
+    refuse(model, hook, "compress", why_kept(hook.plan))
     ids, mask = padded(context, mask, model.get_input_embeddings().weight.device, "compress")
     cache = DynamicCache()
     attach_session(cache, hook.plan, model.get_decoder().config)
@@ -133,7 +137,7 @@ def why_kept(plan: Plan) -> str | None:
 
 def why_whole(plan: Plan, config: Any) -> str | None:
     """Why prompts of a batch must be read in one call on a model of this configuration, or None."""
-    if plan.visual or plan.reply is not None:
+    if plan.visual or plan.grounds or plan.reply is not None:
         return "it acts on visual tokens, and images cannot be divided among calls here"
     if plan.attention_method is not None:
         return "it keeps the whole cache and looks at the length of the whole batch"
@@ -148,38 +152,13 @@ def why_whole(plan: Plan, config: Any) -> str | None:
     return None
 
 
-def _refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+def refuse(model: Any, hook: DecoderHook, caller: str, reason: str | None) -> None:
+    """Raises :class:`UnsupportedCallError` where ``caller`` cannot work; ``reason``: why this method is not for it."""
     if not hook.enabled:
         raise UnsupportedCallError(f"{caller} inside disabled(): nothing would be compressed; call it outside.")
     if not hasattr(model, "generate"):
         raise UnsupportedCallError(f"{type(model).__name__} cannot generate; apply to the model with a language head.")
     if reason is not None:
-        what = "cannot read prompts a few at a time" if caller == "prefill" else "cannot compress a context by itself"
-        raise UnsupportedCallError(f"{hook.plan.title} {what}: {reason}. Call model.generate with the whole batch.")
-
-
-def _join(plan: Plan, layer: Any, parts: Sequence[Any], length: int) -> None:
-    if type(layer) is DynamicSlidingWindowLayer:
-        layer.lazy_initialization(parts[0].keys, parts[0].values)
-        layer.keys = joined([part.keys for part in parts], -2, 0)
-        layer.values = joined([part.values for part in parts], -2, 0)
-        layer.cumulative_length = length
-        return
-    if not isinstance(layer, AccelLayer):
-        if has_linear_state(layer):
-            join_states(layer, parts)
-        return
-    layer.join(parts, length)
-    if isinstance(layer, GroupedLayer):
-        assert plan.split is not None
-        _open(plan.split.streaming, layer.stream.store)
-    elif isinstance(plan.kv_method, StepEviction):
-        _open(plan.kv_method, layer)
-
-
-def _open(kv_method: StepEviction, layer: AccelLayer) -> None:
-    """Makes slots ready to be overwritten."""
-    if isinstance(layer, SlotLayer) and layer.physical_length():
-        layer.bound(kv_method.capacity(layer.cumulative_length))
-        if layer.full:
-            layer.choose_spare(kv_method.victims(step_view(layer)))
+        raise UnsupportedCallError(
+            f"{hook.plan.title} cannot {_WHAT[caller]}: {reason}. Call model.generate with the whole batch."
+        )

@@ -18,6 +18,7 @@ from llm_accel.methods.selection import real_slots
 from llm_accel.patches.context import Context
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.rotary import Rotary
+from llm_accel.patches.vision.grounding import grounding_of
 from llm_accel.patches.vision.state import VisualState
 from llm_accel.report import LayerReport
 
@@ -167,12 +168,17 @@ class Session:
                 "(cache.batch_select_indices, cache.batch_repeat_interleave)."
             )
 
-    def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
-        """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+    def check_whole(self, past: int) -> None:
+        """Refuses a cache of ``past`` seen tokens in some of whose layers a call that failed left its own."""
         torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
-        torn = torn or (self.torn and past > 0) or (self.unfinished and any(map(_may_be_ahead, self.layers)))
+        stopped = self.unfinished or any(layer.refused for layer in self.ours.values())
+        torn = torn or (self.torn and past > 0) or (stopped and any(map(_may_be_ahead, self.layers)))
         if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
+
+    def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
+        """Prepares one forward call of ``length`` new tokens after ``past`` seen ones."""
+        self.check_whole(past)
         for layer in self.ours.values():
             layer.await_entries()
         if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd
@@ -242,6 +248,11 @@ class Session:
     def pictured(self) -> bool:
         """Whether a prompt with visual tokens is complete."""
         return any(layer.pictured for layer in self.ours.values())
+
+    @property
+    def any_scaled(self) -> bool:
+        """Whether a method has decided how heads of this cache are scaled."""
+        return any(layer.factors is not None for layer in self.ours.values())
 
     def any_shortened(self) -> bool:
         """Whether some layer of this cache has evicted entries or never got some of the tokens."""
@@ -363,6 +374,7 @@ class Session:
                 report.evicted = report.logical_length - layer.mean_length()
                 report.sparse_calls = getattr(layer, "sparse_calls", 0)
                 report.kept = layer.kept_positions() if self.plan.trace else None
+                report.grounding = grounding_of(self.plan, layer)
             return report
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None and keys.numel():

@@ -12,10 +12,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from llm_accel.errors import ConfigError
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.settings import ServeSettings, context_of
 
 if TYPE_CHECKING:
     from llm_accel.serve.server import Server
+
+log = logging.getLogger(__name__)
 
 add_arguments = ServeSettings.add_arguments
 
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     with bind(settings.host, settings.port) as listener:  # a taken port is known before the model is loaded
         served = load(settings)
         server = Server(served, settings)
+        slots = ", ".join(f"{rows} of {method}" for method, rows in server.engine.slots().items())
+        log.info("rows of %s tokens that run at a time: %s", context_of(served.model, settings), slots)
         listen(listener, server.config.backlog)
         _serve(server, served.name, listener)
 

@@ -6,26 +6,39 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 
+from llm_accel.common.generation import end_tokens
 from llm_accel.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
-from llm_accel.registry import parse_all
-from llm_accel.serve.conversations import Conversations
+from llm_accel.patches.applied import AppliedMethods, Methods
+from llm_accel.patches.forward import Forward
+from llm_accel.patches.plan import Plan
+from llm_accel.patches.rows import lengths_mix
+from llm_accel.patches.running import bytes_of
+from llm_accel.registry import parse_all, spec_of
+from llm_accel.serve.capacity import Capacity
+from llm_accel.serve.chooser import Chooser
+from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
+from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.model_runner import ModelRunner
+from llm_accel.serve.prefill import ReadingRows
 from llm_accel.serve.scheduler import Scheduler
-from llm_accel.serve.sequences import Job
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.sequences import Job, TokenSequence
+from llm_accel.serve.settings import ServeSettings, context_of
 
 log = logging.getLogger(__name__)
 
-FAILING = 3  # failed batches in a row from which /health complains
+FAILING = 3  # failed steps in a row from which /health complains
 _REFUSALS = (ConfigError, UnsupportedModelError, UnsupportedCallError)
+# tokens of prompts that are read between two decode steps: enough to be worth the call, and no more
+STEP_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 class Engine:
-    """A model behind a queue.
+    """A model behind a queue. In each round a chunk of prompts is read, and every running row gets one token.
 
     Raises:
         LlmAccelError: the default method does not work on this model.
@@ -34,17 +47,53 @@ class Engine:
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self.metrics = Metrics()
         self.scheduler = Scheduler(settings)
-        conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
-        self._runner = ModelRunner(served.model, served.tokenizer, conversations, self.metrics, settings.decode)
+        self._conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
+        self._forward = Forward(served.model)
+        self._chooser = Chooser(self._forward, end_tokens(served.model, served.tokenizer))
+        self._methods = AppliedMethods(served.model, settings.decode)
         self._own = parse_all(settings.method)
-        self._runner.use(self._own)
-        self._failed, self._max_batch = 0, settings.max_batch
-        self._running: list[Job] = []
+        self._plans = {spec_of(methods): self._plan(methods) for methods in ((), self._own)}
+        self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
+        kind = served.model.device.type
+        self._chunk = settings.max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cuda"])
+        self._most, self._failed = settings.max_batch, 0
+        self._prefill: ReadingRows | None = None
+        self._groups: list[Group] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
-        self.metrics.watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
-        self.metrics.watch("running", "Requests in the running batch.", lambda: len(self._running))
-        self.metrics.watch("sessions", "Conversations that keep their cache.", lambda: len(conversations))
-        self.metrics.watch("session_bytes", "Bytes of their caches.", lambda: conversations.nbytes)
+        self._watch()
+
+    def _plan(self, methods: Methods) -> Plan | None:
+        return self._methods.use(methods or self._methods.plain)
+
+    def _watch(self) -> None:
+        watch, kept = self.metrics.watch, self._conversations
+        watch("queue_depth", "Requests that wait.", lambda: len(self.scheduler))
+        watch("running", "Rows whose prompt is read or that decode.", lambda: len(self.running))
+        for method, plan in self._plans.items():
+            free = partial(self._free, plan)
+            watch("slots_free", "Rows of the whole context that may come now.", free, method=method)
+        watch("kv_bytes", "Bytes of all running rows when one last came or left.", lambda: self.nbytes)
+        watch("sessions", "Conversations that keep their cache.", lambda: len(kept))
+        watch("session_bytes", "Bytes of their caches.", lambda: kept.nbytes)
+
+    @property
+    def running(self) -> list[TokenSequence]:
+        """Rows whose prompt is being read, or that decode."""
+        prefill = self._prefill
+        reading = [] if prefill is None else prefill.rows
+        return [*reading, *(row for group in list(self._groups) for row in group.rows)]
+
+    def slots(self) -> dict[str, int]:
+        """How many rows of the model's whole context could come now, by method."""
+        return {method: self._free(plan) for method, plan in self._plans.items()}
+
+    def _free(self, plan: Plan | None) -> int:
+        return self.capacity.free(plan, self.running)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states of all rows that decode."""
+        return sum(group.nbytes for group in list(self._groups))
 
     @property
     def status(self) -> str:
@@ -69,7 +118,7 @@ class Engine:
         self.scheduler.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for this request any more: it leaves the queue, or its rows stop at their next token."""
+        """Nobody waits for this request any more: it leaves the queue, or its rows leave before their next token."""
         job.cancelled = True
         self.scheduler.discard(job)
 
@@ -79,7 +128,7 @@ class Engine:
 
     def abandon(self) -> None:
         """Fails every request that is not finished."""
-        for job in [*self.scheduler.clear(), *self._running]:
+        for job in {*self.scheduler.clear(), *(row.job for row in self.running)}:
             job.fail(shutting_down())
 
     def join(self, seconds: float) -> None:
@@ -88,35 +137,117 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while jobs := self.scheduler.take():
-                self._serve(jobs)
+            while self._prefill is not None or self._groups or self.scheduler.wait():
+                self._round()
         finally:
-            self._runner.use(())  # whoever served the model gets it back as it was
+            self._methods.rest()  # whoever served the model gets it back as it was
 
-    def _serve(self, jobs: list[Job]) -> None:
-        self._running = jobs
-        begin = time.monotonic()
-        try:
-            self._runner.run(jobs, self._max_batch)
-            self.scheduler.put_back(jobs)
+    def _round(self) -> None:
+        if self._prefill is None:
+            self._admit()
+        if self._prefill is not None:
+            prefill = self._prefill
+            self._guarded(prefill.rows, lambda: self._read(prefill))
+        for group in list(self._groups):
+            self._guarded(group.rows, partial(self._step, group))
+        self._groups = [group for group in self._groups if not all(row.over for row in group.rows)]
+
+    def _admit(self) -> None:
+        """Begins to read the prompts of the next rows, if there is a place for them."""
+        running = self.running
+        busy = {row.job.session for row in running} - {None}
+        job, free = self.scheduler.head(busy), self._most - len(running)
+        if job is not None and free > 0:
+            self._guarded(job.sequences, lambda: self._begin(job, running, free))
+
+    def _begin(self, job: Job, running: list[TokenSequence], free: int) -> None:
+        plan = self._plan(job.methods)
+        joins, mix = self._methods.joins, lengths_mix(plan)
+
+        def fits(rows: Sequence[TokenSequence]) -> bool:
+            prompts = {row.prompt for row in rows}
+            longest = max(map(len, prompts))
+            together = joins and (mix or len(set(map(len, prompts))) == 1) and len(prompts) * longest <= self._chunk
+            return (together or len(rows) == 1) and self.capacity.holds(plan, running, rows)
+
+        if not self.capacity.holds(plan, [], job.sequences[:1]):
+            raise ConfigError(self.capacity.refusal(plan, job))
+        rows = self.scheduler.take(job, free, fits)
+        if not rows:
+            return
+        now = time.monotonic()
+        for row in rows:
+            row.begun_at, row.reserved = now, self.capacity.row_bytes(plan, row)
+            if row.index == 0:
+                self.metrics.waiting.observe(now - row.job.accepted_at)
+        self.metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
+        self._prefill = ReadingRows(self._forward, self._methods, self._conversations, self._chooser, rows, self._chunk)
+
+    def _read(self, prefill: ReadingRows) -> None:
+        """The next chunk; after the last one its rows join those of their kind."""
+        if not prefill.over and prefill.step():
+            return
+        group = prefill.group
+        self._note(prefill.rows, group)
+        if group is not None and group.rows:
+            kind = group.kind()
+            host = next((other for other in self._groups if other.kind() == kind), None)
+            self._groups += [group] if host is None else []
+            if host is not None:
+                self._guarded([*host.rows, *group.rows], lambda: host.join(group))
+        self._prefill = None
+
+    def _step(self, group: Group) -> None:
+        group.leave()
+        if group.rows:
+            self._methods.use(group.methods)
+            group.step(self._chooser)
+            self.metrics.rows.observe(len(group.rows))
+            self._note(group.rows, group)
+            group.leave()
+
+    def _note(self, rows: Sequence[TokenSequence], group: Group | None) -> None:
+        """Counts the newest token of each row, and what is over."""
+        if group is not None:
+            self.metrics.generated_tokens.inc(len(rows))
+        for row in rows:
+            if row.finish is None:
+                continue
             self._failed = 0
+            mean, seconds = self.scheduler.row_seconds, time.monotonic() - row.begun_at
+            self.scheduler.row_seconds = seconds if mean == 0 else 0.9 * mean + 0.1 * seconds
+            if group is not None:
+                self.metrics.note_row(row, group)
+                if row.job.session is not None:
+                    self._keep(row, group)
+
+    def _keep(self, row: TokenSequence, group: Group) -> None:
+        cache = group.running.taken_out(group.rows.index(row)) if row in group.rows else group.running.cache
+        ids = (*row.prompt, *row.tokens)[: cache.get_seq_length()]  # the last token was never fed
+        assert row.job.session is not None
+        self.metrics.reused_tokens.inc(row.job.reused_tokens)
+        self._conversations.keep(row.job.session, Conversation(ids, cache, row.job.methods, bytes_of(cache)))
+
+    def _guarded(self, rows: Sequence[TokenSequence], work: Callable[[], None]) -> None:
+        """Does the work of some rows; what goes wrong there ends them, and nobody else."""
+        jobs = {row.job for row in rows}
+        try:
+            work()
         except _REFUSALS as error:
             self._fail(jobs, BadRequest(str(error)))
         except Exception as error:
-            if jobs[0].methods in ((), self._own):  # what clients made of other methods says nothing about the server
+            if any(job.methods in ((), self._own) for job in jobs):  # other methods say nothing about the server
                 self._failed += 1
-            self.metrics.failed_batches.inc()
+            self.metrics.failed_steps.inc()
             frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
             # torch's own errors speak of memory and shapes; others may quote the prompt
             text = f": {error}" if isinstance(error, RuntimeError) else ""
-            log.error("a batch of %d requests failed: %s%s\n%s", len(jobs), type(error).__name__, text, frames)
-            self._fail(jobs, ApiError("error", "the model failed on this batch; the server's log says why."))
-        finally:
-            self._running = []
-        seconds = time.monotonic() - begin
-        mean = self.scheduler.batch_seconds
-        self.scheduler.batch_seconds = seconds if mean == 0 else 0.8 * mean + 0.2 * seconds
+            log.error("a step of %d rows failed: %s%s\n%s", len(rows), type(error).__name__, text, frames)
+            self._fail(jobs, ApiError("error", "the model failed on this request; the server's log says why."))
 
-    def _fail(self, jobs: list[Job], error: ApiError) -> None:
+    def _fail(self, jobs: set[Job], error: ApiError) -> None:
         for job in jobs:
             job.fail(error)
+            self.scheduler.discard(job)
+        if self._prefill is not None and any(row.job in jobs for row in self._prefill.rows):
+            self._prefill = None

@@ -25,7 +25,7 @@ from llm_accel.serve.protocol import (
 from llm_accel.serve.responses import ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.settings import ServeSettings, context_of
 
 MOST_ANSWERS = 1024  # of a request: prompts times n
 _MOST_IDS = 2**20  # token ids of a request, whatever the model takes
@@ -46,7 +46,7 @@ class InputProcessor:
         self._name, self._tokenizer, self._settings = served.name, served.tokenizer, settings
         self._allowed = settings.allowed()
         text_config = served.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context = context_of(served.model, settings)
         self._vocabulary = int(text_config.vocab_size)
         limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
         self._reader = PromptReader(served, settings, self.context or _MOST_IDS, limit, self._vocabulary)
@@ -185,7 +185,8 @@ class InputProcessor:
 
 def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:
     """The dense model reads the prompt, and methods that leave its attention alone read it like that."""
-    others = [it.name for it in methods if Claim.ATTENTION in it.claims and not isinstance(it, Dense)]
+    read_otherwise = {Claim.ATTENTION, Claim.HEADS}
+    others = [it.name for it in methods if read_otherwise & it.claims.keys() and not isinstance(it, Dense)]
     if others:
         raise BadRequest(
             "log-probabilities of the prompt are those of the dense model, and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> list[TokenLogpro
     ]
 
 
-@torch.inference_mode()
-def prompt_logprobs(model: Any, prompt: Sequence[int], top: int) -> list[TokenLogprob | None]:
-    """Those of the tokens of a prompt, None for the first one, which nothing precedes; ``model`` is the dense one."""
+def prompt_logprobs(model: Any, prompt: Sequence[int], top: int) -> Iterator[list[TokenLogprob | None]]:
+    """Those of the tokens of a prompt, a part of it at a time, None for the first token, which nothing precedes;
+    ``model`` is the dense one."""
     ids = torch.tensor(prompt, device=model.device)
     cache = DynamicCache(config=model.config)
-    found: list[TokenLogprob | None] = [None]
+    yield [None]
     for begin in range(0, len(ids) - 1, _AT_ONCE):
         chunk = ids[begin : min(begin + _AT_ONCE, len(ids) - 1)]
-        logits = model(input_ids=chunk[None], **{CACHE: cache}, use_cache=True).logits[0]
-        found += token_logprobs(logits, ids[begin + 1 : begin + 1 + len(chunk)], top)
-    return found
+        with torch.no_grad():
+            logits = model(input_ids=chunk[None], **{CACHE: cache}, use_cache=True).logits[0]
+        yield [*token_logprobs(logits, ids[begin + 1 : begin + 1 + len(chunk)], top)]

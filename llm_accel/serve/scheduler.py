@@ -1,4 +1,4 @@
-"""The bounded queue, and which requests share a batch."""
+"""The bounded queue, and whose turn it is."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from llm_accel.serve.errors import ApiError, shutting_down
-from llm_accel.serve.sequences import Job
+from llm_accel.serve.sequences import Job, TokenSequence
 from llm_accel.serve.settings import ServeSettings
 
 
 class Scheduler:
-    """First come, first served; others with the same method join the batch, nearest in length: every row of a batch
-    is padded to the longest one. Safe in several threads.
+    """First come, first served. A request of more rows than are free goes to the end of the queue with the others, so
+    that a long list of prompts holds nobody up. Safe in several threads.
 
     Attributes:
-        batch_seconds: how long a batch takes, a running mean kept by the worker.
+        row_seconds: how long a row takes from its first step to its end, a running mean kept by the worker.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
-        self.batch_seconds = 0.0
+        self.row_seconds = 0.0
         self._settings = settings
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -68,17 +68,12 @@ class Scheduler:
             raise shutting_down()
         if waiting < self._settings.max_queue:
             return
-        seconds = max(1, math.ceil((1 + waiting / self._settings.max_batch) * self.batch_seconds))
+        seconds = max(1, math.ceil((1 + waiting / self._settings.max_batch) * self.row_seconds))
         raise ApiError(
             "queue_full",
             f"{waiting} requests are waiting, which is all that may; try again in {seconds} s.",
             {"Retry-After": str(seconds)},
         )
-
-    def put_back(self, jobs: Sequence[Job]) -> None:
-        """Takes back those of whose prompts some have not run yet, behind all that wait."""
-        with self._changed:
-            self._jobs.extend(job for job in jobs if job.waiting)
 
     def discard(self, job: Job) -> None:
         """Takes out a request that nobody waits for; nothing happens when it has left the queue."""
@@ -102,36 +97,31 @@ class Scheduler:
             self._changed.notify_all()
             return jobs
 
-    def take(self) -> list[Job]:
-        """Waits for the next batch; empty once the queue is closed and nothing waits."""
+    def wait(self) -> bool:
+        """Waits for a request; False once the queue is closed and nothing waits."""
         with self._changed:
-            while True:
-                if not self._jobs:
-                    if self._closed:
-                        return []
-                    self._changed.wait()
+            self._changed.wait_for(lambda: self._closed or self._jobs)
+            return bool(self._jobs)
+
+    def head(self, busy: Collection[object] = ()) -> Job | None:
+        """Whose turn it is: the first one whose session is not ``busy``."""
+        with self._changed:
+            return next((job for job in self._jobs if job.session not in busy), None)
+
+    def take(self, head: Job, most: int, fits: Callable[[Sequence[TokenSequence]], bool]) -> list[TokenSequence]:
+        """Rows of ``head`` and of requests behind it with the same method whose prompts are read together, ``most`` of
+        them, while all that are taken fit; none once ``head`` has left the queue."""
+        with self._changed:
+            if head not in self._jobs:
+                return []
+            taken: list[TokenSequence] = []
+            for job in [head, *self._jobs]:
+                if job is not head and (job.methods != head.methods or job.apart or head.apart):
                     continue
-                batch = self._batch_of(self._jobs[0])
-                left = self._jobs[0].accepted_at + self._settings.window_ms / 1e3 - time.monotonic()
-                if self._closed or left <= 0 or not self._open(batch):
-                    for job in batch:
-                        self._jobs.remove(job)
-                    return batch
-                self._changed.wait(left)
-
-    def _open(self, batch: list[Job]) -> bool:
-        """Whether waiting may bring more rows."""
-        return not batch[0].alone and sum(len(job.waiting) for job in batch) < self._settings.max_batch
-
-    def _batch_of(self, head: Job) -> list[Job]:
-        """The first request and those behind it that share its batch, nearest in length first."""
-        batch, rows, width = [head], len(head.waiting), head.width
-        if head.alone:
-            return batch
-        for job in sorted(list(self._jobs)[1:], key=lambda job: abs(job.width - head.width)):
-            more, wider = rows + len(job.waiting), max(width, job.width)
-            fits = more <= self._settings.max_batch and more * wider <= self._settings.max_batch_tokens
-            if not job.alone and job.methods == head.methods and fits:
-                batch.append(job)
-                rows, width = more, wider
-        return batch
+                rows = job.waiting
+                while rows and len(taken) < most and fits([*taken, rows[0]]):
+                    taken += job.next_sequences(1)
+                    rows = rows[1:]
+            left = [job for job in self._jobs if job.waiting]
+            self._jobs = deque(sorted(left, key=lambda job: job is head))
+            return taken

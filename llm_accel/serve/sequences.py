@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from llm_accel.methods import MethodConfig
 from llm_accel.registry import spec_of
@@ -40,14 +41,19 @@ class TokenSequence:
 
     Attributes:
         prompt_logprobs: of the tokens of the prompt, None for the first one, once they are known and where wanted.
+        begun_at: when the prompt's turn came.
+        reserved: bytes that are set aside for it.
+        rules: what the model's own generation settings do to the logits; None before the first token.
     """
 
     def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
         self.job, self.index, self.prompt = job, index, prompt
         self.tokens: list[int] = []
         self.finish: str | None = None
-        self.first_at = self.last_at = 0.0
-        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        self.begun_at = self.first_at = self.last_at = 0.0
+        self.reserved = 0
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.rules: LogitsProcessorList | None = None
         self._text, self._random = text, job.sampling.source(index)
         self._logprobs: list[TokenLogprob] = []
 
@@ -139,8 +145,13 @@ class Job:
 
     @property
     def alone(self) -> bool:
-        """Whether it shares no batch: a kept cache has one row, and images are laid out differently by each family."""
-        return self.session is not None or bool(self.features)
+        """Whether its row joins no other: families lay out images differently."""
+        return bool(self.features)
+
+    @property
+    def apart(self) -> bool:
+        """Whether its prompts are read in calls of their own."""
+        return self.alone or self.session is not None or self.prompt_logprobs is not None
 
     @property
     def waiting(self) -> list[TokenSequence]:
@@ -151,11 +162,6 @@ class Job:
         """The next of them, which run now."""
         begin, self._started = self._started, self._started + most
         return [] if self.cancelled else self.sequences[begin : self._started]
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest row at its end."""
-        return max(map(len, self.prompts)) + self.max_new_tokens
 
     @property
     def generated_tokens(self) -> int:

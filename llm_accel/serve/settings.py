@@ -6,6 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_accel.common.arguments import ModelOptions
 from llm_accel.common.options import option
@@ -56,11 +57,19 @@ class ServeSettings(ModelOptions):
         group="address",
     )
 
-    max_batch: int = option("sequences in a batch", 8, least=1, group="queue")
-    max_batch_tokens: int = option(
-        "sequences times longest prompt and answer; a larger request runs alone", 65536, least=1, group="queue"
+    max_batch: int = option("rows that run at a time: prompts that are read, and answers", 8, least=1, group="queue")
+    max_step_tokens: int | None = option(
+        "tokens of prompts that are read between two decode steps (default: 256 on a CPU, else 8192)",
+        None,
+        least=1,
+        group="queue",
     )
-    window_ms: float = option("how long a request waits for others to share its batch", 5.0, least=0, group="queue")
+    kv_memory_mib: float | None = option(
+        "memory for keys and values of all rows; those that may pass it wait (default: no limit)",
+        None,
+        least=0.001,
+        group="queue",
+    )
     max_queue: int = option("requests that may wait; any more get status 429", 64, least=1, group="queue")
     deadline_s: float = option(
         "time that a request has, reading and waiting included; requests may ask for less",
@@ -71,6 +80,9 @@ class ServeSettings(ModelOptions):
     drain_s: float = option("time that accepted requests have to finish after SIGTERM", 30.0, least=0, group="queue")
 
     max_body_mib: float = option("largest request body", 8.0, least=0.001, group="limits")
+    max_model_len: int | None = option(
+        "tokens of prompt and answer together (default: the model's context)", None, least=2, group="limits"
+    )
     max_prompt_tokens: int | None = option(
         "tokens of a prompt (default: what the model's context holds)", None, least=1, group="limits"
     )
@@ -140,3 +152,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def context_of(model: Any, settings: ServeSettings) -> int | None:
+    """Tokens of prompt and answer together, if there is a bound."""
+    known = (getattr(model.config.get_text_config(), "max_position_embeddings", None), settings.max_model_len)
+    return min(filter(None, known), default=None)

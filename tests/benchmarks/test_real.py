@@ -172,7 +172,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_without_its_quantisation_computes_the_same_and_can_be_saved(tmp_path: Path) -> None:
-    model = copy.deepcopy(tiny_model()).to(torch.bfloat16)  # the model is every test's
+    model = LlamaForCausalLM(copy.deepcopy(tiny_model().config)).to(torch.bfloat16)  # that one is every test's
     model.config.quantization_config = {"quant_method": "gguf"}
     plain = without_quantization(model)
     assert not hasattr(plain.config, "quantization_config")

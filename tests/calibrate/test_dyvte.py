@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from llm_accel.calibrate.dyvte import calibrate_dyvte, train
 from llm_accel.calibrate.dyvte.observe import observe, safe_exits
 from llm_accel.calibrate.dyvte.train import router_votes, train_routers
 from llm_accel.methods import load_exit_profile, load_routers
-from llm_accel.methods.visual.exit_profile import calibrated_exit
+from llm_accel.methods.visual.exit_profile import at_most, calibrated_exit, samples_needed
 from llm_accel.patches.families import FAMILIES
 from tests.tiny import tiny_model
 from tests.tiny_vlm import IMAGE, Scene, decode, inputs, tiny_vlm
@@ -74,18 +75,48 @@ def test_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "first", "epsilon", "layer"),
+    ("changed", "first", "epsilon", "layer"),
     [
-        ((0.0, 1.0, 0.9, 1.0, 0.98), 0, 0.02, 3),
-        ((0.0, 1.0, 0.9, 1.0, 0.98), 0, 0.1, 1),
-        ((1.0, 1.0), 2, 0.0, 2),
-        ((1.0, 0.5), 0, 0.02, 2),
+        ((1.0, 0.0, 0.1, 0.0, 0.02), 0, 0.02, 3),
+        ((1.0, 0.0, 0.1, 0.0, 0.02), 0, 0.1, 1),
+        ((0.0, 0.0), 2, 0.0, 2),
+        ((0.0, 0.5), 0, 0.02, 2),
     ],
 )
 def test_the_calibrated_layer_and_all_behind_it_are_safe(
-    rates: tuple[float, ...], first: int, epsilon: float, layer: int
+    changed: tuple[float, ...], first: int, epsilon: float, layer: int
 ) -> None:
-    assert calibrated_exit(rates, first, epsilon) == layer
+    assert calibrated_exit(changed, first, epsilon) == layer
+
+
+@pytest.mark.parametrize(("changed", "samples"), [(0, 16), (0, 149), (1, 256), (3, 60), (15, 16)])
+def test_the_bound_on_what_changes(changed: int, samples: int) -> None:
+    """At the bound, so few changes or fewer have a probability of one in twenty: drawn, not computed."""
+    bound = at_most(changed, samples, 0.95)
+    drawn = np.random.default_rng(0).binomial(samples, bound, 200_000)
+    assert (drawn <= changed).mean() == pytest.approx(0.05, abs=0.003)
+    assert at_most(changed, samples, 0.99) > bound > changed / samples
+
+
+def test_few_samples_prove_little() -> None:
+    """16 of 16 happen in half of all runs of a model that changes 4 %, so they cannot say 2 %."""
+    assert at_most(0, 16, 0.95) > 0.17 and at_most(16, 16, 0.95) == 1.0
+    assert at_most(0, 148, 0.95) > 0.02 >= at_most(0, 149, 0.95) and samples_needed(0.02, 0.95) == 149
+    assert samples_needed(0.0, 0.95) is None
+
+
+def test_the_bound_decides_and_is_recorded(tmp_path: Path) -> None:
+    """A layer that is safe for every one of a few samples is no exit; with a wider limit it is."""
+    model = tiny_vlm()
+    batch = inputs(model, [Scene()])
+    options = {"max_new_tokens": 2, "slack": 1e3, "routers": False, "name": "tiny"}
+    samples = [(batch, [int(model(**batch).logits[0, -1].argmax())])] * 3
+    found = calibrate_dyvte(model, samples, **options, epsilon=0.7)
+    assert {one.changed_at_most for one in found.profile.per_layer} <= {round(at_most(k, 3, 0.95), 6) for k in range(4)}
+    strict = calibrate_dyvte(model, samples, **options)
+    assert strict.profile.exit == 2 and strict.profile.confidence == 0.95
+    for one in found.profile.per_layer:
+        assert one.changed_at_most == round(at_most(round(3 * (1 - one.safe_rate)), 3, 0.95), 6)
 
 
 def test_routers_learn_what_can_be_learned() -> None:
@@ -185,6 +216,7 @@ def test_what_cannot_be_calibrated() -> None:
         ([inputs(model, [Scene(), Scene((2, 6), 6)])], {}, "give one row per sample"),
         ([batch], {"num_samples": 0}, "num_samples=0"),
         ([batch], {"epsilon": 1.0}, "epsilon=1.0"),
+        ([batch], {"confidence": 1.0}, "confidence=1.0"),
         ([batch], {"slack": -1.0}, "slack=-1.0"),
     ]
     for samples, options, words in cases:

@@ -65,7 +65,8 @@ def test_from_files_to_a_plug_in(
     out = tmp_path / "out"
     args = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
     code, printed, _ = calibrate(capsys, *args, "--router-dim", "4", "--max-new-tokens", "3", "--dtype", "float32")
-    assert code == 0 and printed.split()[:2] == ["layer", "safe"]
+    assert code == 0 and printed.split()[:5] == ["layer", "safe", "changed", "at", "most"]
+    assert "too few samples for any layer to be trusted: 149 are needed" in printed
     summary = json.loads(printed.splitlines()[-1])
     assert json.loads((out / "summary.json").read_text()) == summary
     records = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]

@@ -46,7 +46,22 @@ WHOLE = ("dense",)
 # methods that stand for others, with contracts of their own in test_auto.py
 CHOOSING = ("auto",)
 # methods that act on visual tokens, with contracts of their own in tests/patches/vision
-VISUAL = ("flowcut", "visionzip", "fastv", "dyvte", "vasparse", "downsample", "stride_tokens", "random_tokens")
+VISUAL = (
+    "flowcut",
+    "visionzip",
+    "divprune",
+    "cdpruner",
+    "dart",
+    "fastv",
+    "dyvte",
+    "vasparse",
+    "vhr",
+    "paint",
+    "var",
+    "downsample",
+    "stride_tokens",
+    "random_tokens",
+)
 
 
 @dataclass(frozen=True)

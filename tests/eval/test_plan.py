@@ -17,8 +17,9 @@ from transformers import (
 
 import llm_accel
 from llm_accel import UnsupportedModelError, cli
-from llm_accel.eval.tasks.plan.arithmetic import Load, estimate
+from llm_accel.eval.tasks.plan.arithmetic import estimate
 from llm_accel.eval.tasks.plan.model import geometry
+from llm_accel.patches.footprint import Load
 from llm_accel.patches.install import make_plan
 from tests.contracts.matrix import METHODS, generate, make_batch
 from tests.tiny import CONFIGS, tiny_model

@@ -16,8 +16,9 @@ from llm_accel.registry import parse_all
 
 KV = ("snapkv", "pyramidkv", "random", "auto")  # append, as many entries in each head, or may choose to
 MOVING = ("adakv", "h2o", "streaming_llm", "h2o:semantics=sim")
-TOKENS = ("flowcut", "visionzip", "downsample", "stride_tokens", "random_tokens")
-CUTS = ("fastv", "dyvte")
+TOKENS = ("flowcut", "visionzip", "divprune", "cdpruner", "downsample", "stride_tokens", "random_tokens")
+CUTS = ("fastv", "dart", "dyvte")
+SHIFTING = ("paint", "var")
 CONTRAST = "vasparse:beta=0,keep=1"
 ALONE = ("retrieval_heads", "dense:capacity=64", "kvzip")
 
@@ -26,13 +27,16 @@ def fits(one: str, other: str) -> bool:
     """Two different methods, in whichever order."""
     for first, second in ((one, other), (other, one)):
         if first in KV:
-            if second in ("hip", *TOKENS, *CUTS, CONTRAST):
+            if second in ("hip", *TOKENS, *CUTS, CONTRAST, *SHIFTING, "vhr"):
                 return True
         elif first in MOVING or first == "hip":
-            if second in (*TOKENS, *CUTS, CONTRAST):
+            if second in (*TOKENS, *CUTS, CONTRAST, "vhr"):
                 return True
         elif first in ("vasparse", CONTRAST):
-            if second in (*TOKENS, *CUTS):
+            if second in (*TOKENS, *CUTS, "vhr") or (first == CONTRAST and second in SHIFTING):
+                return True
+        elif first in ("vhr", *SHIFTING):
+            if second in (*TOKENS, *CUTS) or (first == "vhr" and second in SHIFTING):
                 return True
         elif first in TOKENS and second in CUTS:
             return True
@@ -40,7 +44,7 @@ def fits(one: str, other: str) -> bool:
 
 
 def test_every_pair_of_methods() -> None:
-    specs = (*KV, *MOVING, "hip", *TOKENS, *CUTS, "vasparse", CONTRAST, *ALONE)
+    specs = (*KV, *MOVING, "hip", *TOKENS, *CUTS, "vasparse", CONTRAST, *SHIFTING, "vhr", *ALONE)
     assert {spec.partition(":")[0] for spec in specs} == set(list_methods())
     for one, other in combinations(specs, 2):
         pairs = list(permutations((*parse_all(one), *parse_all(other))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +31,7 @@ def failing_layer(model: PreTrainedModel, index: int) -> torch.nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("turn", [1, 2])
-def test_a_cache_that_is_torn_is_not_gone_on_with(family: str, turn: int) -> None:
+def test_a_cache_that_is_torn_is_not_gone_on_with(family: str, turn: int, tmp_path: Path) -> None:
     model = text_model(family)
     with llm_accel.apply(model, KEEP) as handle:
         cache = handle.new_cache()
@@ -39,6 +41,10 @@ def test_a_cache_that_is_torn_is_not_gone_on_with(family: str, turn: int) -> Non
             model(IDS if turn == 1 else MORE, **{CACHE: cache})
         with pytest.raises(UnsupportedCallError, match="an earlier call on this cache failed half-way"):
             model(MORE, **{CACHE: cache})
+        if cache.get_seq_length():
+            with pytest.raises(UnsupportedCallError, match="an earlier call on this cache failed half-way"):
+                handle.save_cache(cache, tmp_path / "cache.safetensors")
+        assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
@@ -68,3 +74,20 @@ def test_a_call_that_was_refused_has_left_nothing(family: str) -> None:
             model(MORE, attention_mask=gap, **{CACHE: cache})
         model(IDS, **{CACHE: other})
         assert torch.equal(model(MORE, **{CACHE: cache}).logits, model(MORE, **{CACHE: other}).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_that_met_a_call_without_the_plug_in_is_not_gone_on_with(family: str) -> None:
+    """Layers before the one that refuses have taken the tokens in, and no length shows it."""
+    model = text_model(family)
+    cache = llm_accel.apply(model, KEEP).new_cache()
+    model(IDS, **{CACHE: cache})
+    llm_accel.remove(model)
+    with pytest.raises(UnsupportedCallError, match="this call runs without it"):
+        model(MORE, **{CACHE: cache})
+    with (
+        llm_accel.apply(model, KEEP),
+        pytest.raises(UnsupportedCallError, match="an earlier call on this cache failed"),
+    ):
+        model(MORE, **{CACHE: cache})

@@ -27,7 +27,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         method="snapkv:budget=128",
         allow_methods="streaming_llm, retrieval_heads, fastv, random, vasparse",
         api_key_file=str(keys),
-        window_ms=100,
         max_batch=4,
         max_queue=6,
         max_body_mib=0.1,

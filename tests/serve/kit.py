@@ -98,7 +98,7 @@ class Running:
             self.brake.set(None)
 
     def busy(self) -> bool:
-        return bool(self.server.engine._running)
+        return bool(self.server.engine.running)
 
     def idle(self) -> None:
         wait_for(lambda: not self.busy() and len(self.server.engine.scheduler) == 0)

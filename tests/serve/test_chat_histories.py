@@ -31,7 +31,7 @@ def reader() -> Iterator[Running]:
     """A server whose template reads tools."""
     coder = copy.deepcopy(tokenizer())
     coder.chat_template = READS_TOOLS
-    running = start(tiny_model(), coder, window_ms=0)
+    running = start(tiny_model(), coder)
     yield running
     running.stop()
 

@@ -24,7 +24,7 @@ HEADERS = {"Authorization": f"Bearer {ALICE}"}
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Running]:
     """A server that refuses unknown fields; no limit but the context of 1024 tokens."""
-    running = start(tiny_model(), tokenizer(), strict_fields=True, window_ms=0, max_batch=4)
+    running = start(tiny_model(), tokenizer(), strict_fields=True, max_batch=4)
     yield running
     running.stop()
 

@@ -10,6 +10,7 @@ import pytest
 
 from llm_accel.common.bundled import load_needle_model
 from llm_accel.errors import ConfigError
+from llm_accel.methods import SnapKV
 from llm_accel.patches.compiled import call
 from llm_accel.serve.settings import ServeSettings
 from tests.serve.kit import Running, start
@@ -24,7 +25,6 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
         method="snapkv:budget=128",
         decode="compiled",
         allow_methods="vasparse",
-        window_ms=200,
         max_batch=2,
     )
     yield running
@@ -38,8 +38,9 @@ def test_answers_are_those_of_plain_generate(compiling: Running, needle: tuple[A
         answers = list(pool.map(lambda ids: compiling.complete(ids, max_tokens=6).json(), prompts))
     assert [answer["choices"][0]["text"] for answer in answers] == expected
     compiling.idle()  # answers leave before the inference thread is done with the cache
-    report = compiling.server.engine._runner._handle.report()
-    assert report.backends["decode steps"][0] == "compiled"
+    hook = compiling.server.engine._methods._hooks[(SnapKV(budget=128),)]
+    assert hook.plan.backends["decode steps"][0] == "compiled"
+    assert call.refusal_of(compiling.server.engine._forward.model.get_decoder()) is None
     refused = compiling.complete(llm_accel={"method": "vasparse"}, max_tokens=2)
     assert refused.status_code == 400
 

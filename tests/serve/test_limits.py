@@ -43,7 +43,6 @@ def server() -> Iterator[tuple[Running, Slow]]:
         slow,
         method="snapkv:budget=64",
         allow_methods="h2o",
-        window_ms=0,
         max_new_tokens=4,
         max_queue=3,
         max_batch=2,

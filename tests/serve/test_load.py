@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from tests.serve.kit import ALICE, Running, wait_for
+from benchmarks.common import resident_mib
+from tests.eval.needle_helpers import tiny_model, tokenizer
+from tests.serve.kit import ALICE, Running, start, wait_for
 
 Pool = Callable[..., "Future[httpx.Response]"]
 
@@ -72,7 +75,7 @@ def test_a_client_that_leaves_stops_its_row(running: Running) -> None:
 
 
 def test_an_exception_fails_its_batch_only(running: Running) -> None:
-    failed = running.metrics()["llm_accel_failed_batches_total"]
+    failed = running.metrics()["llm_accel_failed_steps_total"]
     expected = running.complete().json()["choices"]
     running.idle()  # its answer left before its batch was over; a batch that is busy must be that of the next request
     with pool() as threads:
@@ -88,7 +91,7 @@ def test_an_exception_fails_its_batch_only(running: Running) -> None:
     assert sorted(statuses) in ([200, 200, 500], [200, 500, 500])
     error = next(response for response in results if response.status_code == 500).json()["error"]
     assert error["code"] == "error" and "no memory left" not in error["message"]
-    assert running.metrics()["llm_accel_failed_batches_total"] == failed + 1
+    assert running.metrics()["llm_accel_failed_steps_total"] == failed + 1
     assert running.complete().json()["choices"] == expected
 
 
@@ -122,3 +125,32 @@ def test_outcomes_add_up(running: Running, requests: int) -> None:
     assert received == sum(outcomes.values())
     assert outcomes["unauthorized"] >= statuses.count("401") and outcomes["ok"] >= statuses.count("200")
     assert metrics["llm_accel_queue_depth"] == 0 == metrics["llm_accel_running"]
+
+
+@pytest.mark.slow
+def test_five_hundred_requests_lose_nothing_and_leave_nothing() -> None:
+    running = start(tiny_model(), tokenizer(), method="snapkv:budget=40,window=8", allow_methods="h2o", max_batch=8)
+    methods = ("snapkv:budget=40,window=8", "dense", "h2o:budget=40")
+    sizes: list[float] = []
+
+    def one(number: int) -> tuple[int, str]:
+        words = " ".join(["dog", "river", "12", "the"][(number + place) % 4] for place in range(5 + number % 50))
+        extension = {"method": methods[number % 3]} | ({"session": f"talk {number % 7}"} if number % 5 == 0 else {})
+        answer = running.complete(words, max_tokens=1 + number % 9, ignore_eos=True, llm_accel=extension)
+        sizes.append(resident_mib(os.getpid()))
+        return answer.status_code, answer.json()["choices"][0]["text"]
+
+    try:
+        with ThreadPoolExecutor(32) as threads:
+            first = list(threads.map(one, range(250)))
+            half = max(sizes)
+            second = list(threads.map(one, range(250)))
+        assert {status for status, _ in first + second} == {200}
+        alone = [one(number) for number in range(0, 250, 25) if number % 5]
+        assert alone == [second[number] for number in range(0, 250, 25) if number % 5]
+        running.idle()
+        engine = running.server.engine
+        assert not engine._groups and not engine.running and len(engine._conversations) == 7
+        assert max(sizes[250:500]) < half + 30, "memory of the process, MiB"
+    finally:
+        running.stop()

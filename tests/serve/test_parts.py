@@ -81,27 +81,39 @@ def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) 
     assert choose(logits, [Sampling(temperature)] * 2, [0.999] * 2).tolist() == [1, 4]
 
 
-async def _batches(*jobs: tuple[MethodConfig | None, int, int, Any]) -> list[list[int]]:
-    queue = Scheduler(ServeSettings(window_ms=0, max_batch=4, max_batch_tokens=100))
-    made = []
-    for method, rows, length, session in jobs:
-        prompts = [(1,) * length] * rows
-        made.append(Job(prompts, (method and (method,)) or (), Sampling(), 10, 1.0, lambda: Detokenizer(None), session))
+async def _taken(*jobs: tuple[MethodConfig, int, Any], most: int, tokens: int = 100) -> list[list[tuple[int, int]]]:
+    """Job and number of the rows that are read together, for jobs of one method, so many rows and a session."""
+    queue, made = Scheduler(ServeSettings()), []
+    for number, (method, rows, session) in enumerate(jobs):
+        prompts = [(number, row) * 5 for row in range(rows)]
+        made.append(Job(prompts, (method,), Sampling(), 10, 1.0, lambda: Detokenizer(None), session))
         queue.put(made[-1])
     queue.close()
-    return [[made.index(job) for job in batch] for batch in iter(queue.take, [])]
+    turns = []
+    while (head := queue.head()) is not None:
+        rows = queue.take(head, most, lambda taken: sum(len(row.prompt) for row in taken) <= tokens)
+        turns.append([(made.index(row.job), row.index) for row in rows])
+    return turns
 
 
-def test_batches_hold_one_method_and_stay_within_bounds() -> None:
+def test_rows_that_are_read_together_have_one_method_and_fit() -> None:
     snap, other = SnapKV(budget=40), SnapKV(budget=41)
 
-    def batches(*jobs: tuple[Any, ...]) -> list[list[int]]:
-        return asyncio.run(_batches(*((*job, None, None)[:4] for job in jobs)))
+    def taken(*jobs: tuple[Any, ...], **bounds: int) -> list[list[tuple[int, int]]]:
+        return asyncio.run(_taken(*((*job, None)[:3] for job in jobs), **bounds))
 
-    assert batches((snap, 1, 10), (other, 1, 10), (None, 1, 10)) == [[0], [1], [2]]
-    assert batches((snap, 2, 10), (other, 1, 10), (SnapKV(budget=40), 2, 10)) == [[0, 2], [1]]
-    assert batches((snap, 3, 10), (snap, 2, 10), (snap, 1, 10)) == [[0, 2], [1]]
-    assert batches((snap, 3, 2), (snap, 1, 13), (snap, 1, 3)) == [[0, 2], [1]]  # the nearest in length rides along
-    assert batches((snap, 1, 60), (snap, 1, 10)) == [[0], [1]]
-    assert batches((snap, 1, 500), (snap, 1, 10)) == [[0], [1]]
-    assert batches((snap, 1, 10, ("", "a")), (snap, 1, 10), (snap, 1, 10, ("", "b"))) == [[0], [1], [2]]
+    assert taken((snap, 1), (other, 1), (SnapKV(budget=40), 2), most=4) == [[(0, 0), (2, 0), (2, 1)], [(1, 0)]]
+    assert taken((snap, 3), (snap, 1), most=4, tokens=20) == [[(0, 0), (0, 1)], [(1, 0), (0, 2)]]
+    assert taken((snap, 5), (other, 1), most=2) == [[(0, 0), (0, 1)], [(1, 0)], [(0, 2), (0, 3)], [(0, 4)]]
+    assert taken((snap, 1, ("", "a")), (snap, 1), (snap, 1, ("", "b")), most=4) == [[(0, 0)], [(1, 0)], [(2, 0)]]
+
+
+def test_a_session_that_is_busy_waits_and_holds_nobody_up() -> None:
+    async def turns() -> list[str]:
+        queue = Scheduler(ServeSettings())
+        for session in (("", "a"), ("", "b"), None):
+            queue.put(Job([(1,)], (), Sampling(), 1, 1.0, lambda: Detokenizer(None), session))
+        heads = (queue.head(busy) for busy in ((), {("", "a")}, {("", "a"), ("", "b")}))
+        return [str(head and head.session) for head in heads]
+
+    assert asyncio.run(turns()) == ["('', 'a')", "('', 'b')", "None"]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import asyncio
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import llm_accel
 from llm_accel.cache.linear import states_of
 from llm_accel.methods import MethodConfig, SnapKV
-from llm_accel.patches.cache_name import CACHE
 from llm_accel.serve.conversations import Conversation, Conversations
-from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.model_runner import ModelRunner
 from tests.families.build import text_model
 from tests.serve.kit import ALICE, BOB, Running
 from tests.serve.test_answers import needle_prompts
+from tests.serve.test_engine import Driven
 from tests.tiny import left_padded
 
 
@@ -82,15 +79,14 @@ def test_bounds_in_bytes() -> None:
 
 @pytest.mark.parametrize("methods", [(SnapKV(budget=40),), ()], ids=["snapkv", "dense"])
 def test_states_of_linear_attention_count_among_the_bytes(methods: tuple[MethodConfig, ...]) -> None:
-    model, conversations = text_model("qwen3_next"), Conversations(limit=10, byte_limit=2**30)
-    runner = ModelRunner(model, SimpleNamespace(), conversations, Metrics(), "eager")
-    handle = runner.use(methods)
-    cache: Any = DynamicCache(config=model.config) if handle is None else handle.new_cache()
-    prompt = left_padded([60])[0]
-    model.generate(prompt, **{CACHE: cache}, max_new_tokens=2, do_sample=False)
-    row = SimpleNamespace(prompt=tuple(prompt[0].tolist()), tokens=[1, 2])
-    job: Any = SimpleNamespace(session=("", "a"), sequences=[row], methods=methods)
-    runner._keep_cache(job, handle, cache)
+    async def kept() -> Conversations:
+        driven = Driven(text_model("qwen3_next"))
+        driven.submit([tuple(left_padded([60])[0][0].tolist())], methods, 2, session=("", "a"))
+        driven.finish()
+        return driven.engine._conversations
+
+    conversations = asyncio.run(kept())
+    [cache] = [one.cache for one in conversations._kept.values()]
     tensors = [t for layer in cache.layers for t in (*states_of(layer).values(), *entries_of(layer))]
     assert conversations.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert any(states_of(layer) for layer in cache.layers)

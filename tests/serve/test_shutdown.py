@@ -49,7 +49,7 @@ def test_stopping_finishes_or_fails_what_was_accepted(drain_s: float, monkeypatc
 def test_a_stopped_server_gives_its_model_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     model = tiny_model()
-    running = start(model, tokenizer(), method=method, window_ms=0, max_new_tokens=4)
+    running = start(model, tokenizer(), method=method, max_new_tokens=4)
     with running.held(), ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(running.complete)]
         wait_for(running.busy)

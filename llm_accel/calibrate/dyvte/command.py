@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_accel.calibrate.dyvte import Calibration, calibrate_dyvte
-from llm_accel.calibrate.dyvte.calibration import EPSILON, MAX_NEW_TOKENS, ROUTER_DIM
+from llm_accel.calibrate.dyvte.calibration import CONFIDENCE, EPSILON, MAX_NEW_TOKENS, ROUTER_DIM
 from llm_accel.calibrate.dyvte.runs import FIELDS
 from llm_accel.calibrate.dyvte.samples import process_pairs, read_pairs, scene_pairs
 from llm_accel.common.arguments import ModelOptions, OutputOptions
@@ -20,6 +20,7 @@ from llm_accel.eval.runner import print_summary
 from llm_accel.eval.table import aligned, number
 from llm_accel.eval.tasks.vision.settings import SCENES
 from llm_accel.eval.tasks.vision.task import model_name
+from llm_accel.methods.visual.exit_profile import samples_needed
 
 METHODS = ("dyvte",)
 
@@ -37,7 +38,8 @@ class CalibrateOptions(OutputOptions, ModelOptions):
         metavar="FILE|scenes",
     )
     num_samples: int = option("maximum number of samples", 256, least=1)
-    epsilon: float = option("fraction of the samples whose answer may change", EPSILON, metavar="X")
+    epsilon: float = option("fraction of all prompts like these whose answer may change", EPSILON, metavar="X")
+    confidence: float = option("with which no more of them change", CONFIDENCE, metavar="X")
     slack: float = option("increase of the loss that is always allowed, in nats per token", 0.0, metavar="X")
     routers: bool = option("train routers as well", True)
     router_dim: int = option("width of a router", ROUTER_DIM)
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         process_pairs(processor, scene_pairs(wanted, options.seed) if pairs is None else pairs),
         num_samples=wanted,
         epsilon=options.epsilon,
+        confidence=options.confidence,
         slack=options.slack,
         routers=options.routers,
         router_dim=options.router_dim,
@@ -100,8 +103,10 @@ def _summary(found: Calibration, out: Path) -> dict[str, Any]:
         "layers": profile.layers,
         "exit": profile.exit,
         "epsilon": profile.epsilon,
+        "confidence": profile.confidence,
         "samples": profile.samples,
         "safe_rate": {str(one.layer): one.safe_rate for one in profile.per_layer},
+        "changed_at_most": {str(one.layer): one.changed_at_most for one in profile.per_layer},
         "routed_safe_rate": None if found.routed is None else found.routed[0],
         "routed_mean_layer": None if found.routed is None else found.routed[1],
         "out": str(out),
@@ -112,22 +117,35 @@ def _table(found: Calibration) -> str:
     """Results per exit layer."""
     profile = found.profile
     scores = {score.layer: score for score in profile.routers}
-    header = ["layer", "safe", "same tokens", "loss", *(["router: exits", "precision", "recall"] if scores else [])]
+    header = [
+        "layer",
+        "safe",
+        "changed at most",
+        "same tokens",
+        "loss",
+        *(["router: exits", "precision", "recall"] if scores else []),
+    ]
     rows = [header]
     for one in profile.per_layer:
         routed = scores.get(one.layer)
         shares = [] if routed is None else [routed.exits, routed.precision, routed.recall]
-        measured = [str(one.layer), f"{one.safe_rate:.1%}", f"{one.agreement:.1%}", f"{one.loss:.4f}"]
+        bound = number(one.changed_at_most, ".1%")
+        measured = [str(one.layer), f"{one.safe_rate:.1%}", bound, f"{one.agreement:.1%}", f"{one.loss:.4f}"]
         rows.append([*measured, *(number(share, ".1%") for share in shares)])
     lines = aligned(rows)
     last = profile.exit == profile.layers - 1
     chosen = (
         "no layer is safe enough: visual tokens stay" if last else f"visual tokens leave after layer {profile.exit}"
     )
+    confidence = profile.confidence or CONFIDENCE
     lines.append(
-        f"{chosen} ({profile.samples} samples, at most {profile.epsilon:.0%} of them changed; full model: loss "
-        f"{profile.loss:.4f})"
+        f"{chosen} ({profile.samples} samples; with {confidence:.0%} confidence at most {profile.epsilon:.0%} of "
+        f"all such prompts change; full model: loss {profile.loss:.4f})"
     )
+    needed = samples_needed(profile.epsilon, confidence)
+    if needed is None or profile.samples < needed:
+        enough = "no number of samples proves that none changes" if needed is None else f"{needed} are needed"
+        lines.append(f"too few samples for any layer to be trusted: {enough}; raise --num-samples or --epsilon")
     if found.routed is not None:
         lines.append(f"routers together: {found.routed[0]:.1%} safe, exit after layer {found.routed[1]:.1f} on average")
     return "\n".join(lines)

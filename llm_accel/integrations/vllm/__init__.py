@@ -18,8 +18,10 @@ def register() -> None:
     An error in a plug-in would stop every engine of the user, those that never heard of us included: it is logged.
     """
     try:
+        from llm_accel.integrations.vllm.counters import name_run
         from llm_accel.integrations.vllm.registration import register_all
 
+        name_run()
         register_all()
     except Exception:
         logger.exception("llm_accel: the vLLM plug-in could not be set up; engines run as without it")

@@ -66,13 +66,15 @@ class Compressed:
     """Mixed into backends that KV methods know."""
 
     parts: tuple[Any, Any]
-    method: str | None = (
-        None  # of the engine that was built last: no configuration is current where specs are asked for
-    )
+    # of the engine that was built last: no configuration is current where specs are asked for
+    method: str | None = None
+    engine = 0
 
     @classmethod
     def get_impl_cls(cls) -> Any:
-        if get_current_vllm_config_or_none() is not None:
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            cls.engine = config.parallel_config.data_parallel_index
             settings = check_engine(cls.get_name(), takes_kv=True)  # type: ignore[attr-defined]
             cls.method = None if settings is None or settings.kv is None else settings.kv.spec()
         return cls.parts[0]
@@ -88,7 +90,7 @@ class Compressed:
             return spec
         if not is_whole(spec):
             raise ConfigError(f"{cls.method} cannot run in this engine: {NOT_WHOLE}.")
-        compressed = CompressedSpec.of(spec, cls.method)
+        compressed = CompressedSpec.of(spec, cls.method, cls.engine)
         assert compressed.policy  # raises where the budget is too small for these blocks
         return compressed
 

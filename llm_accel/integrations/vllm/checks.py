@@ -44,6 +44,8 @@ def check_engine(backend: str, takes_kv: bool) -> Settings | None:
         reason = None if PRUNING.get() else _visual_reason(config)
         if getattr(config, "ec_transfer_config", None) is not None:
             reason = "a shared cache of encoder outputs may hold those of other methods"
+        if getattr(getattr(config, "lora_config", None), "enable_tower_connector_lora", False):
+            reason = "LoRA in the tower counts its rows by the tokens of the prompt, and those are fewer"
         if reason is not None:
             raise ConfigError(f"{settings.visual.spec()} cannot run in this engine: {reason}.")
     _say(settings, backend)

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 TESTED = ("0.29", "0.32")
 ANYWAY = "LLM_ACCEL_VLLM_UNTESTED"
@@ -32,10 +32,11 @@ class Interface:
         module, _, names = self.path.partition(":")
         try:
             found: Any = importlib.import_module(module)
+        except Exception as error:  # a torchvision for CUDA beside a torch for CPUs raises a RuntimeError
+            return f"{module} cannot be imported: {error}"
+        try:
             for name in names.split("."):
                 found = getattr(found, name)
-        except ImportError as error:
-            return f"{module} cannot be imported: {error}"
         except AttributeError:
             return f"{self.path} is missing"
         taken = inspect.signature(found).parameters if self.parameters else {}
@@ -85,29 +86,72 @@ _LLAVA = (
 )
 
 
-def _qwen(module: str, name: str) -> tuple[Interface, ...]:
-    model, family = f"{_MODELS}.{module}:{name}", f"{_MODELS}.{module}:{name.removesuffix('ForConditionalGeneration')}"
+@dataclass(frozen=True)
+class Architecture:
+    """A model whose images we can prune.
+
+    Attributes:
+        kind: the classes of ours that go before vLLM's.
+        module: vLLM's module for it.
+        family: what the names of vLLM's classes begin with.
+    """
+
+    kind: Literal["llava", "Mrope", "Packed", "Tile"]
+    module: str
+    family: str
+
+    @property
+    def interfaces(self) -> tuple[Interface, ...]:
+        """What we need of vLLM's classes."""
+        if self.kind == "llava":
+            return _LLAVA
+        start = f"{self.module}:{self.family}"
+        model, processor = f"{start}ForConditionalGeneration", f"{start}MultiModalProcessor._get_prompt_updates"
+        always = (Interface("vllm:ModelRegistry.register_model"), Interface(processor, ("mm_items",)))
+        return always + {"Mrope": _mrope, "Packed": _packed, "Tile": _tile}[self.kind](start, model)
+
+
+def _mrope(start: str, model: str) -> tuple[Interface, ...]:
     return (
-        Interface("vllm:ModelRegistry.register_model"),
         Interface(f"{model}.get_mrope_input_positions", ("input_tokens", "mm_features")),
         Interface(f"{model}._process_image_input", ("image_input",)),
         Interface(f"{model}.embed_input_ids", ("multimodal_embeddings", "is_multimodal")),
-        Interface(f"{family}MultiModalProcessor._get_prompt_updates", ("mm_items",)),
-        Interface(f"{family}ProcessingInfo.get_num_image_tokens"),
-        Interface(f"{family}DummyInputsBuilder"),
+        Interface(f"{start}ProcessingInfo.get_num_image_tokens"),
+        Interface(f"{start}DummyInputsBuilder"),
+    )
+
+
+def _packed(start: str, model: str) -> tuple[Interface, ...]:
+    return (
+        Interface(f"{model}._process_image_input", ("image_input",)),
+        Interface(f"{model}._merge_image_patch_embeddings", ("image_size", "patch_embeddings", "strategy")),
+        Interface(f"{start}ProcessingInfo._get_num_unpadded_features", ("npatches",)),
+        Interface(f"{start}ProcessingInfo.get_image_size_with_most_features"),
+    )
+
+
+def _tile(start: str, model: str) -> tuple[Interface, ...]:
+    return (
+        Interface(f"{model}._process_vision_input", ("image_input",)),
+        Interface(f"{start}ProcessingInfo.get_num_image_tokens", ("processor",)),
+        Interface("vllm.multimodal.processing:PromptUpdateDetails.select_token_id"),
+        Interface(f"{start}DummyInputsBuilder"),
     )
 
 
 ARCHITECTURES = {
-    "LlavaForConditionalGeneration": "llava",
-    "Qwen2VLForConditionalGeneration": "qwen2_vl",
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "LlavaForConditionalGeneration": Architecture("llava", f"{_MODELS}.llava", "Llava"),
+    "LlavaNextForConditionalGeneration": Architecture("Packed", f"{_MODELS}.llava_next", "LlavaNext"),
+    "LlavaOnevisionForConditionalGeneration": Architecture("Packed", f"{_MODELS}.llava_onevision", "LlavaOnevision"),
+    "InternVLForConditionalGeneration": Architecture("Tile", f"{_MODELS}.interns1", "InternS1"),
+    "Qwen2VLForConditionalGeneration": Architecture("Mrope", f"{_MODELS}.qwen2_vl", "Qwen2VL"),
+    "Qwen2_5_VLForConditionalGeneration": Architecture("Mrope", f"{_MODELS}.qwen2_5_vl", "Qwen2_5_VL"),
+    "Qwen3VLForConditionalGeneration": Architecture("Mrope", f"{_MODELS}.qwen3_vl", "Qwen3VL"),
 }
-"""The models whose images we can prune, and vLLM's modules for them."""
+"""The models whose images we can prune, by their names in a model's configuration."""
 FEATURES: dict[str, tuple[Interface, ...]] = {
     "kv": _KV,
-    **{name: _LLAVA if module == "llava" else _qwen(module, name) for name, module in ARCHITECTURES.items()},
+    **{name: known.interfaces for name, known in ARCHITECTURES.items()},
 }
 """What each feature needs: KV methods, and visual methods on one architecture each."""
 

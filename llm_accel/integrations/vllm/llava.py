@@ -20,11 +20,10 @@ from vllm.model_executor.models.llava import (
     _build_llava_or_pixtral_hf_processor,
 )
 from vllm.model_executor.models.pixtral import PixtralHFVisionModel
-from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llm_accel.errors import ConfigError
-from llm_accel.integrations.vllm.visual import check_items, check_tower, pruning, visual_method
+from llm_accel.integrations.vllm.visual import PLAIN_TOWER, check_items, check_tower, pruning, visual_method
 from llm_accel.methods import TowerTokens
 from llm_accel.patches.vision.tower import TowerPass
 
@@ -87,14 +86,7 @@ class ClipPass(TowerPass):
 class AccelLlava(LlavaForConditionalGeneration):
     """Loads and runs as the class whose place it takes; the features of images are fewer."""
 
-    # transformers 5 saves CLIP towers without "vision_model."
-    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
-        orig_to_new_prefix={
-            f"{before}vision_tower.{part}": f"vision_tower.vision_model.{part}"
-            for before in ("model.", "")
-            for part in ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
-        }
-    )
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | PLAIN_TOWER
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         with pruning():

@@ -11,37 +11,43 @@ from typing import Any
 
 from llm_accel.integrations.vllm import compat
 
-_MODELS = "vllm.model_executor.models"
+_KINDS = {"Mrope": "mrope", "Packed": "tiled", "Tile": "tiled"}
 _SUFFIX = "ForConditionalGeneration"
 
 
 def __getattr__(name: str) -> Any:
-    module = compat.ARCHITECTURES.get(name)
-    if module is None:
+    known = compat.ARCHITECTURES.get(name)
+    if known is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if compat.problem(name) is not None:
-        return getattr(importlib.import_module(f"{_MODELS}.{module}"), name)
-    if module == "llava":
+        return getattr(importlib.import_module(known.module), known.family + _SUFFIX)
+    if known.kind == "llava":
         return importlib.import_module("llm_accel.integrations.vllm.llava").AccelLlava
-    made = globals()[name] = _qwen(module, name.removesuffix(_SUFFIX))
+    made = globals()[name] = _made(known)
     return made
 
 
-def _qwen(module: str, family: str) -> Any:
-    """A model of Qwen's with three axes of positions, and its processor; they differ in their parents alone."""
+def _made(known: compat.Architecture) -> Any:
+    """A model and its processor, from our mixins and vLLM's own classes: those of a kind differ in their parents."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    from llm_accel.integrations.vllm.mrope import MropeInfo, MropeModel, MropeProcessor
+    ours = importlib.import_module(f"llm_accel.integrations.vllm.{_KINDS[known.kind]}")
+    parents = importlib.import_module(known.module)
 
-    parents = importlib.import_module(f"{_MODELS}.{module}")
+    def made(part: str, name: str, **members: Any) -> Any:
+        parent = getattr(parents, known.family + name)
+        members |= {"__module__": __name__, "__doc__": parent.__doc__}
+        return type(f"Accel{known.family}{name}", (getattr(ours, known.kind + part), parent), members)
 
-    def made(ours: type[Any], part: str) -> Any:
-        parent = getattr(parents, family + part)
-        return type(f"Accel{family}{part}", (ours, parent), {"__module__": __name__, "__doc__": parent.__doc__})
+    members = {}
+    if known.kind == "Packed":
+        from llm_accel.integrations.vllm.visual import PLAIN_TOWER
 
+        members["hf_to_vllm_mapper"] = getattr(parents, known.family + _SUFFIX).hf_to_vllm_mapper | PLAIN_TOWER
+    dummies = known.family if hasattr(parents, f"{known.family}DummyInputsBuilder") else "Llava"
     register = MULTIMODAL_REGISTRY.register_processor(
-        made(MropeProcessor, "MultiModalProcessor"),
-        info=made(MropeInfo, "ProcessingInfo"),
-        dummy_inputs=getattr(parents, f"{family}DummyInputsBuilder"),
+        made("Processor", "MultiModalProcessor"),
+        info=made("Info", "ProcessingInfo"),
+        dummy_inputs=getattr(parents, f"{dummies}DummyInputsBuilder"),
     )
-    return register(made(MropeModel, _SUFFIX))
+    return register(made("Model", _SUFFIX, **members))

@@ -7,7 +7,7 @@ positions of a step are put right in the call that the rows go into. Text keeps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import ConfigError
-from llm_accel.integrations.vllm.visual import check_items, check_tower, choose, pruning, visual_method
+from llm_accel.integrations.vllm.scores import TowerScores
+from llm_accel.integrations.vllm.visual import (
+    check_items,
+    check_tower,
+    choose,
+    limits_without_videos,
+    pruning,
+    visual_method,
+)
 from llm_accel.methods import TowerTokens, VisualTokens
-from llm_accel.patches.vision.tower import TowerPass
 
 _HALF = 128  # each distance in two columns, of which bfloat16 holds every number
 _COLUMNS = 6
@@ -26,17 +33,15 @@ _COLUMNS = 6
 class MropeInfo:
     """Mixed into a family's processing info: counts what enters the language model, and takes images only."""
 
+    ctx: Any
+
     def get_num_image_tokens(self, **size: Any) -> int:
         count = super().get_num_image_tokens(**size)  # type: ignore[misc]
-        method = visual_method(self.ctx.model_config)  # type: ignore[attr-defined]
+        method = visual_method(self.ctx.model_config)
         return count if method is None else method.tokens(count)
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        """No videos beside a method: their frames would come in whole."""
-        limits: dict[str, int | None] = dict(super().get_supported_mm_limits())  # type: ignore[misc]
-        if visual_method(self.ctx.model_config) is not None:  # type: ignore[attr-defined]
-            limits["video"] = 0
-        return limits
+        return limits_without_videos(super().get_supported_mm_limits(), self.ctx.model_config)  # type: ignore[misc]
 
 
 class MropeProcessor:
@@ -70,7 +75,7 @@ class MropeModel:
     method: VisualTokens | None
     config: Any
     visual: Any
-    _running: TowerPass | None = None
+    _scores: TowerScores | None = None
     _shift: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -93,7 +98,10 @@ class MropeModel:
         }
         check_tower(method, vllm_config, wrong)
         if isinstance(method, TowerTokens):
-            self._watch()
+            layers = {index: self.visual.blocks[index].attn.attn for index in self.looked_at}
+            self._scores = TowerScores(
+                method, layers, len(self.visual.blocks) - 1, class_token=False, heads=self._images
+            )
 
     @property
     def looked_at(self) -> Sequence[int]:
@@ -107,24 +115,11 @@ class MropeModel:
         order: Tensor = self.visual.prepare_encoder_metadata(grids)["reverse_indices"]
         return marks[order.to(marks.device, torch.int64)]
 
-    def _watch(self) -> None:
-        for index in self.looked_at:
-            # not on the block: where it may be compiled, its hooks do not run
-            attention = self.visual.blocks[index].attn.attn
-            attention.register_forward_pre_hook(self._seen, with_kwargs=True)
-            attention.register_forward_hook(lambda _module, _args, output, layer=index: self._after(layer, output))
-
-    def _seen(self, module: Any, args: Any, kwargs: Any) -> None:
-        if self._running is None:
-            return
-        tensors = [kwargs[name][0].transpose(0, 1) for name in ("query", "key", "value")]
-        for image in zip(*(one.split(self._sizes, dim=1) for one in tensors), strict=True):
-            query, key, value = (one[None] for one in image)
-            self._running.see(query, key, value, module.scale)
-
-    def _after(self, layer: int, output: Tensor) -> None:
-        if self._running is not None:
-            self._running.after(layer, output)
+    def _images(self, module: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Query, key and value of each image or pair of frames, from [1, S, h, d] of all."""
+        parts = [one[0].transpose(0, 1).split(self._sizes, dim=1) for one in tensors]
+        for query, key, value in zip(*parts, strict=True):
+            yield query[None], key[None], value[None]
 
     def _process_image_input(self, image_input: Any) -> Any:
         method = self.method
@@ -132,8 +127,8 @@ class MropeModel:
             return super()._process_image_input(image_input)  # type: ignore[misc]
         grids = [[int(side) for side in grid] for grid in image_input["image_grid_thw"]]
         marks = None
-        if isinstance(method, TowerTokens):
-            embeds, known = self._scored(method, image_input, grids)
+        if self._scores is not None:
+            embeds, known = self._scored(self._scores, image_input, grids)
             marks = known.split([len(one) for one in embeds])
         else:
             embeds = super()._process_image_input(image_input)  # type: ignore[misc]
@@ -143,22 +138,11 @@ class MropeModel:
             return tuple(rows)
         return tuple(self._placed(*one, method) for one in zip(rows, kept, grids, strict=True))
 
-    def _scored(self, method: TowerTokens, image_input: Any, grids: list[list[int]]) -> tuple[Any, Tensor]:
+    def _scored(self, scores: TowerScores, image_input: Any, grids: list[list[int]]) -> tuple[Any, Tensor]:
         """Features of each image, and what the tower knows of each token of all, [n, c]."""
         self._sizes = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
-        self._running = running = TowerPass(
-            method,
-            class_token=False,
-            last=len(self.visual.blocks) - 1,
-            inside=False,
-            parts=None,
-            layers=self.looked_at,
-            keeps_class=False,
-        )
-        try:
+        with scores.running() as running:
             embeds = super()._process_image_input(image_input)  # type: ignore[misc]
-        finally:
-            self._running = None
         patches = torch.cat(running.values())
         unit = self.visual.spatial_merge_size**2
         return embeds, self._raster(patches.view(-1, unit, patches.shape[-1]).mean(1), grids)

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.integrations.vllm.blocks import Policy, policy_of
+from llm_accel.integrations.vllm.counters import counters
 
 logger = logging.getLogger("vllm.llm_accel")
 _LOGGED_EVERY = 1000
@@ -34,14 +35,17 @@ class CompressedSpec(FullAttentionSpec):
 
     Attributes:
         method: the KV method, in its text form.
+        engine: the engine's data-parallel index, under which it counts what it frees.
     """
 
     method: str
+    engine: int = 0
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, method: str) -> CompressedSpec:
+    def of(cls, spec: FullAttentionSpec, method: str, engine: int = 0) -> CompressedSpec:
         """The spec of a layer with a method."""
-        return cls(**{one.name: getattr(spec, one.name) for one in fields(spec) if one.init}, method=method)
+        given = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
+        return cls(**given, method=method, engine=engine)
 
     @property
     def policy(self) -> Policy:
@@ -57,7 +61,7 @@ class CompressedSpec(FullAttentionSpec):
     def merge(cls, specs: list[Any]) -> CompressedSpec:
         if any(type(one) is not cls or one.method != specs[0].method for one in specs):
             raise ConfigError(f"{cls.__name__}: layers that share block tables must have the same method.")
-        return cls.of(FullAttentionSpec.merge(specs), specs[0].method)
+        return cls.of(FullAttentionSpec.merge(specs), specs[0].method, specs[0].engine)
 
 
 class CompressedManager(FullAttentionManager):
@@ -72,6 +76,7 @@ class CompressedManager(FullAttentionManager):
         self._begins: dict[str, int] = {}  # tokens computed when the next step of a request begins
         self._prompts: dict[str, int] = {}
         self.freed = 0
+        self._counters = counters(self.kv_cache_spec.engine)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         self._begins[request_id] = num_tokens
@@ -107,15 +112,19 @@ class CompressedManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     def _count(self, freed: int) -> None:
+        page = self.kv_cache_spec.page_size_bytes
+        if freed:
+            self._counters.add(freed, page)
         step = self.freed // _LOGGED_EVERY
         self.freed += freed
         if self.freed // _LOGGED_EVERY > step:
-            page = self.kv_cache_spec.page_size_bytes / 2**20
             logger.info(
-                "llm_accel: %s has freed %d blocks early, %.2f MiB each in every layer; %d of %d blocks are free",
+                "llm_accel: %s has freed %d blocks early, %.2f MiB each in every layer; %d requests run, %d of %d "
+                "blocks are free",
                 self.kv_cache_spec.method,
                 self.freed,
-                page,
+                page / 2**20,
+                len(self._begins),
                 self.block_pool.get_num_free_blocks(),
                 self.block_pool.num_gpu_blocks,
             )

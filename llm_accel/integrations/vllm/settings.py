@@ -15,6 +15,8 @@ from llm_accel.methods import (
     Auto,
     ContextCompression,
     Downsample,
+    EntranceTokens,
+    Grounding,
     LayerCut,
     MethodConfig,
     PromptCompression,
@@ -107,6 +109,10 @@ def refusal(method: MethodConfig) -> str | None:
         return "the image would change size behind the processor; have vLLM make it smaller by mm_processor_kwargs"
     if isinstance(method, VASparse):
         return "it needs a second forward pass for each token of the reply"
+    if isinstance(method, EntranceTokens):
+        return "it compares the tokens of a whole prompt, but vLLM embeds images one by one and keeps them for others"
+    if isinstance(method, Grounding):
+        return "it changes what attention gives within each layer, which vLLM's own kernels compute and hand on"
     return "vLLM has no place for what it does"
 
 

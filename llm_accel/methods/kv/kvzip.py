@@ -17,7 +17,7 @@ from llm_accel.methods.selection import slots_of
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-_QUERIES = 256  # scored at a time, so that memory stays bounded
+_LOGITS, _LOGITS_CPU = 2**26, 2**19  # scored at a time
 
 
 @dataclass(frozen=True)
@@ -128,22 +128,27 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
     seen = [key[:, :, :before], key[:, :, view.first : view.last], key[:, :, context:]]
     keys = torch.cat(seen, dim=2).float().transpose(2, 3)
     part = slice(before, before + view.last - view.first)
-    most = torch.zeros(batch, view.kv_heads, view.last - view.first, device=key.device)
-    for first in range(0, count, _QUERIES):
-        last = min(first + _QUERIES, count)
+    most = torch.full((batch, view.kv_heads, view.last - view.first), float("-inf"), device=key.device)
+    at_once = max(1, _logits_at_once(key.device) // (batch * query_heads * keys.shape[-1]))
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
         rows = query[:, :, first:last].reshape(batch, key_heads, -1, width).float() * view.scaling
         logits = torch.matmul(rows, keys[..., : part.stop + last]).view(batch, query_heads, last - first, -1)
         if view.softcap is not None:
             logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
         later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
         logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
-        peak = logits.amax(-1, keepdim=True)
-        total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
+        total = logits.logsumexp(-1, keepdim=True)
         if view.learned_sinks is not None:
-            total += (view.learned_sinks.float()[:, None, None] - peak).exp_()
-        found = logits[..., part].div_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
+            total = torch.logaddexp(total, view.learned_sinks.float()[:, None, None])
+        found = logits[..., part].sub_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
         most = torch.maximum(most, found)
-    return most
+    return most.exp_()
+
+
+def _logits_at_once(device: torch.device) -> int:
+    """How many logits are scored at once: as many as a core's cache holds, or as bound the memory of a GPU."""
+    return _LOGITS_CPU if device.type == "cpu" else _LOGITS
 
 
 def slots_of_all_layers(priorities: Sequence[Tensor], totals: Tensor, views: Sequence[PromptView]) -> list[Tensor]:

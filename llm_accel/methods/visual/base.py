@@ -105,6 +105,25 @@ class VisualTokens(VisualInput):
 
 
 @dataclass(frozen=True)
+class EntranceTokens(VisualBudget):
+    """Role: decides, before the language model runs, which of the visual tokens of a prompt enter it, from what they
+    and the text look like there. All images of a prompt count together; those that stay keep their positions."""
+
+    @property
+    def claims(self) -> Mapping[Claim, str]:
+        return {Claim.VISUAL_TOKENS: ""}
+
+    @abstractmethod
+    def pick(self, features: Tensor, text: Tensor, kept: int) -> Tensor:
+        """Which ``kept`` of the n visual tokens of one prompt stay: int64, ascending.
+
+        Args:
+            features: what stands for them at the entrance of the language model, fp32 [n, C].
+            text: the same of all other tokens of the prompt, fp32 [m, C].
+        """
+
+
+@dataclass(frozen=True)
 class CutView:
     """The rows of a prompt after one decoder layer.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,12 +23,14 @@ class LayerExit(NamedTuple):
         safe_rate: share of the samples that kept their answer, in [0, 1].
         agreement: mean share of answer tokens that stayed the most likely ones.
         loss: mean loss of the answers, nats per token.
+        changed_at_most: upper bound on the share of all prompts that change; None in files from before it decided.
     """
 
     layer: int
     safe_rate: float
     agreement: float
     loss: float
+    changed_at_most: float | None = None
 
 
 class RouterScore(NamedTuple):
@@ -58,6 +61,8 @@ class ExitProfile:
         exit: the calibrated layer; the last one where no earlier one is safe.
         epsilon: share of the samples that may change their answer.
         samples: number of samples.
+        confidence: with which no more than ``epsilon`` of all such prompts change; None in files from before it
+            decided, whose layer rests on the share of the samples alone.
         loss: mean loss of the answers in the full model, nats per token.
         per_layer: from the first layer after which tokens may leave to the last but one.
         routers: the same layers, where routers were trained.
@@ -74,6 +79,7 @@ class ExitProfile:
     samples: int
     loss: float
     per_layer: tuple[LayerExit, ...]
+    confidence: float | None = None
     routers: tuple[RouterScore, ...] = ()
     config_hash: str = ""
     weights_hash: str = ""
@@ -92,6 +98,8 @@ class ExitProfile:
     def origin(self, model: CutModel) -> str:
         """On what the calibrated layer rests, in a line of the report."""
         count = f"calibrated on {self.samples} samples"
+        if self.confidence is None and self.exit < self.layers - 1:
+            count += ", of which the share alone decided"
         if not self.weights_hash or "offloaded" in (self.weights_hash, model.weights_hash):
             return f"{count} of {self.model}; whether with these weights is not known"
         if self.weights_hash == model.weights_hash:
@@ -104,20 +112,39 @@ class ExitProfile:
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def calibrated_exit(safe_rates: Sequence[float], first: int, epsilon: float) -> int:
-    """The smallest layer l for which every layer from l on has a safe rate of at least ``1 - epsilon``.
+def calibrated_exit(changed: Sequence[float], first: int, epsilon: float) -> int:
+    """The smallest layer l for which every layer from l on changes at most ``epsilon`` of the answers.
 
     Safety does not always grow with the layer, so a layer is not trusted while a later one is not safe.
 
     Args:
-        safe_rates: of layer ``first`` to the last but one. The last layer is safe by itself: no layer follows it.
+        changed: the share that changes, or an upper bound on it, for layer ``first`` to the last but one. The last
+            layer is safe by itself: no layer follows it.
     """
-    layer = first + len(safe_rates)
-    for rate in reversed(safe_rates):
-        if rate < 1.0 - epsilon - 1e-12:
+    layer = first + len(changed)
+    for share in reversed(changed):
+        if share > epsilon + 1e-12:
             break
         layer -= 1
     return layer
+
+
+def at_most(changed: int, samples: int, confidence: float) -> float:
+    """The share of all prompts that change, at most: the exact (Clopper and Pearson) one-sided bound that holds with
+    this confidence when ``changed`` of ``samples`` drawn ones did."""
+    if changed >= samples:
+        return 1.0
+    low, high = changed / samples, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        ways = (math.comb(samples, k) * middle**k * (1 - middle) ** (samples - k) for k in range(changed + 1))
+        low, high = (middle, high) if sum(ways) > 1 - confidence else (low, middle)
+    return high
+
+
+def samples_needed(epsilon: float, confidence: float) -> int | None:
+    """Samples of which none may change before ``epsilon`` can be trusted; None: no number of them is enough."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - epsilon) - 1e-9) if epsilon > 0 else None
 
 
 def load_exit_profile(path: str | Path) -> ExitProfile:

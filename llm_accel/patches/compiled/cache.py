@@ -15,6 +15,7 @@ from llm_accel.cache.fixed import FixedForm, together
 from llm_accel.cache.linear import LinearLayer, states_of
 from llm_accel.patches.compiled.pool import Buffers, Pool
 from llm_accel.patches.compiled.sizes import Sizes
+from llm_accel.patches.vision.head_scaling import scaled
 from llm_accel.patches.vision.state import VisualState
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ class GraphCache(Cache):
 
     def attend(self, index: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, [B, 1, Hq, Dv]."""
-        output: Tensor = self.layers[index].attend_fixed(attention, query, key, value)  # type: ignore[union-attr]
-        return output
+        layer: Any = self.layers[index]
+        output: Tensor = layer.attend_fixed(attention, query, key, value)
+        return output if layer.factors is None else scaled(output, layer.factors)
 
 
 def fixed(session: Session, decoder: Any, pool: Pool) -> GraphCache:

@@ -21,6 +21,8 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
         return f"{plan.attention_method.name} reads as many entries as it selects"
     if plan.reply is not None:
         return f"{plan.reply.name} looks at each token of the reply"
+    if plan.weight_shift is not None:
+        return f"{plan.weight_shift.name} looks up the entries it has marked, of which each prompt has its own number"
     if plan.mask is not None:
         return "heads are silenced"
     if plan.hides:

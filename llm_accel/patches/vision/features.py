@@ -18,8 +18,8 @@ from llm_accel.patches.hook import DecoderHook
 from llm_accel.patches.vision.per_image import features_of, map_images, place_features
 from llm_accel.patches.vision.tombstones import buried
 from llm_accel.patches.vision.tower import TowerPass
+from llm_accel.patches.vision.watch import MARKS, SHOWN
 
-FEATURES = ("get_image_features", "get_video_features")
 # some models' functions for videos call those for images
 _ENTERED: ContextVar[bool] = ContextVar("llm_accel_features", default=False)
 
@@ -39,7 +39,8 @@ class FeatureProxy:
         original = getattr(type(self.model), self.name)
         call = named(original, args, kwargs)
         method = self.hook.plan.tokens
-        if method is None or not self.hook.enabled or self.model.training or _ENTERED.get():
+        idle = method is None and not self.hook.plan.reads_tower
+        if idle or not self.hook.enabled or self.model.training or _ENTERED.get():
             return original(self.model, **call)
         token = _ENTERED.set(True)
         try:
@@ -47,16 +48,22 @@ class FeatureProxy:
         finally:
             _ENTERED.reset(token)
 
-    def _reduced(self, method: VisualInput, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+    def _reduced(self, method: VisualInput | None, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         family = self.hook.plan.family
         assert family is not None
         if isinstance(method, Downsample):
             call, where = family.smaller(self.model, call, method)
             return place_features(original(self.model, **call), where)
-        assert isinstance(method, VisualTokens)
-        tower = self._tower(method, family, call) if isinstance(method, TowerTokens) else None
+        reads = isinstance(method, TowerTokens) or self.hook.plan.reads_tower
+        tower = self._tower(method if isinstance(method, TowerTokens) else None, family, call) if reads else None
         with nullcontext() if tower is None else tower.running():
             output = original(self.model, **call)
+        if tower is not None and tower.watch is not None:
+            self._mark(family, call, tower.watch.values(), output)
+        if method is None:
+            return output
+        assert isinstance(method, VisualTokens)
+        tower = tower if isinstance(method, TowerTokens) else None
         features = features_of(output)
         if tower is None:
             device = features[0].device
@@ -72,9 +79,25 @@ class FeatureProxy:
         output.pooler_output = map_images(features, [len(mark) for mark in marks], pruned)
         return output
 
-    def _tower(self, method: TowerTokens, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
+    def _mark(self, family: VisionFamily, call: dict[str, Any], values: list[Tensor], output: Any) -> None:
+        """Tells the running call of the model what the tower attended to, or a later one by what lies beside the
+        features in ``output``."""
+        shown, method = SHOWN.get(), self.hook.plan.weight_shift
+        assert method is not None
+        marks = []
+        for one in family.packed(self.model, call, values):
+            own = one.isfinite().all(-1)  # rows that end a line of tiles are no patches
+            known = one[own]
+            found = torch.zeros(len(one), dtype=torch.int8, device=one.device)
+            found[own] = method.tower_marks(known[:, 0], known[:, 1], known[:, 2] > 0)
+            marks.append(found)
+        if shown is not None:
+            shown.add(self.name, marks)
+        output[MARKS] = tuple(marks)
+
+    def _tower(self, method: TowerTokens | None, family: VisionFamily, call: dict[str, Any]) -> TowerPass:
         """The pass that this call takes through the tower."""
-        config = self.model.config
+        config, plan = self.model.config, self.hook.plan
         given: int | list[int] | None = call.get("vision_feature_layer")
         if given is None:
             given = getattr(config, "vision_feature_layer", -1)
@@ -90,6 +113,7 @@ class FeatureProxy:
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
             layers=family.full_blocks(self.model),
             keeps_class=family.keeps_class(self.model, call),
+            watcher=plan.weight_shift.name if plan.weight_shift is not None and plan.reads_tower else None,
         )
 
     @property

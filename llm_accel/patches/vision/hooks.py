@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.cache_name import named
 from llm_accel.patches.hook import DecoderHook
+from llm_accel.patches.vision.watch import FEATURES, MARKS, SHOWN, TowerMarks
 
 
 class VisualMaskHook:
@@ -30,10 +31,16 @@ class VisualMaskHook:
         if not self.hook.enabled or (ids is None and embeddings is None):
             return args, kwargs
         # number by number: a tensor of them would be copied to the device at each step
-        visual = reduce(or_, (_stand_for(token, model, ids, embeddings) for token in self.token_ids))
+        kinds = [_stand_for(token, model, ids, embeddings) for token in self.token_ids]
+        visual = reduce(or_, kinds)
         if ids is None and not bool(visual.any()):
             return args, kwargs  # perhaps there are features in their places
-        return args, kwargs | {"llm_accel_visual": visual}
+        told: dict[str, Any] = {"llm_accel_visual": visual}
+        if self.hook.plan.reads_tower:
+            told[MARKS] = marks = TowerMarks(dict(zip(FEATURES, kinds, strict=False)))
+            marks.add_encoded(call.get("mm_encoder_outputs"))
+            SHOWN.set(marks)
+        return args, kwargs | told
 
 
 def _stand_for(token: int, model: Any, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:

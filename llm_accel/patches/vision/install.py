@@ -13,12 +13,16 @@ from llm_accel.errors import ConfigError, UnsupportedModelError
 from llm_accel.methods import (
     Cut,
     Downsample,
+    EntranceTokens,
+    Grounding,
+    HeadScaling,
     LayerCut,
     MethodConfig,
     StepEviction,
     TowerTokens,
     VASparse,
     VisualInput,
+    WeightShift,
 )
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, attribute, family_of
@@ -28,9 +32,13 @@ from llm_accel.patches.ranks import splits_heads
 from llm_accel.patches.vision.arguments import check_features, check_layers, check_mask, check_rows, layers_of
 from llm_accel.patches.vision.cut_plan import plan_cut
 from llm_accel.patches.vision.cuts import BehindCutHook, CutHook
-from llm_accel.patches.vision.features import FEATURES, FeatureProxy
+from llm_accel.patches.vision.features import FeatureProxy
+from llm_accel.patches.vision.grounding import plan_grounding
+from llm_accel.patches.vision.head_scaling import BlindEntry, BlindExit, install_blind_pass
 from llm_accel.patches.vision.hooks import LabelsHook, VisualMaskHook
 from llm_accel.patches.vision.tower import TowerHook, register_tower, tower_name
+from llm_accel.patches.vision.watch import FEATURES
+from llm_accel.patches.vision.weight_shift import StatesHook, install_states
 
 
 def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[int, str], trace: bool) -> dict[str, Any]:
@@ -41,7 +49,11 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             builds the masks of its decoder itself.
         ConfigError: a method applied with it cannot work on what is left.
     """
-    visual = [config for config in configs if isinstance(config, VisualInput | LayerCut | VASparse)]
+    visual = [
+        config
+        for config in configs
+        if isinstance(config, VisualInput | EntranceTokens | LayerCut | VASparse | Grounding)
+    ]
     if not visual or model.config.model_type not in REFUSED:
         check_mask(model)
     if not visual:
@@ -68,7 +80,9 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
         )
     cutting: list[LayerCut | VisualInput] = [config for config in visual if isinstance(config, LayerCut)]
     cutting += [config for config in visual if isinstance(config, VisualInput)]
-    if cutting:
+    scaling = any(isinstance(config, HeadScaling) for config in visual)
+    entering = any(isinstance(config, EntranceTokens) for config in visual)
+    if cutting or scaling or entering:
         check_rows(model, names)
     cut = plan_cut(model, family, cutting[0], recurrent) if cutting else None
     if cut is not None:
@@ -82,7 +96,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     marking = [config for config in visual if isinstance(config, VisualInput)]
     if marking:
         check_features(model, ", ".join(config.name for config in marking))
-    looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample)]
+    watching = [config for config in visual if isinstance(config, WeightShift) and config.reads_tower and config.acts]
+    looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample) or config in watching]
     if looking and not family.declared:
         raise UnsupportedModelError(
             f"{', '.join(looking)} must know the vision tower, and {family.model_type} is {UNTESTED}. Supported: "
@@ -94,7 +109,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             f"{names} shows the vision tower smaller images; where their tokens stand is not declared for "
             f"{family.model_type}, or it puts tiles of one size together; supported: {known}."
         )
-    if any(isinstance(config, TowerTokens) for config in visual):
+    if watching or any(isinstance(config, TowerTokens) for config in visual):
         towers = [attribute(model.base_model, path) for path in family.towers]
         if any(splits_heads(model, tower) for tower in towers):
             raise UnsupportedModelError(
@@ -111,7 +126,9 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     backends = {"exit": cut.origin} if cut and cut.origin else {}
     if not family.declared:
         backends["visual tokens"] = ("generic", f"{family.model_type} is {UNTESTED}")
-    return {"family": family, "cut": cut, "backends": backends}
+    grounding = plan_grounding(model, configs, recurrent)
+    backends |= grounding.pop("backends", {})
+    return {"family": family, "cut": cut, "backends": backends, **grounding}
 
 
 def _recurrent_layers(model: Any) -> frozenset[int]:
@@ -136,14 +153,18 @@ def install_vision(model: Any, hook: DecoderHook) -> None:
     holder.register_forward_pre_hook(VisualMaskHook(hook, token_ids), with_kwargs=True)
     if model is not holder and plan.visual:
         model.register_forward_pre_hook(LabelsHook(hook), with_kwargs=True)
-    for name in FEATURES if plan.tokens is not None else ():
+    for name in FEATURES if plan.tokens is not None or plan.reads_tower else ():
         if hasattr(holder, name):
             setattr(holder, name, FeatureProxy(holder, hook, name))
-    for path in family.towers if isinstance(plan.tokens, TowerTokens) else ():
+    for path in family.towers if isinstance(plan.tokens, TowerTokens) or plan.reads_tower else ():
         tower = attribute(holder, path)
         tower.config._attn_implementation_internal = register_tower(_tower_base(tower))
         for index, block in enumerate(attribute(tower, family.blocks)):
             block.register_forward_hook(TowerHook(index), prepend=True)
+    if plan.head_scaling is not None:
+        install_blind_pass(model.get_decoder())
+    if plan.weight_shift is not None and plan.weight_shift.reads_states:
+        install_states(model.get_decoder(), plan.shifted_layers)
     if plan.cut is not None:
         _install_cut(layers_of(model.get_decoder()), plan.cut, plan.cut_title)
 
@@ -161,6 +182,7 @@ def uninstall_vision(model: Any, plan: Plan) -> None:
         return
     for part in model.modules():
         drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook)
+        drop_hooks(part, BlindEntry, BlindExit, StatesHook)
         for name in FEATURES:
             if isinstance(part.__dict__.get(name), FeatureProxy):
                 delattr(part, name)

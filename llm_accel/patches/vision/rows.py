@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from llm_accel.errors import UnsupportedCallError
+from llm_accel.methods import EntranceTokens
 from llm_accel.methods.selection import slots_of
 from llm_accel.patches.vision.tombstones import surplus_of, tombstones
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
+    from llm_accel.patches.vision.watch import TowerMarks
 
 PER_TOKEN = ("moe_mm_token_type_ids",)
 """Arguments of single decoders, and of their layers, that have one entry per token: [B, T, ...]."""
@@ -29,14 +31,16 @@ class VisualRows:
         index: int64 [B, n], the token of the call that a row under way is, ascending, -1 first where a batch row has
             fewer; None while all T are under way.
         surplus: visual tokens of each batch row beyond its budget, int64 [B]; None where no row has any.
+        marks: what a method made of the vision tower's attention to each row, int8 [B, n], or None.
     """
 
-    def __init__(self, real: Tensor, visual: Tensor | None) -> None:
+    def __init__(self, real: Tensor, visual: Tensor | None, marks: Tensor | None = None) -> None:
         self.length = real.shape[1]
         self.real = real
         self.visual = None if visual is None else visual & real
         self.index: Tensor | None = None
         self.surplus: Tensor | None = None
+        self.marks = marks
 
     def take(self, keep: Tensor) -> Tensor:
         """Lets only the rows under ``keep``, bool [B, n], go on; padding goes where all rows of the batch can spare it.
@@ -52,6 +56,7 @@ class VisualRows:
         self.index = taken if self.index is None else gathered(self.index, taken, -1)
         self.real = taken >= 0
         self.visual = None if self.visual is None else gathered(self.visual, taken, False)
+        self.marks = None if self.marks is None else gathered(self.marks, taken, 0)
         return taken
 
     @property
@@ -83,7 +88,9 @@ def columns(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return wide.gather(dim, index)
 
 
-def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, past: int) -> dict[str, Any]:
+def begin_call(
+    session: Session, kwargs: dict[str, Any], visual: Tensor | None, past: int, marks: TowerMarks | None = None
+) -> dict[str, Any]:
     """Takes the tombstones out of a call of the decoder and tells the session what is left.
 
     Args:
@@ -91,6 +98,7 @@ def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, 
         kwargs: arguments of the decoder.
         visual: bool [B, T], which tokens are visual, or None where that is unknown.
         past: tokens seen before.
+        marks: what the vision tower said of the visual tokens, where a method asked.
 
     Returns:
         The arguments with ``inputs_embeds``, ``position_ids`` and all that has a row per token cut to the rows left.
@@ -104,9 +112,12 @@ def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, 
             f"{session.plan.tokens.name} must know which tokens are visual; give input_ids instead of merged "
             "inputs_embeds, or inputs_embeds with placeholders, together with the pixels."
         )
-    rows = VisualRows(_real_tokens(embeddings, kwargs.get("attention_mask")), visual)
+    real = _real_tokens(embeddings, kwargs.get("attention_mask"))
+    rows = VisualRows(real, visual, None if marks is None else marks.placed(real))
     session.visual.begin(rows, past)
     gone = tombstones(embeddings)
+    if session.plan.entrance is not None:
+        gone = gone | left_out(session, session.plan.entrance, rows, embeddings)
     kwargs = _caught_up(session, kwargs, past)
     if bool(gone.any()):
         index, surplus = rows.take(~gone), surplus_of(embeddings, gone)
@@ -124,6 +135,34 @@ def begin_call(session: Session, kwargs: dict[str, Any], visual: Tensor | None, 
         }
     session.visual.update_layers(session, first_layer=0)
     return kwargs
+
+
+def left_out(session: Session, method: EntranceTokens, rows: VisualRows, embeddings: Tensor) -> Tensor:
+    """Which tokens of the call a method does not let in, bool [B, T].
+
+    Raises:
+        UnsupportedCallError: nobody knows which tokens are visual, or the prompt is not there as a whole.
+    """
+    if rows.visual is None:
+        raise UnsupportedCallError(
+            f"{method.spec()} must know which tokens are visual; give input_ids, not merged inputs_embeds."
+        )
+    gone = torch.zeros_like(rows.real)
+    for row, visual in enumerate(rows.visual):
+        tokens = visual.nonzero()[:, 0]
+        kept = method.tokens(len(tokens))
+        if kept == len(tokens):
+            continue
+        if session.prompt_end is not None:
+            raise UnsupportedCallError(
+                f"{method.spec()} compares all visual tokens of a prompt, and this one comes in chunks; leave out "
+                "prefill_chunk_size."
+            )
+        known = embeddings[row].detach().float()
+        chosen = method.pick(known[tokens], known[rows.real[row] & ~visual], kept)
+        gone[row, tokens] = True
+        gone[row, tokens[chosen]] = False
+    return gone
 
 
 def _positions(kwargs: dict[str, Any], past: int, tokens: Tensor) -> Tensor:

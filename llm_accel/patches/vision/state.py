@@ -11,6 +11,7 @@ from llm_accel.errors import UnsupportedCallError
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
+    from llm_accel.patches.vision.head_scaling import BlindPass
     from llm_accel.patches.vision.rows import VisualRows
 
 
@@ -34,6 +35,8 @@ class VisualState:
         scores: what the method of a cut made of each entry in the layer before it, fp32 [B, S], or None.
         exit_layer: the layer after which visual tokens left last, or None.
         newest: embedding of the newest token of each row, [B, C], where a second path starts from it, else None.
+        blind: the pass without the image that goes beside the running call, or None.
+        states: hidden states that enter the layer under way, [B, n, C], where its entries are marked by them, or None.
         skipped: how far positions run behind those of the prompt where they are renumbered, int64 [B], or None.
     """
 
@@ -45,6 +48,8 @@ class VisualState:
         self.exit_layer: int | None = None
         self.skipped: Tensor | None = None
         self.newest: Tensor | None = None
+        self.blind: BlindPass | None = None
+        self.states: Tensor | None = None
         self._pictured: Tensor | None = None
         self._padding: Tensor | None = None
         self._before: list[Tensor] = []
@@ -52,7 +57,7 @@ class VisualState:
 
     def clear(self) -> None:
         """No row is under way, or only decoded tokens."""
-        self.rows, self.cut, self.scores = None, None, None
+        self.rows, self.cut, self.scores, self.blind, self.states = None, None, None, None, None
 
     def begin(self, rows: VisualRows, past: int) -> None:
         """Starts a call that brings tokens of a prompt; an empty cache starts over."""

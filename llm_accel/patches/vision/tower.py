@@ -19,6 +19,7 @@ from llm_accel.methods.selection import select_top
 from llm_accel.patches.attention import PREFIX, accel_name
 from llm_accel.patches.base_attention import base_function, softmax_of
 from llm_accel.patches.vision.rows import gathered
+from llm_accel.patches.vision.watch import TowerWatch
 
 _TOWER = PREFIX + "tower_"
 _RUNNING: ContextVar[TowerPass | None] = ContextVar("llm_accel_tower", default=None)
@@ -29,18 +30,19 @@ class TowerPass:
     Nothing stays on modules, and calls in other threads have passes of their own.
 
     Args:
-        method: what scores, and cuts or merges.
+        method: what scores, and cuts or merges; None: nothing does.
         class_token: whether row 0 is a class token.
         last: the layer whose output is used.
         inside: whether patches are chosen inside the tower; otherwise they are scored only.
         parts: for each tile, the tiles of its image, which share a budget; None: each tile is an image.
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
+        watcher: name of the method for which attention of two layers is noted, or None.
     """
 
     def __init__(
         self,
-        method: TowerTokens,
+        method: TowerTokens | None,
         *,
         class_token: bool,
         last: int,
@@ -48,6 +50,7 @@ class TowerPass:
         parts: Sequence[int] | None,
         layers: Sequence[int] | None,
         keeps_class: bool,
+        watcher: str | None = None,
     ) -> None:
         self.method = method
         self.class_token = class_token
@@ -55,8 +58,11 @@ class TowerPass:
         self.inside = inside
         self.parts = parts
         self.last_cut = max(last - 1, 0)
-        self.layers = self._looked_at(range(last + 1) if layers is None else layers)
+        whole = [layer for layer in (range(last + 1) if layers is None else layers) if layer <= last]
+        self.layers = self._looked_at(whole)
         self.keeps_class = keeps_class
+        self._name = watcher if method is None else method.name
+        self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
         self.scores: list[Tensor] = []
         self._metric: list[Tensor] = []
         self._budgets: Tensor | None = None
@@ -68,6 +74,8 @@ class TowerPass:
         self._patches = 0
 
     def _looked_at(self, layers: Sequence[int]) -> Sequence[int]:
+        if self.method is None:
+            return ()
         cuts = self.inside and isinstance(self.method, TowerCut)
         layers = [layer for layer in layers if layer <= (self.last_cut if cuts else self.last)]
         return layers[-1:] if self.method.last_layer_only else layers
@@ -88,7 +96,7 @@ class TowerPass:
         tower's own mask, which must hide nothing."""
         if given is not None and bool((~given if given.dtype == torch.bool else given < 0).any()):
             raise UnsupportedCallError(
-                f"{self.method.name} compares all patches of an image, but the tower hides some of them from others, "
+                f"{self._name} compares all patches of an image, but the tower hides some of them from others, "
                 "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
             )
         query, key, value = tensors
@@ -116,7 +124,8 @@ class TowerPass:
         """The output of a layer, [B, S, C], without the patches that leave here. What the model reads has all rows
         again: zeros stand where patches left."""
         calls, self._calls = self._calls, []
-        if layer in self.layers:
+        watching = self.watch is not None and self.watch.sees(layer)
+        if layer in self.layers or watching:
             if not calls:
                 raise UnsupportedCallError(
                     f"the attention of layer {layer} of the vision tower never reached llm_accel; call "
@@ -126,6 +135,9 @@ class TowerPass:
                 TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=self.last_cut)
                 for tensors in calls
             ]
+            if watching and self.watch is not None:
+                self.watch.see(layer, views, self._kept, self._patches)
+        if layer in self.layers and self.method is not None:
             before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
             if isinstance(self.method, TowerMerge):
@@ -136,6 +148,7 @@ class TowerPass:
 
     def _chosen(self, view: TowerView, hidden: Tensor) -> Tensor:
         """The layer's output once the method has chosen among the patches of ``view``, which holds all tiles."""
+        assert self.method is not None
         if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import llm_accel
 from llm_accel.common.bundled import needle_model_path
-from llm_accel.integrations.vllm.blocks import Compaction, policy_of
+from llm_accel.integrations.vllm.blocks import Policy, Streaming, policy_of
 
 BLOCK = 32
 NEW = 32
@@ -28,10 +28,11 @@ QUIET = {
 
 
 @contextmanager
-def engine(model: Any = None, method: str | None = None, **options: Any) -> Iterator[Any]:
-    """A small engine; the bundled needle model where none is given."""
+def engine(model: Any = None, method: str | None = None, processes: bool = False, **options: Any) -> Iterator[Any]:
+    """A small engine; the bundled needle model where none is given. ``processes``: outside of this process."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -49,10 +50,10 @@ def engine(model: Any = None, method: str | None = None, **options: Any) -> Iter
         cleanup_dist_env_and_memory()
 
 
-def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+def prompts(lengths: Sequence[int] = LENGTHS, below: int = 1624) -> list[list[int]]:
     """Prompts of random tokens: the needle model answers each of them with tokens that hardly repeat."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(5, 1624, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(5, below, (length,), generator=generator).tolist() for length in lengths]
 
 
 def answers(llm: Any, tokens: Sequence[Sequence[int]], new: int = NEW) -> list[list[int]]:
@@ -64,23 +65,82 @@ def answers(llm: Any, tokens: Sequence[Sequence[int]], new: int = NEW) -> list[l
     return [list(one.outputs[0].token_ids) for one in llm.generate(given, sampling, use_tqdm=False)]
 
 
-def expected(tokens: Sequence[Sequence[int]], method: str | None = None, new: int = NEW) -> list[list[int]]:
-    """What transformers answers, with the budget that whole blocks amount to."""
-    model = AutoModelForCausalLM.from_pretrained(needle_model_path(), dtype=torch.float32).eval()
+def expected(
+    tokens: Sequence[Sequence[int]],
+    method: str | None = None,
+    new: int = NEW,
+    model: Any = None,
+    restarts: Sequence[Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """What transformers answers: with the budget that whole blocks amount to, or, for StreamingLLM, with a mask of the
+    entries in the blocks that stay.
+
+    Args:
+        tokens: prompts.
+        method: a KV method.
+        new: tokens of each reply.
+        model: its folder; the bundled needle model where none is given.
+        restarts: for each prompt, the lengths of its reply at which the request began anew.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(model or needle_model_path(), dtype=torch.float32).eval()
     found = []
-    for prompt in tokens:
-        ids = torch.tensor([list(prompt)])
-        more = {"attention_mask": torch.ones_like(ids)}
-        if method is not None:
-            policy = policy_of(method, BLOCK)
-            assert isinstance(policy, Compaction)
-            llm_accel.apply(model, policy.rounded(len(prompt)))
-            # what stands in the last block stays there
-            more["protect_mask"] = torch.arange(len(prompt))[None] >= len(prompt) // BLOCK * BLOCK
-        out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
-        llm_accel.remove(model)
-        found.append(out[0, len(prompt) :].tolist())
+    for index, prompt in enumerate(tokens):
+        reply: list[int] = []
+        for end in [*([] if restarts is None else restarts[index]), new]:
+            given = [*prompt, *reply]
+            if end > len(reply):
+                reply += _reply(loaded, given, None if method is None else policy_of(method, BLOCK), end - len(reply))
+        found.append(reply)
     return found
+
+
+def _reply(model: Any, prompt: list[int], policy: Policy | None, new: int) -> list[int]:
+    if isinstance(policy, Streaming):
+        return _streamed(model, prompt, policy, new)
+    ids = torch.tensor([prompt])
+    more = {"attention_mask": torch.ones_like(ids)}
+    if policy is not None:
+        llm_accel.apply(model, policy.rounded(len(prompt)))
+        # what stands in the last block stays there
+        more["protect_mask"] = torch.arange(len(prompt))[None] >= len(prompt) // BLOCK * BLOCK
+    out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
+    llm_accel.remove(model)
+    reply: list[int] = out[0, len(prompt) :].tolist()
+    return reply
+
+
+@torch.no_grad()
+def _streamed(model: Any, prompt: list[int], policy: Streaming, new: int) -> list[int]:
+    """Of full blocks, the first ones and the newest; and the block that is being filled."""
+    cache, reply, given = DynamicCache(config=model.config), [], torch.tensor([prompt])
+    for _ in range(new):
+        length, mask = len(prompt) + len(reply), None
+        if reply:
+            block = torch.arange(length) // BLOCK
+            newest = (length - 1) // BLOCK - policy.recent_blocks
+            mask = ((block < policy.sink_blocks) | (block >= newest))[None, None, None]
+        position = torch.arange(length - given.shape[1], length)[None]
+        out = model(given, past_key_values=cache, position_ids=position, attention_mask=mask, logits_to_keep=1)
+        reply.append(int(out.logits[0, -1].argmax()))
+        given = torch.tensor([reply[-1:]])
+    return reply
+
+
+@contextmanager
+def preempted(llm: Any) -> Iterator[dict[tuple[int, ...], list[int]]]:
+    """The lengths that replies had when their requests were preempted, by prompt."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    usual = scheduler(llm)._preempt_request
+
+    def preempt(request: Any, *given: Any, **options: Any) -> Any:
+        found.setdefault(tuple(request.prompt_token_ids), []).append(request.num_output_tokens)
+        return usual(request, *given, **options)
+
+    scheduler(llm)._preempt_request = preempt
+    try:
+        yield found
+    finally:
+        scheduler(llm)._preempt_request = usual
 
 
 def pool(llm: Any) -> Any:

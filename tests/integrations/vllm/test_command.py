@@ -12,6 +12,7 @@ import pytest
 from llm_accel import ConfigError, doctor
 from llm_accel.cli import main
 from llm_accel.integrations.vllm.command import check_plugins, server_arguments
+from llm_accel.integrations.vllm.compat import Interface
 
 METHOD = "snapkv:budget=2048"
 
@@ -74,3 +75,11 @@ def test_doctor_names_each_feature_that_is_off():
         ("kv", "off: x is missing"),
         ("A", "on"),
     ]
+
+
+def test_a_dependency_that_breaks_on_import_is_named(tmp_path, monkeypatch):
+    """vLLM imports torchvision, which raises a RuntimeError where it was built for another torch."""
+    (tmp_path / "broken_dependency.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    problem = Interface("broken_dependency:anything").problem()
+    assert problem == "broken_dependency cannot be imported: operator torchvision::nms does not exist"

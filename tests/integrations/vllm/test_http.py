@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import os
 import socket
 import subprocess
@@ -15,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from llm_accel.common.bundled import vision_model_path
 from llm_accel.eval.tasks.vision.examples import SceneSource
+from llm_accel.integrations.vllm.blocks import policy_of
 from tests.integrations.vllm import kit
 
 pytestmark = [
@@ -88,6 +91,34 @@ def test_an_openai_client_asks_about_an_image(server):
     )
     assert answer.choices[0].message.content.strip() == example.answer
     assert 34 < answer.usage.prompt_tokens < 50  # 34 of 100 visual tokens, and the question
-    with urllib.request.urlopen(f"{url}/metrics") as metrics:
-        assert "vllm:kv_cache_usage_perc" in metrics.read().decode()
     assert "llm_accel: flowcut:llm_stage=off+snapkv:budget=192 on CPU_ATTN" in log.read_text()
+
+
+def metric(url: str, name: str) -> tuple[float, str] | None:
+    """The value of a metric and its labels; None where there is none of the name."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
+    return (float(lines[0].rpartition(" ")[2]), lines[0].rpartition(" ")[0]) if lines else None
+
+
+def test_metrics_show_freed_blocks(server):
+    """Prompts of 14 blocks and a budget of 6; the figures cross from the process that schedules to the server's."""
+    url, _ = server
+    before = metric(url, "llm_accel:kv_blocks_freed")
+    policy = policy_of("snapkv:budget=192", 32)
+    for prompt in kit.prompts([448, 440]):
+        body = {"model": "vision", "prompt": [token % 50 + 5 for token in prompt], "max_tokens": 8, "temperature": 0}
+        data, kind = json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", data, kind)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 8
+    wanted = sum(last - first for first, last in (policy.gap(length, length) for length in (448, 440)))
+    blocks, labels = metric(url, "llm_accel:kv_blocks_freed")
+    assert blocks - (before[0] if before else 0) == wanted > 10
+    assert 'engine="0"' in labels and 'method="snapkv:budget=192"' in labels and 'model_name="vision"' in labels
+    text = AutoConfig.from_pretrained(vision_model_path()).get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    page = 32 * text.num_key_value_heads * 2 * head * 4  # keys and values in fp32
+    assert metric(url, "llm_accel:kv_bytes_freed")[0] == blocks * page * text.num_hidden_layers
+    assert metric(url, "llm_accel:requests_running")[0] == 0
+    assert metric(url, "vllm:kv_cache_usage_perc")[0] == 0

@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache
 
-from llm_accel.common.bundled import needle_model_path
 from tests.integrations.vllm import kit
 
 pytestmark = [
@@ -24,6 +21,7 @@ pytestmark = [
 SNAP = "snapkv:budget=100"
 RANDOM = "random:budget=100"
 STREAM = "streaming_llm:budget=192"
+NO_PREFIXES = {"enable_prefix_caching": False}
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +68,21 @@ def test_a_window_shorter_than_a_block_and_a_ratio():
         assert kit.answers(llm, kit.prompts()) == kit.expected(kit.prompts(), method)
 
 
-def test_requests_that_were_preempted_are_compressed_anew(monkeypatch):
-    """A pool for a third of the requests as they come, so that some lose their place on the way."""
-    tokens, preempted = kit.prompts([200 + 8 * one for one in range(8)]), []
-    with kit.engine(method=RANDOM, num_gpu_blocks_override=24, max_model_len=512) as llm:
-        begin, usual = kit.pool(llm).get_num_free_blocks(), kit.scheduler(llm)._preempt_request
-
-        def preempt(*given, **options):
-            preempted.append(given)
-            return usual(*given, **options)
-
-        monkeypatch.setattr(kit.scheduler(llm), "_preempt_request", preempt)
-        found = kit.answers(llm, tokens, new=80)
-        wanted = kit.expected(tokens, RANDOM, new=80)
-        same = sum(a == b for a, b in zip(found, wanted, strict=True))
-        assert (
-            preempted and same >= 6 and all(len(one) == 80 for one in found)
-        )  # a preempted reply is part of what is chosen from
+@pytest.mark.parametrize("method", [RANDOM, SNAP, STREAM])
+def test_requests_that_were_preempted_are_compressed_anew(method):
+    """A pool for a third of the requests as they come, so that some lose their place on the way. Such a request begins
+    anew with prompt and reply as its prompt, and so it does in transformers."""
+    tokens = kit.prompts([200 + 8 * one for one in range(8)])
+    # prefix caching would give a stream its old entries back
+    options = {"num_gpu_blocks_override": 24, "max_model_len": 512, "async_scheduling": False} | NO_PREFIXES
+    with kit.engine(method=method, **options) as llm:
+        begin = kit.pool(llm).get_num_free_blocks()
+        with kit.preempted(llm) as lengths:
+            found = kit.answers(llm, tokens, new=80)
         assert kit.pool(llm).get_num_free_blocks() == begin
+    restarts = [lengths.get(tuple(prompt), []) for prompt in tokens]
+    assert any(0 < one < 80 for some in restarts for one in some)
+    assert found == kit.expected(tokens, method, new=80, restarts=restarts)
 
 
 def test_without_the_guard_a_second_turn_would_read_other_tokens(snap, monkeypatch):
@@ -124,7 +119,7 @@ def test_freeing_before_the_entries_have_moved_would_lose_them(snap, monkeypatch
 def test_streaming_llm_by_whole_blocks():
     """As transformers answers with a mask of the same entries: one block of sinks, four recent ones, and the newest."""
     tokens = kit.prompts()
-    wanted = [_masked(prompt, recent=4) for prompt in tokens]
+    wanted = kit.expected(tokens, STREAM)
     with kit.engine(method=STREAM) as llm:
         begin = kit.pool(llm).get_num_free_blocks()
         assert kit.answers(llm, tokens) == wanted
@@ -132,23 +127,6 @@ def test_streaming_llm_by_whole_blocks():
         again = llm.generate([{"prompt_token_ids": one} for one in tokens], use_tqdm=False)
         assert any(one.num_cached_tokens for one in again)  # blocks are never written to again
         assert kit.answers(llm, tokens) == wanted
-
-
-def _masked(prompt: list[int], recent: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(needle_model_path(), dtype=torch.float32).eval()
-    cache, reply, given = DynamicCache(config=model.config), [], torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(kit.NEW):
-            length = len(prompt) + max(0, len(reply))
-            mask = None
-            if reply:
-                block = torch.arange(length) // kit.BLOCK
-                mask = ((block < 1) | (block >= (length - 1) // kit.BLOCK - recent))[None, None, None]
-            position = torch.arange(length - given.shape[1], length)[None]
-            out = model(given, past_key_values=cache, position_ids=position, attention_mask=mask)
-            reply.append(int(out.logits[0, -1].argmax()))
-            given = torch.tensor([reply[-1:]])
-    return reply
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")

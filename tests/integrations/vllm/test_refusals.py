@@ -11,7 +11,8 @@ import pytest
 
 from llm_accel import ConfigError, UnsupportedCallError
 from llm_accel.common.bundled import vision_model_path
-from tests.integrations.vllm import kit
+from tests.integrations.vllm import kit, tiny_vision
+from tests.integrations.vllm.visual_kit import limits
 
 pytestmark = [
     pytest.mark.vllm,
@@ -81,12 +82,15 @@ def test_a_visual_method_on_a_model_that_we_do_not_know(monkeypatch):
 
     found = config("stride_tokens", "Gemma3ForConditionalGeneration")
     monkeypatch.setattr(checks, "get_current_vllm_config_or_none", lambda: found)
-    with pytest.raises(ConfigError, match="visual methods know LlavaForConditionalGeneration, Qwen2VL"):
+    with pytest.raises(ConfigError, match="visual methods know LlavaForConditionalGeneration, LlavaNext"):
         checks.check_engine("CPU_ATTN", takes_kv=True)
     with pruning():
         assert checks.check_engine("CPU_ATTN", takes_kv=True) is not None
         found.ec_transfer_config = object()
         with pytest.raises(ConfigError, match="shared cache of encoder outputs"):
+            checks.check_engine("CPU_ATTN", takes_kv=True)
+        found.ec_transfer_config, found.lora_config = None, SimpleNamespace(enable_tower_connector_lora=True)
+        with pytest.raises(ConfigError, match="LoRA in the tower"):
             checks.check_engine("CPU_ATTN", takes_kv=True)
 
 
@@ -108,7 +112,7 @@ def test_worker_and_scheduler_agree_where_steps_are_in_flight():
 
     made = CompressedManager.__new__(CompressedManager)
     made._begins, made._prompts, made.freed = {"a": 300}, {}, 0
-    made.kv_cache_spec = SimpleNamespace(policy=policy_of("random:budget=100", 32))
+    made.kv_cache_spec = SimpleNamespace(policy=policy_of("random:budget=100", 32), page_size_bytes=1)
     made.block_pool, asked = SimpleNamespace(get_num_free_blocks=lambda: 0), []
     made._remove_blocks_in_range = lambda *given: asked.append(given)
     made.remove_skipped_blocks("a", 0, 300)  # planned: the first decode step, at 300; done: nothing
@@ -233,5 +237,15 @@ def test_llava_of_features_that_we_cannot_prune(monkeypatch):
     with (
         pytest.raises(ConfigError, match="several layers of the tower"),
         kit.engine(vision_model_path(), max_model_len=512, hf_overrides=overrides),
+    ):
+        pass
+
+
+def test_a_tower_that_lets_patches_leave_before_padding_is_cut_off(tmp_path):
+    """How many stay is then known too late; methods that do not look into the tower run."""
+    folder = tiny_vision.save("llava_next", tmp_path)
+    with (
+        pytest.raises(ConfigError, match="how many are left is not known before"),
+        kit.engine(folder, "flowcut", **limits("flowcut")),
     ):
         pass

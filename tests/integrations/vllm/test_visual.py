@@ -7,16 +7,19 @@ import importlib.util
 from functools import cache
 
 import pytest
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import llm_accel
 from llm_accel.common.bundled import vision_model_path
-from llm_accel.eval.tasks.vision.examples import SceneSource
 from llm_accel.methods import TowerTokens
 from llm_accel.registry import parse
-from tests.integrations.vllm import kit, tiny_qwen
+from tests.integrations.vllm import kit, tiny_vision
+from tests.integrations.vllm.visual_kit import (
+    check_videos_are_refused,
+    in_transformers,
+    in_vllm,
+    limits,
+    scenes_in_transformers,
+    scenes_in_vllm,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -24,43 +27,13 @@ pytestmark = [
 ]
 KEPT = {"stride_tokens": 34, "random_tokens": 34, "flowcut": 34, "visionzip": 64}
 """Of the 100 tokens of a scene, with the methods' defaults: a third, or VisionZip's 54 and 10."""
-SUPPRESSED = list(tiny_qwen.SPECIAL.values())
-NEW = 16
-
-
-@cache
-def scenes() -> list[tuple[str, Image.Image]]:
-    source = SceneSource(4, 0)
-    found = [example for index in range(4) for example in source.examples(index)]
-    return [(f"<image> {one.question}", Image.fromarray(one.image)) for one in found]
-
-
-def scenes_in_transformers(method: str | None) -> list[list[int]]:
-    model = AutoModelForImageTextToText.from_pretrained(vision_model_path(), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(vision_model_path())
-    if method is not None:
-        llm_accel.apply(model, method, positions="compact")
-    found = []
-    for text, image in scenes():
-        batch = processor(text=[text], images=[image], return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-        found.append(out[0, batch["input_ids"].shape[1] :].tolist())
-    return found
-
-
-def scenes_in_vllm(llm) -> tuple[list[list[int]], int]:
-    from vllm import SamplingParams
-
-    given = [{"prompt": text, "multi_modal_data": {"image": image}} for text, image in scenes()]
-    done = llm.generate(given, SamplingParams(temperature=0, max_tokens=NEW), use_tqdm=False)
-    return [list(one.outputs[0].token_ids) for one in done], done[0].prompt_token_ids.count(4)
 
 
 @pytest.mark.parametrize("method", [None, *KEPT])
 def test_llava_answers_as_in_transformers(method):
     with kit.engine(vision_model_path(), method, max_model_len=512) as llm:
         found, placeholders = scenes_in_vllm(llm)
-    assert placeholders == (100 if method is None else KEPT[method])
+    assert set(placeholders) == {100 if method is None else KEPT[method]}
     assert found == scenes_in_transformers(method)
     assert len({tuple(one) for one in found}) > 5
 
@@ -76,32 +49,8 @@ def test_llava_with_an_image_split_over_chunks_and_a_kv_method_beside_it():
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return cache(lambda family: tiny_qwen.save(family, tmp_path_factory.mktemp(family)))
-
-
-def qwen_in_transformers(folder, method: str | None) -> list[list[int]]:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    if method is not None:
-        llm_accel.apply(model, parse(method))
-    found = []
-    for text, images in tiny_qwen.prompts():
-        batch = processor(text=[text], images=images, return_tensors="pt")
-        out = model.generate(
-            **batch, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_tokens=[*SUPPRESSED, 2]
-        )
-        found.append(out[0, batch["input_ids"].shape[1] :].tolist())
-    return found
-
-
-def qwen_in_vllm(llm) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    never = dict.fromkeys([*SUPPRESSED, 2], -100.0)
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW, ignore_eos=True, logit_bias=never)
-    given = [{"prompt": text, "multi_modal_data": {"image": images}} for text, images in tiny_qwen.prompts()]
-    return [list(one.outputs[0].token_ids) for one in llm.generate(given, sampling, use_tqdm=False)]
+def tiny(tmp_path_factory):
+    return cache(lambda family: tiny_vision.save(family, tmp_path_factory.mktemp(family)))
 
 
 QWEN = [
@@ -118,15 +67,42 @@ QWEN = [
 
 
 @pytest.mark.parametrize(("family", "method", "chunk"), QWEN)
-def test_qwen_answers_as_in_transformers(qwen, family, method, chunk):
+def test_qwen_answers_as_in_transformers(tiny, family, method, chunk):
     """Original positions on three axes, tall and wide images, two of them, chunks that end inside an image."""
-    folder = qwen(family)
-    limits = (
-        {"limit_mm_per_prompt": {"image": 2, "video": 0}} if method is None else {"limit_mm_per_prompt": {"image": 2}}
-    )
-    with kit.engine(folder, method, max_num_batched_tokens=chunk, **limits) as llm:
-        found = qwen_in_vllm(llm)
-        again = qwen_in_vllm(llm)  # by prefix caching, and from the encoder's cache
-    assert found == again == qwen_in_transformers(folder, method)
+    folder, prompts = tiny(family), tiny_vision.prompts(family)
+    with kit.engine(folder, method, max_num_batched_tokens=chunk, **limits(method)) as llm:
+        found, _ = in_vllm(llm, prompts)
+        again, _ = in_vllm(llm, prompts)  # by prefix caching, and from the encoder's cache
+        if method is not None:
+            check_videos_are_refused(llm, family)
+    assert found == again == in_transformers(folder, prompts, method)
     assert len({token for one in found for token in one}) > 30
-    assert method is None or issubclass(type(parse(method)), TowerTokens) or found != qwen_in_transformers(folder, None)
+    blind = method is not None and not isinstance(parse(method), TowerTokens)
+    assert not blind or found != in_transformers(folder, prompts, None)
+
+
+TILED = [
+    ("llava_next", "random_tokens:ratio=0.4,newline=keep", 12),
+    ("llava_onevision", None, 2048),
+    ("llava_onevision", "random_tokens:budget=9", 2048),
+    ("llava_onevision", "flowcut:budget=20,newline=keep", 12),
+    ("llava_onevision", "visionzip:dominant=5,contextual=2", 2048),
+    ("internvl", "stride_tokens:budget=7", 2048),
+    ("internvl", "flowcut:budget=5", 12),
+    ("internvl", "visionzip:dominant=4,contextual=2", 2048),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "chunk"), TILED)
+def test_models_with_tiles_answer_as_in_transformers(tiny, family, method, chunk):
+    """Images that fill their tiles and such that do not, one that is made smaller behind the projector, two images."""
+    folder, prompts = tiny(family), tiny_vision.prompts(family)
+    with kit.engine(folder, method, max_num_batched_tokens=chunk, **limits(method)) as llm:
+        found, placeholders = in_vllm(llm, prompts)
+        again, _ = in_vllm(llm, prompts)
+        if method is not None and family != "llava_next":
+            check_videos_are_refused(llm, family)
+    assert found == again == in_transformers(folder, prompts, method, positions="compact")
+    assert len({token for one in found for token in one}) > 30
+    assert method is None or found != in_transformers(folder, prompts, None)
+    assert all(placeholders) and len(set(placeholders)) > 1  # pairs have more

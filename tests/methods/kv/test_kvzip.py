@@ -47,7 +47,7 @@ def written_out(view: PassView, sinks: int) -> Tensor:
 def test_the_score_is_the_papers(
     part: tuple[int, int], shape: tuple[int, int, int], more: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_QUERIES", 3)  # several blocks, the last of them smaller
+    monkeypatch.setattr(module, "_LOGITS_CPU", 600)  # one to three queries at once, so that there are several blocks
     query_heads, key_heads, kv_heads = shape
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(2, query_heads, 10, 8, generator=generator)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import llm_accel
+from llm_accel.errors import ConfigError
 from llm_accel.registry import parse_all
 from tests.patches.conftest import Counting
 from tests.tiny_vlm import UNEQUAL, Scene, decode, inputs, tiny_vlm
@@ -53,6 +54,7 @@ def conversation(model: PreTrainedModel, handle: llm_accel.Handle) -> tuple[torc
         ("llava", 1, "stride_tokens:budget=3,positions=compact", 1),
         ("llava", 1, "downsample", 1),
         ("internvl", 1, "random_tokens:budget=2", 1),
+        ("llava", 2, "snapkv:budget=18,window=4+vhr", 1),
         # transformers gives the positions of a later turn another shape
         ("qwen2_5_vl", 2, "fastv:layer=1,budget=1+h2o:budget=12", 2),
         # a later turn exceeds the budget
@@ -70,6 +72,17 @@ def test_two_turns_equal_eager(family: str, layers: int, methods: str, graphs: i
     assert [one.physical_length for one in said.layers] == [one.physical_length for one in report.layers]
     assert said.backends["decode steps"][0] == "compiled" and said.visual_tokens_after == report.visual_tokens_after
     assert 1 <= counting.graphs <= graphs and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_attention_that_is_shifted_decodes_eagerly(counting: Counting) -> None:
+    model = shallow("llava", 2)
+    for method in ("paint", "var:dims=3"):
+        with pytest.raises(ConfigError, match="looks up the entries it has marked"):
+            llm_accel.apply(model, method, decode="compiled")
+        with llm_accel.apply(model, method, decode="auto") as handle:
+            decode(model, inputs(model, UNEQUAL))
+            assert handle.report().backends["decode steps"][0] == "eager"
+    assert counting.graphs == 0
 
 
 def test_a_padded_batch_through_three_stages(counting: Counting) -> None:

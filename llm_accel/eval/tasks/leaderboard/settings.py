@@ -8,8 +8,10 @@ from llm_accel.common.arguments import methods_option
 from llm_accel.common.options import option
 from llm_accel.errors import ConfigError
 from llm_accel.eval.lengths import comma_list, parse_lengths
+from llm_accel.eval.task import RunOptions
 from llm_accel.eval.tasks.leaderboard.entries import complete
 from llm_accel.eval.tasks.ruler.settings import RulerSettings
+from llm_accel.eval.text_task import SHARED
 
 RATIOS = "0.5,0.25,0.125,0.0625,0.03125"
 
@@ -90,3 +92,10 @@ class LeaderboardSettings(RulerSettings):
     def ways(self) -> tuple[bool, ...]:
         """Whether the question comes after compression, in each half of the board."""
         return (False, True) if self.query_agnostic is None else (self.query_agnostic,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardRunOptions(RunOptions):
+    """How a leaderboard is run."""
+
+    shared_prefill: bool = option(SHARED, True, group="run")

@@ -45,10 +45,12 @@ class LeaderboardTask(RulerTask):
     plots = ("curves.png",)
     settings: LeaderboardSettings
 
-    def __init__(self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, maker: PromptMaker, palette: str = "classic", shared_prefill: bool = True
+    ) -> None:
         super().__init__(model, tokenizer, maker, palette)
         settings = self.settings
-        self.engines = {way: TextEngine(model, tokenizer, way) for way in settings.ways}
+        self.engines = {way: TextEngine(model, tokenizer, way, shared=shared_prefill) for way in settings.ways}
         tokens = sorted({self.size(GridPoint(length, row, 0)) for length in settings.lengths for row in settings.rows})
         self.entries, self.left_out = entries(settings.methods, settings.ratios, tokens, self.engine.try_method)
         placed = {name: entry.at(tokens[0]) for name, entry in self.entries.items()}

@@ -22,5 +22,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the grid; see :func:`llm_accel.eval.runner.run`."""
     how = TextRunOptions.from_arguments(args)
     return runner.run(
-        NeedleTask, partial(NeedleTask.load, palette=how.palette), NeedleSettings.from_arguments(args), how
+        NeedleTask,
+        partial(NeedleTask.load, palette=how.palette, shared_prefill=how.shared_prefill),
+        NeedleSettings.from_arguments(args),
+        how,
     )

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_accel.eval.tasks.bench.memory import largest_batch
 from llm_accel.eval.tasks.plan.model import Geometry
-from llm_accel.methods import HiP, ScoreAndKeep, StepEviction
+from llm_accel.methods import HiP, ScoreAndKeep
 from llm_accel.methods.context import ContextCompression
 from llm_accel.methods.sparse.hip import make_search, reach
+from llm_accel.patches.footprint import Load, held_entries, layer_bytes, row_bytes
 from llm_accel.patches.plan import Plan
 
 _LONGEST = 2**24  # tokens up to which a break-even is looked for
-
-
-@dataclass(frozen=True)
-class Load:
-    """A prompt and its answer, ``new_tokens`` of which the last is never stored."""
-
-    context: int
-    new_tokens: int
-
-    @property
-    def stored(self) -> int:
-        """Tokens that a dense cache holds at the end."""
-        return self.context + self.new_tokens - 1
 
 
 @dataclass(frozen=True)
@@ -56,56 +43,12 @@ class Estimate:
 
 def estimate(shape: Geometry, plan: Plan, load: Load, batch: int, memory: int | None, bandwidth: float) -> Estimate:
     """All figures of one method; ``bandwidth`` in bytes per second."""
-    held = batch * (sum(_layers(shape, plan, load, held_entries)) + shape.state_bytes)
-    read = batch * (sum(_layers(shape, plan, load, read_entries)) + shape.state_bytes)
+    held = batch * row_bytes(shape, plan, load)
+    read = batch * (sum(layer_bytes(shape, plan, load, read_entries)) + shape.state_bytes)
     peak = shape.weight_bytes + batch * prompt_bytes(shape, plan, load.context)
     rows = None if memory is None else largest_batch(memory, shape.weight_bytes, peak, held, batch)
     step = 1e3 * (shape.step_bytes(batch) + read) / bandwidth
     return Estimate(held, read, peak, rows, step, break_even(shape, plan, load.new_tokens))
-
-
-Rule = Callable[[Geometry, Plan, int, Load], float]
-
-
-def _layers(shape: Geometry, plan: Plan, load: Load, rule: Rule) -> list[int]:
-    """Bytes of one row in each layer; ``rule`` gives entries per KV head."""
-    return [round(rule(shape, plan, layer, load) * nbytes) for layer, nbytes in shape.entry_bytes.items()]
-
-
-def held_entries(shape: Geometry, plan: Plan, layer: int, load: Load) -> float:
-    """Entries per KV head that a layer stores at the end of an answer; on average where heads differ."""
-    if layer in shape.windows:
-        return min(load.stored, shape.windows[layer] - 1)  # the current token brings the last one
-    if layer in plan.skipped:
-        return load.stored
-    if plan.split is not None:
-        return _split_entries(plan, layer, load)
-    if plan.kv_method is None:
-        return load.stored
-    if isinstance(plan.kv_method, StepEviction):
-        capacity = None if plan.kv_method.hides else plan.kv_method.capacity(load.context)
-        return load.stored if capacity is None else min(load.stored, capacity)
-    heads = shape.wiring.entries[layer].heads
-    kept, grown = prompt_entries(plan, layer, load.context), load.new_tokens - 1
-    page = plan.kv_method.page_size
-    if page is not None and heads > 1 and kept < load.context:  # each head begins a page of its own
-        return (-(-heads * (kept + page - 1) // page) + heads * -(-grown // page)) * page / heads
-    every = plan.kv_method.cuts_every
-    return kept + grown if every is None else min(kept + grown, plan.kv_method.entries(load.stored) + every)
-
-
-def prompt_entries(plan: Plan, layer: int, context: int) -> int:
-    """Entries per KV head that stay of a prompt in a layer that a method acts on; on average where heads differ."""
-    return context if plan.kv_method is None else plan.kv_method.layer_entries(context, plan.depth(layer, later=False))
-
-
-def _split_entries(plan: Plan, layer: int, load: Load) -> float:
-    assert plan.split is not None
-    full = len(plan.split.full[layer])
-    packed = plan.split.full_compression
-    whole = load.stored if packed is None else packed.entries(load.context) + load.new_tokens - 1
-    stream = min(load.stored, plan.split.sinks + plan.split.recent)
-    return (full * whole + (plan.kv_heads - full) * stream) / plan.kv_heads
 
 
 def read_entries(shape: Geometry, plan: Plan, layer: int, load: Load) -> float:

@@ -19,6 +19,7 @@ from llm_accel.eval.tasks.bench.memory import TensorBytes
 from llm_accel.eval.tasks.bench.shapes import SHAPES, build, shape_config
 from llm_accel.patches.acceptance import stock_layers
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.footprint import Storage
 from llm_accel.patches.wiring import Wiring, wiring_of
 
 _NAME = "llm_accel_plan"
@@ -26,13 +27,11 @@ _TOKENS = 64  # whole chunks of linear attention
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Storage):
     """What the arithmetic needs of a model.
 
     Attributes:
         model: on the meta device.
-        wiring: what its cache layers store.
-        windows: layer -> tokens of its sliding window.
         weight_bytes: all parameters.
         fixed_bytes: parameters that every decode step reads.
         expert_bytes: parameters of all routed experts, of which a token uses ``active`` of ``experts``.
@@ -40,8 +39,6 @@ class Geometry:
     """
 
     model: Any
-    wiring: Wiring
-    windows: dict[int, int]
     weight_bytes: int
     fixed_bytes: int
     expert_bytes: int
@@ -53,16 +50,6 @@ class Geometry:
         """Parameters that a decode step of ``batch`` rows reads: of the experts at most as many as the rows choose."""
         used = min(self.experts, batch * self.active)
         return self.fixed_bytes + (self.expert_bytes * used // self.experts if self.experts else 0)
-
-    @property
-    def entry_bytes(self) -> dict[int, int]:
-        """Layer -> bytes of one token in its cache."""
-        return {layer: entry.nbytes for layer, entry in self.wiring.entries.items()}
-
-    @property
-    def state_bytes(self) -> int:
-        """Linear-attention states of one row."""
-        return sum(self.wiring.states.values())
 
 
 def load_config(name: str | None) -> Any:
@@ -101,9 +88,9 @@ def geometry(config: Any, dtype: str) -> Geometry:
         raise UnsupportedModelError(f"{decoder.config.model_type} cannot be planned: {wiring.problem}.")
     experts, active, expert_bytes = _experts(decoder)
     return Geometry(
-        model,
         wiring,
         windows_of(stock_layers(decoder.config)),
+        model,
         cost.weight_bytes,
         cost.step_bytes - expert_bytes,
         expert_bytes,

