@@ -32,12 +32,14 @@ def _match(
     b_q, b_off, representative, level, keys, o_key, m_chunk, k_s,
     FAIR: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The best product of one key per chunk, [BC], with the queries that stand for the block, of which b_q are the
-    first."""
+    """The best product of one key per chunk, [BC], with the queries that stand for the block: b_q, where these are
+    all."""
     o_d = tl.arange(0, BD)
     b_k = tl.load(keys + o_key[None, :] * k_s + o_d[:, None], mask=(o_d < D)[:, None] & m_chunk[None, :], other=0.0)
-    b_best = tl.max(dot(b_q, b_k, UPCAST) - b_off[:, None], axis=0)  # [BR, BC] to [BC]
-    for first in range(BR, R, BR):
+    if R <= BR:
+        return tl.max(dot(b_q, b_k, UPCAST) - b_off[:, None], axis=0)  # [BR, BC] to [BC]
+    b_best = tl.max(tl.full([BR, b_k.shape[1]], float("-inf"), tl.float32), axis=0)
+    for first in range(0, R, BR):
         b_more, b_less = _queries(representative, level, first, FAIR, R, D, BD, BR)
         b_best = tl.maximum(b_best, tl.max(dot(b_more, b_k, UPCAST) - b_less[:, None], axis=0))
     return b_best
