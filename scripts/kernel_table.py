@@ -1,12 +1,14 @@
 """Compiles every kernel for every architecture and writes docs/kernels.md; no GPU is needed.
 
-Fails when a kernel needs more shared memory than a block may have, or spills registers. With ``--check`` it writes
+Fails when a kernel needs more shared memory than a block may have, spills registers, keeps fewer tiles in shared
+memory than it should, or multiplies 64 rows without the tensor cores of Hopper. With ``--check`` it writes
 nothing and fails when the table is old; figures of another version of Triton are not compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -17,11 +19,14 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the tests, which are not part of the package
 
+from benchmarks.gpu import operations  # noqa: E402
+from benchmarks.gpu.summary import NOMINAL  # noqa: E402
+from benchmarks.ops.registry import all_cases  # noqa: E402
 from tests.kernels import aot  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 VERSION = f"Compiled with Triton {triton.__version__}"
-INTRODUCTION = f"""# Kernels
+INTRODUCTION = """# Kernels
 
 Every operation has a plain-torch reference, and most have Triton kernels for NVIDIA GPUs of compute capability 8.0 and
 up. Each call takes the first backend that supports its device, dtype and sizes; `llm-accel doctor` and the report name
@@ -29,13 +34,38 @@ it with the reason. `LLM_ACCEL_BACKEND="column_votes=torch,ragged_attention=trit
 process: an unknown name is an error, and so is a backend that does not support the call. `TRITON_INTERPRET=1` runs the
 kernels on the CPU, slowly; `make kernels` tests them that way, and `python -m benchmarks.gpu` measures them on a GPU.
 
-## Compiled configurations
+"""
+ROOFLINE = """## What an H200 can do, and what is reached
+
+The operations that `python -m benchmarks.gpu` times first, for one layer of Llama-3.1-8B (32 query heads, 8 KV heads,
+128 channels) in bf16: the bytes that must be moved, the floating-point operations of visible pairs, and how long these
+take at the rates of an H200, {bandwidth:.1f} TB/s and {rate:.0f} TFLOP/s. The estimate allows {moved:.0%} of the
+bandwidth or {computed:.0%} of the matrix rate, whichever takes longer. {measured}
+"""
+CONFIGURATIONS = f"""## Compiled configurations
 
 Every configuration in `tests/kernels/compiled.py`, compiled ahead of time for each architecture. `make kernel-table`
-writes this page, `make test` compiles everything again and fails when a kernel spills registers or needs more shared
-memory than a block may have. Constants are the kernel's compile-time parameters. {VERSION}.
+writes this page, `make test` compiles everything again and fails when a kernel spills registers, needs more shared
+memory than a block may have, keeps a single tile of pipelined loads in shared memory where it should keep two, or
+multiplies 64 rows or more on sm_90 without wgmma. Constants are the kernel's compile-time parameters, tiles those in
+shared memory at once, products the tensor-core instructions. {VERSION}.
 """
-COLUMNS = ("kernel", "configuration", "constants", "warps", "stages", "arch", "registers", "shared KiB")
+COLUMNS = (
+    *(
+        "kernel",
+        "configuration",
+        "constants",
+        "warps",
+        "stages",
+        "arch",
+        "registers",
+        "shared KiB",
+        "tiles",
+        "products",
+    ),
+)
+MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "summary.json"
+SHARES = {"moved": 0.8, "flop": 0.5}  # of the bandwidth and of the matrix rate, in the estimates
 
 Job = tuple[tuple[str, str], int, int]  # (operation, configuration), position in its plan, architecture
 
@@ -64,12 +94,36 @@ def row(job: Job, usage: aot.Usage) -> tuple[str, ...]:
     launch = aot.compiled()[job[0]][position]
     constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
     figures = (launch.warps, launch.stages, f"sm_{arch}", usage.registers, f"{usage.shared / 1024:.1f}")
+    figures += (usage.buffers or "-", usage.products or "-")
     return f"`{launch.kernel.__name__}`", label, constants, *map(str, figures)
+
+
+def roofline() -> str:
+    """Bounds and estimates of the operations that decide, and what a GPU made of them once it was measured."""
+    known = {operations.title(case): case for case in all_cases()}
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))["operations"] if MEASURED.exists() else []
+    times = {f"{one['op']}: {one['problem']}": one["median_us"] for one in found if one["stages"] is None}
+    rows = [("operation", "MB", "GFLOP", "roofline us", "estimate us", "measured us"), ("---",) * 6]
+    for name in operations.FIRST:
+        case = known[name]
+        seconds = {"moved": case.moved / NOMINAL["bytes_per_second"], "flop": case.flop / NOMINAL["flop_per_second"]}
+        estimate = max(seconds[kind] / share for kind, share in SHARES.items())
+        figures = (case.moved / 1e6, case.flop / 1e9, 1e6 * max(seconds.values()), 1e6 * estimate)
+        reached = f"{times[name]:,.1f}" if name in times else "not yet"
+        rows.append((name, *(f"{figure:,.1f}" for figure in figures), reached))
+    text = ROOFLINE.format(
+        bandwidth=NOMINAL["bytes_per_second"] / 1e12,
+        rate=NOMINAL["flop_per_second"] / 1e12,
+        moved=SHARES["moved"],
+        computed=SHARES["flop"],
+        measured="Measured: see `benchmarks/results/gpu`." if found else "Nothing has been measured yet.",
+    )
+    return text + "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
 
 
 def document(measured: list[tuple[Job, aot.Usage]]) -> str:
     """The page: one table per operation."""
-    blocks = [INTRODUCTION]
+    blocks = [INTRODUCTION.rstrip() + "\n", roofline(), CONFIGURATIONS]
     for op in dict.fromkeys(job[0][0] for job, _ in measured):
         rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(job, usage) for job, usage in measured if job[0][0] == op)]
         blocks.append(f"### {op}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")

@@ -200,7 +200,6 @@ def kvpress(file: Path) -> str:
 
 KINDS: dict[str, Callable[[Path], str]] = {
     "needle": needle,
-    "counted": counted,
     "hip_needle": hip_needle,
     "vision": vision,
     "hallucination": hallucination,
@@ -208,6 +207,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "leaderboard": leaderboard,
     "prefill": prefill,
     "kvpress": kvpress,
+    "counted": counted,
 }
 
 

@@ -23,6 +23,7 @@ class MarkedLayer(AccelLayer):
 
     row_tensors = (*AccelLayer.row_tensors, "marks")
     shared_tensors = (*AccelLayer.shared_tensors, "shifted", "asked")
+    per_slot = (*AccelLayer.per_slot, "marks")
     slotted = AccelLayer.slotted | {"marks": (-1, 0)}
 
     def _clear(self) -> None:
@@ -58,6 +59,10 @@ class MarkedLayer(AccelLayer):
         super()._gather(indices)
         if self.marks is not None:
             self.marks = self.marks.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, 0)
+        self.columns = None
+
+    def _drop_oldest(self, count: int) -> None:
+        super()._drop_oldest(count)
         self.columns = None
 
     def _drop_newest(self, count: int) -> None:

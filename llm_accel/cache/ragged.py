@@ -212,10 +212,11 @@ class RaggedLayer(AccelLayer):
         return table[row, head, entry // self.page] * self.page + entry % self.page
 
     def _reserve(self, count: int) -> None:
-        """Gives each row and head the pages that ``count`` more tokens need."""
+        """Gives each row and head the pages that ``count`` more tokens need, and a page ahead: heads of different
+        lengths cross into new pages at different steps, and each time the host would wait for the device."""
         assert self.table is not None
         held, lengths = (self.table >= 0).sum(-1), self.lengths()
-        wanted = torch.maximum(held, self._pages_for(lengths + count))
+        wanted = torch.maximum(held, self._pages_for(lengths + count + self.page - 1))
         needed = int((wanted - held).sum())
         spare = self.keys.shape[0] - self.used
         if needed > spare:

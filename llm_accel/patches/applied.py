@@ -78,7 +78,8 @@ class AppliedMethods:
         """Whether caches of what is on the model now can be joined, and prompts be read in chunks."""
         if self.plan is None:
             return stock_rows(self.new_cache())
-        return why_whole(self.plan, self._model.get_decoder().config) is None
+        # what a method notes about images of one row is not known to the cache of another
+        return self.plan.family is None and why_whole(self.plan, self._model.get_decoder().config) is None
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for what is on the model now."""

@@ -26,7 +26,7 @@ class AttentionLse(TorchDispatchMode):
     runs, as it would run anyhow; eager attention and the math backend have no log-sum-exp to give."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -24,7 +24,7 @@ from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.prefill import Prefill
+from llm_accel.serve.prefill import ReadingRows
 from llm_accel.serve.scheduler import Scheduler
 from llm_accel.serve.sequences import Job, TokenSequence
 from llm_accel.serve.settings import ServeSettings, context_of
@@ -57,7 +57,7 @@ class Engine:
         kind = served.model.device.type
         self._chunk = settings.max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cuda"])
         self._most, self._failed = settings.max_batch, 0
-        self._prefill: Prefill | None = None
+        self._prefill: ReadingRows | None = None
         self._groups: list[Group] = []
         self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
         self._watch()
@@ -181,9 +181,9 @@ class Engine:
             if row.index == 0:
                 self.metrics.waiting.observe(now - row.job.accepted_at)
         self.metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
-        self._prefill = Prefill(self._forward, self._methods, self._conversations, self._chooser, rows, self._chunk)
+        self._prefill = ReadingRows(self._forward, self._methods, self._conversations, self._chooser, rows, self._chunk)
 
-    def _read(self, prefill: Prefill) -> None:
+    def _read(self, prefill: ReadingRows) -> None:
         """The next chunk; after the last one its rows join those of their kind."""
         if not prefill.over and prefill.step():
             return

@@ -14,7 +14,7 @@ from llm_accel.serve.logprobs import prompt_logprobs
 from llm_accel.serve.sequences import TokenSequence
 
 
-class Prefill:
+class ReadingRows:
     """Rows whose prompts are being read.
 
     Attributes:

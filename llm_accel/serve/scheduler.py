@@ -29,6 +29,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._reading = 0
+        self._latest: Job | None = None
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -104,8 +105,11 @@ class Scheduler:
             return bool(self._jobs)
 
     def head(self, busy: Collection[object] = ()) -> Job | None:
-        """Whose turn it is: the first one whose session is not ``busy``."""
+        """Whose turn it is: the first one whose session is not ``busy``; who had the last turn, and wants more, goes
+        behind all that have come since."""
         with self._changed:
+            if self._jobs and self._jobs[0] is self._latest:
+                self._jobs.rotate(-1)
             return next((job for job in self._jobs if job.session not in busy), None)
 
     def take(self, head: Job, most: int, fits: Callable[[Sequence[TokenSequence]], bool]) -> list[TokenSequence]:
@@ -122,6 +126,6 @@ class Scheduler:
                 while rows and len(taken) < most and fits([*taken, rows[0]]):
                     taken += job.next_sequences(1)
                     rows = rows[1:]
-            left = [job for job in self._jobs if job.waiting]
-            self._jobs = deque(sorted(left, key=lambda job: job is head))
+            self._jobs = deque(job for job in self._jobs if job.waiting)
+            self._latest = head
             return taken

@@ -89,6 +89,17 @@ def test_a_cache_that_grows_needs_no_other_kernel(op: str) -> None:
     assert len(kernels) == 1
 
 
+def test_a_million_tokens_fit_into_a_grid() -> None:
+    long, dtypes = 2**20, (torch.float32, torch.bfloat16)
+    launches = [
+        *(launch for dtype in dtypes for launch in compiled._block_sparse(dtype, 128, 16, 8, queries=long, slots=long)),
+        *compiled._column_votes(128, "fp32", width=long, slots=long),
+        *compiled._ragged_decode(128, torch.bfloat16, pages=long // 64),
+        *compiled._compaction(128, torch.bfloat16, kept=long),
+    ]
+    assert all(size <= 65535 for launch in launches for size in launch.grid[1:])
+
+
 def test_steps_have_programs_for_a_large_gpu() -> None:
     """132 multiprocessors; a budget of 2048 entries, and a cache of 32768."""
     for pages, least in ((33, 128), (512, 256)):

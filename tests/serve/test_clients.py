@@ -168,16 +168,16 @@ def test_other_requests_run_between_the_prompts_of_a_long_list(running: Running)
     order: list[str] = []
     from concurrent.futures import ThreadPoolExecutor
 
-    def ask(name: str, prompt: Any) -> None:
-        running.complete(prompt, max_tokens=1)
+    def ask(name: str, prompt: Any, tokens: int) -> None:
+        running.complete(prompt, max_tokens=tokens, ignore_eos=True)
         order.append(name)
 
     with ThreadPoolExecutor(2) as pool:
         with running.held():
-            list_of_prompts = pool.submit(ask, "list", ["The dog"] * 20)
+            list_of_prompts = pool.submit(ask, "list", ["The dog"] * 20, 8)
             while not running.busy():
                 pass
-            single = pool.submit(ask, "single", "12 345")
+            single = pool.submit(ask, "single", "12 345", 1)
             while len(running.server.engine.scheduler) < 1:
                 pass
         list_of_prompts.result(), single.result()

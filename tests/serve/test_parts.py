@@ -108,6 +108,25 @@ def test_rows_that_are_read_together_have_one_method_and_fit() -> None:
     assert taken((snap, 1, ("", "a")), (snap, 1), (snap, 1, ("", "b")), most=4) == [[(0, 0)], [(1, 0)], [(2, 0)]]
 
 
+def test_who_wants_more_goes_behind_those_that_came_meanwhile() -> None:
+    async def turns() -> list[int]:
+        queue = Scheduler(ServeSettings())
+        jobs = [Job([(1,)] * 3, (), Sampling(), 1, 1.0, lambda: Detokenizer(None)) for _ in range(2)]
+        order = []
+        for job in jobs:
+            queue.put(job)
+            head = queue.head()
+            assert head is not None
+            order.append(jobs.index(head))
+            queue.take(head, 1, lambda taken: True)
+        while (head := queue.head()) is not None:
+            order.append(jobs.index(head))
+            queue.take(head, 1, lambda taken: True)
+        return order
+
+    assert asyncio.run(turns()) == [0, 1, 0, 1, 0, 1]
+
+
 def test_a_session_that_is_busy_waits_and_holds_nobody_up() -> None:
     async def turns() -> list[str]:
         queue = Scheduler(ServeSettings())

@@ -60,7 +60,8 @@ def plan(
     width, rows = value.shape[-1], batch * heads * count
     sharing = heads // max(key.shape[1], blocks.heads)  # query heads with the same keys and list
     tiling = Tiling.of(query, value, blocks.block_q, blocks.block_k, sharing)
-    programs = (batch * heads // tiling.pack, blocks.count * (blocks.block_q // tiling.rows))
+    # along the first axis, which alone may be longer than 65535, what grows with the prompt
+    programs = (blocks.count * (blocks.block_q // tiling.rows), batch * heads // tiling.pack)
     splits = split_count(programs[0] * programs[1], key.shape[2]) if blocks.count == 1 else 1
     output = query.new_zeros(batch, count, heads, width)  # queries of padding are never written
     lse = torch.full((splits, batch, heads, count), float("-inf"), dtype=torch.float32, device=query.device)
@@ -154,15 +155,16 @@ class Tiling:
         """As many stages as shared memory holds, three at most."""
         width, size = max(query.shape[-1], value.shape[-1]), query.element_size()
         dims = next_power_of_2(width, 16)
+        large = width < dims == 128 and block_q == 128
         if size == 4:  # products of fp32 are no tensor-core instructions and need many registers
             most, keys = (32, 32) if dims < 128 else (16, 32)
         else:  # registers: masks of channels and of small blocks take them too, and so do few queries on few warps
             wide = dims < 128 or (block_q > 16 and (width == 128 or block_k >= 64))
-            most, keys = (128, 64 if wide else 32) if dims <= 128 else (64, 32)
+            most, keys = (64 if large else 128, 64 if wide else 32) if dims <= 128 else (64, 32)
         rows = min(block_q, most)
         pack = math.gcd(sharing, most // rows)
         stages = (_shared_memory(query.device) - pack * rows * dims * size) // (2 * keys * dims * size)
-        warps = 4 if pack * rows <= 64 and dims <= 128 and size < 4 else 8
+        warps = 4 if pack * rows <= 64 and dims <= 128 and size < 4 and not large else 8
         return Tiling(rows, pack, keys, warps, min(max(stages, 1), 3))
 
 

@@ -74,8 +74,8 @@ def block_sparse_kernel(
     PIECES: tl.constexpr = BN // PIECE  # in a tile
     SPLIT: tl.constexpr = BK // PIECE  # pieces of a listed block
 
-    i_pack = tl.program_id(0)
-    i_part = blocks * (BQ // ROWS) - 1 - tl.program_id(1)  # those that see most start first
+    i_pack = tl.program_id(1)
+    i_part = blocks * (BQ // ROWS) - 1 - tl.program_id(0)  # those that see most start first
     i_block = i_part // (BQ // ROWS)
     packs = heads // PACK
     i_batch = (i_pack // packs).to(tl.int64)
@@ -195,7 +195,7 @@ def block_sparse_kernel(
     m_output = m_row[:, None] & (o_dv < DV)[None, :]
     row = (i_batch * heads + o_head) * queries + o_row
     if PARTIAL:
-        row += tl.program_id(2).to(tl.int64) * tl.num_programs(0) * PACK * queries
+        row += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * PACK * queries
         tl.store(output + row[:, None] * DV + o_dv[None, :], mixed, mask=m_output)
         tl.store(lse + row, b_lse, mask=m_row)
     else:

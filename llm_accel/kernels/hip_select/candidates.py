@@ -203,7 +203,7 @@ def levels(chunk: int) -> int:
 def best_places(score: Tensor, present: Tensor, count: int) -> Tensor:
     """Places of the ``count`` best, int64 [..., count], ascending; the lower place where scores are equal, those that
     are not ``present`` after all others."""
-    ranked = score.masked_fill(~present, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    ranked = torch.where(present, score, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     return ranked[..., :count].sort(dim=-1).values
 
 

@@ -84,7 +84,7 @@ def plan(
             **{"GROUP": query_heads // heads, "BLOCK_N": SCORE_BLOCK},
             **{"PER_QUERY": per_query},
         },
-        warps=8,
+        warps=16,
         stages=1,
     )
     return (output, updated, victims), [split, combine(mixed, lse, sinks, output, total), score]

@@ -20,12 +20,14 @@ class DecodeMemory:
         step: decode steps since the beginning.
         kept: chunks that each stage kept, int64 [B, H, 1, n]; empty while attention was dense.
         seen: stored slots when each stage last ran.
+        lists: what attention sees until the next choice, where it has been put together.
     """
 
     slots: int
     step: int = 0
     kept: tuple[Tensor, ...] = ()
     seen: tuple[int, ...] = ()
+    lists: BlockList | None = None
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> DecodeMemory:
         """The memory after the rows of the batch were reordered, repeated or selected."""
@@ -123,11 +125,13 @@ def decode_step(
     sparse, due = due_stage(refresh, step, dense, bool(kept))
     if not sparse:
         return None, DecodeMemory(slots, step)
+    if due is None and memory.lists is not None:  # between two choices only the window grows, to its open end
+        return memory.lists, DecodeMemory(slots, step, kept, seen, memory.lists)
     first = zero(query.device) if start is None else start.to(query.device)
     if due is not None:
         keys, most = Keys.of(key, start), search.scope.most(1, slots, 0)
         before, moved = (seen[due - 1] - 1 - first, slots - seen[due - 1]) if due else (None, 0)
         found = choose(search, query, keys, slots - 1 - first, most, due, kept, before, moved)
         kept, seen = (*kept[:due], *found), (*seen[:due], *[slots] * len(found))
-    begin = search.scope.end_at(seen[-1] - 1 - first)[:, 0, 0]
-    return listed(kept[-1], search.scope, begin), DecodeMemory(slots, step, kept, seen)
+    lists = listed(kept[-1], search.scope, search.scope.end_at(seen[-1] - 1 - first)[:, 0, 0])
+    return lists, DecodeMemory(slots, step, kept, seen, lists)

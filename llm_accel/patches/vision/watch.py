@@ -93,7 +93,7 @@ class TowerWatch:
             kept: which patches the rows are, int64 [B, n], -1 for padding, where some have left; None: all.
             patches: how many there were before.
         """
-        found = []
+        found: list[Tensor] = []
         for view in views:
             paid = relation(view)[:, 1:] if view.class_token else received(view)
             known = torch.stack([paid, torch.ones_like(paid)], -1)

@@ -10,9 +10,10 @@ import torch
 import llm_accel
 from llm_accel import PAINT, VAR, VHR, ConfigError, UnsupportedCallError, VASparse
 from llm_accel.methods import Grounding
+from llm_accel.patches.rows import keep_rows
 from tests.patches.calls import Outside
 from tests.patches.vision.test_grounding import PAI, PAINT_ON, STEPS, VAR_ON, VHR_ON, every_method, spoken
-from tests.tiny_vlm import IMAGE, ONE, Scene, inputs, tiny_vlm
+from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, inputs, tiny_vlm
 
 
 def test_sinks_are_found_with_the_first_token() -> None:
@@ -93,6 +94,32 @@ def test_refused_calls(method: Grounding) -> None:
             assert torch.equal(model(**batch).logits, once)
             with pytest.raises(UnsupportedCallError, match="must know which tokens are visual"):
                 model(inputs_embeds=torch.randn(1, 5, 32))
+
+
+@every_method
+def test_prompts_are_not_read_apart(method: Grounding) -> None:
+    """What was decided about rows would be lost where caches are joined; nor may slots that leave move marks."""
+    model = tiny_vlm()
+    with llm_accel.apply(model, method) as handle:
+        assert not handle.can_prefill
+        with pytest.raises(UnsupportedCallError, match="cannot be divided among calls"):
+            handle.prefill([torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
+
+
+@every_method
+def test_rows_that_leave_take_their_padding_along(method: Grounding) -> None:
+    model = tiny_vlm()
+    batch, short = inputs(model, UNEQUAL), inputs(model, UNEQUAL[1:])
+    token = torch.tensor([[7]])
+    with llm_accel.apply(model, method) as handle, torch.no_grad():
+        both, alone = handle.new_cache(), handle.new_cache()
+        model(**batch, past_key_values=both)
+        model(**short, past_key_values=alone)
+        length = batch["input_ids"].shape[1]
+        keep_rows(both, [1], length - short["input_ids"].shape[1])
+        # the model had counted padding too
+        left = model(input_ids=token, position_ids=torch.tensor([[length]]), past_key_values=both).logits
+        assert torch.allclose(left, model(input_ids=token, past_key_values=alone).logits, atol=1e-4)
 
 
 def test_vhr_needs_the_whole_prompt_and_a_question() -> None:
