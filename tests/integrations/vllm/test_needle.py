@@ -49,7 +49,7 @@ def test_methods_that_vllm_cannot_run_are_refused_before_any_engine_starts(capsy
 
 @pytest.mark.vllm
 @pytest.mark.skipif(not INSTALLED, reason="vllm is not installed")
-def test_an_engine_answers_as_transformers_and_holds_what_the_arithmetic_says(capsys, tmp_path):
+def test_an_engine_answers_as_transformers_and_holds_what_the_arithmetic_says(capfd, tmp_path):
     """The bundled model finds every needle with a quarter of the cache, in both."""
     method, found = "snapkv:ratio=0.25", {}
     for engine, more in (("vllm", ["--block-size", "32", "--batch-size", "6"]), ("transformers", [])):
@@ -58,7 +58,7 @@ def test_an_engine_answers_as_transformers_and_holds_what_the_arithmetic_says(ca
         assert main(["needle", *GRID, *methods, "--out", str(out), "--engine", engine, *more]) == 0
         records = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
         found[engine] = {(one["method"], one["length"], one["depth"]): one for one in records}
-        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        summary = json.loads(capfd.readouterr().out.splitlines()[-1])
         assert summary["complete"] and summary["methods"][method]["exact"] == summary["methods"]["dense"]["exact"] == 1
     ours, theirs = found["vllm"], found["transformers"]
     assert {key: one["answer"] for key, one in ours.items()} == {key: one["answer"] for key, one in theirs.items()}
