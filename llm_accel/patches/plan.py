@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from torch import Tensor
+
 from llm_accel.cache import (
     AccelLayer,
     GroupedLayer,
@@ -17,7 +19,7 @@ from llm_accel.cache import (
     SlotLayer,
     SparseLayer,
 )
-from llm_accel.errors import ConfigError
+from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.methods import (
     WHOLE,
     AttentionMethod,
@@ -170,6 +172,24 @@ class Plan:
         """The method that lets visual tokens leave between layers, as the command line writes it; empty without one."""
         cutting = [config for config in self.configs if isinstance(config, LayerCut)]
         return next((config.spec() for config in (*cutting, self.tokens) if config is not None), "")
+
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Refuses to decode together after prompts of ``lengths`` tokens, int64 [B], what must not share slots: a layer
+        overwrites one number of them, and a part of the prompt is another number in each row.
+
+        Raises:
+            UnsupportedCallError: rows of these lengths would keep other entries than they keep alone.
+        """
+        kv_method = self.kv_method
+        if not isinstance(kv_method, StepEviction) or kv_method.ratio is None or kv_method.hides:
+            return
+        counts = sorted(set(lengths.tolist()))
+        if len({kv_method.capacity(count) for count in counts}) > 1:
+            raise UnsupportedCallError(
+                f"prompts of {counts[0]} to {counts[-1]} tokens in one batch: {kv_method.spec()} keeps a part of each "
+                "while decoding, and a layer has the same number of slots for all rows; give budget in place of ratio, "
+                "or prompts of equal length."
+            )
 
     def make_layer(self, index: int) -> AccelLayer:
         """An empty cache layer of the kind that the methods need at this index."""

@@ -38,6 +38,7 @@ def prefill(
     ids, mask = padded(prompts, mask, model.get_input_embeddings().weight.device)
     if protect is not None and tuple(protect.shape) != tuple(ids.shape):
         raise ConfigError(f"protect_mask is {tuple(protect.shape)}; give a bool tensor {tuple(ids.shape)}.")
+    hook.plan.check_lengths(mask.sum(-1))
     outcomes: list[Tensor | None] = []
     parts: list[list[Any]] = []
     for part in _parts(rows, ids.shape[0]):

@@ -191,13 +191,17 @@ class Session:
         if length > 1 or past == 0 or self._prompt_open(past):
             complete = self.prompt_end is None or past + length >= self.prompt_end
             self.padding = self._read_padding(length, past, attention_mask)
+            if self.prompt_end is not None and self.padding is not None:  # by generate, which will decode
+                self.plan.check_lengths(self.prompt_end - self.padding)
             if complete:
                 self.prompt_end = None
             if complete and kv_method is not None and kv_method.deferred:
                 self._awaiting_decode, complete = True, False
             self.phase = Phase.PREFILL_END if complete else Phase.PREFILL_CHUNK
         else:
-            self.padding = None
+            padding, self.padding = next(iter(self.ours.values())).padding, None
+            if padding is not None and self.phase is Phase.PREFILL_END:
+                self.plan.check_lengths(past - padding)
             self.phase = Phase.DEFERRED_EVICTION if self._awaiting_decode else Phase.DECODE
             self._awaiting_decode = False
 

@@ -26,7 +26,6 @@ METHODS = (
     "adakv:budget=24,window=8,page=8",
     "adakv:budget=24,window=8,page=8,recompress_every=3",
     "h2o:budget=24",
-    "h2o:ratio=0.4",
     "streaming_llm:budget=24",
     "streaming_llm:budget=24,positions=cache",
     "random:budget=24,window=8",
@@ -55,6 +54,30 @@ def held(handle: Handle) -> list[tuple[Any, ...]]:
     kept = [None if layer.kept is None else layer.kept.tolist() for layer in layers]
     sizes = [(layer.logical_length, layer.physical_length, layer.evicted, layer.kv_bytes) for layer in layers]
     return list(zip(sizes, kept, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["h2o:ratio=0.4", "streaming_llm:ratio=0.4,sinks=2"])
+def test_a_part_of_each_prompt_is_no_number_of_slots_for_all(method: str, model: PreTrainedModel) -> None:
+    """A layer overwrites one number of slots: rows of other lengths would keep more than they keep alone."""
+    refused = "prompts of 15 to 72 tokens in one batch"
+    ids, mask = LONG
+    with llm_accel.apply(model, parse(method)) as handle:
+        with pytest.raises(UnsupportedCallError, match=refused):
+            decoded(model, input_ids=ids, attention_mask=mask)
+        with pytest.raises(UnsupportedCallError, match=refused):
+            handle.prefill(ids, mask)
+        cache = handle.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)  # a prompt alone is cut as each row would be
+        with pytest.raises(UnsupportedCallError, match=refused):
+            model(ids[:, :1], past_key_values=cache)
+        alike = prompt(72, batch=2)
+        whole, alone = (decoded(model, input_ids=rows) for rows in (alike, alike[1:]))
+        assert torch.equal(whole[0][1:], alone[0])
+        padded = left_padded([32, 31])
+        both = decoded(model, input_ids=padded[0], attention_mask=padded[1])  # 13 entries of either
+        alone = decoded(model, input_ids=padded[0][1:, 1:])
+        assert same((both[0][1:], both[1][1:]), alone)
 
 
 @pytest.mark.parametrize("method", METHODS)
