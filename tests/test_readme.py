@@ -54,7 +54,7 @@ def test_result_tables_come_from_the_results():
     assert new.startswith("before <!-- results: needle needle -->\n| exact match |") and new.endswith("end --> after")
     assert f"{exact['exact']:.2f}" in next(line for line in new.splitlines() if line.startswith("| `dense`"))
     assert tables.written(new) == new and "old" not in new
-    with pytest.raises(ValueError, match="kind must be one of needle, counted, hip_needle, vision"):
+    with pytest.raises(ValueError, match="kind must be one of needle, hip_needle, vision"):
         tables.written(old.replace("needle", "table", 1))
 
 
