@@ -85,8 +85,8 @@ def extra(counts: Counter[str], dense: int) -> float:
     ("method", "options", "most"),
     [
         ("snapkv", {"budget": 48, "window": 8}, 0),
-        ("streaming_llm", {"budget": 48}, 11),
-        ("h2o", {"budget": 48}, 7),
+        ("streaming_llm", {"budget": 48}, 12),
+        ("h2o", {"budget": 48}, 8),
         ("adakv", {"budget": 48, "window": 8}, 11),
     ],
 )
