@@ -28,6 +28,7 @@ from llm_accel.methods import (
     Dense,
     Depth,
     EntranceTokens,
+    Grounding,
     HeadMask,
     HeadScaling,
     HeadShard,
@@ -46,6 +47,7 @@ from llm_accel.patches.steps import SparseAttention
 
 Decode = Literal["eager", "compiled", "auto"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
+ForImages = VisualInput | EntranceTokens | LayerCut | VASparse | Grounding  # what must know visual tokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from llm_accel.methods import (
     Cut,
     Downsample,
     EntranceTokens,
-    Grounding,
     HeadScaling,
     LayerCut,
     MethodConfig,
@@ -27,7 +26,7 @@ from llm_accel.methods import (
 from llm_accel.patches.base_attention import SUPPORTED
 from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, attribute, family_of
 from llm_accel.patches.hook import DecoderHook
-from llm_accel.patches.plan import Plan
+from llm_accel.patches.plan import ForImages, Plan
 from llm_accel.patches.ranks import splits_heads
 from llm_accel.patches.vision.arguments import check_features, check_layers, check_mask, check_rows, layers_of
 from llm_accel.patches.vision.cut_plan import plan_cut
@@ -49,11 +48,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
             builds the masks of its decoder itself.
         ConfigError: a method applied with it cannot work on what is left.
     """
-    visual = [
-        config
-        for config in configs
-        if isinstance(config, VisualInput | EntranceTokens | LayerCut | VASparse | Grounding)
-    ]
+    visual = [config for config in configs if isinstance(config, ForImages)]
     if not visual or model.config.model_type not in REFUSED:
         check_mask(model)
     if not visual:

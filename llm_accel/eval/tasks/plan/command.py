@@ -12,10 +12,11 @@ from llm_accel.eval.table import NONE, aligned, size
 from llm_accel.eval.tasks.plan.arithmetic import estimate
 from llm_accel.eval.tasks.plan.model import Geometry, geometry, load_config
 from llm_accel.eval.tasks.plan.settings import QUESTIONS, PlanSettings
-from llm_accel.methods import Auto, Dense, EntranceTokens, Grounding, LayerCut, MethodConfig, VASparse, VisualInput
+from llm_accel.methods import Auto, Dense, MethodConfig
 from llm_accel.patches.auto import chosen_methods
 from llm_accel.patches.footprint import Load
 from llm_accel.patches.install import make_plan
+from llm_accel.patches.plan import ForImages
 from llm_accel.registry import parse_all
 
 _EXPLAINED = """\
@@ -72,7 +73,7 @@ def figures(settings: PlanSettings) -> dict[str, Any]:
 def _method(shape: Geometry, spec: str, settings: PlanSettings) -> dict[str, Any]:
     """Figures of one method, or why `apply` would refuse it."""
     given = parse_all(spec) or (Dense(),)
-    if any(isinstance(config, VisualInput | EntranceTokens | LayerCut | VASparse | Grounding) for config in given):
+    if any(isinstance(config, ForImages) for config in given):
         raise ConfigError(
             f"--method {spec!r} acts on visual tokens, whose number a prompt's images decide; leave it out, and give "
             "the tokens that stay as --context."
