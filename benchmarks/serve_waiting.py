@@ -20,72 +20,67 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
-
 from benchmarks.common import machine
-from benchmarks.serve_load import NO_END, WORDS, make_client, quantiles, send
+from benchmarks.serve_load import WORDS, client_of
 from benchmarks.server import started
+from llm_accel.eval.tasks.bench_serve.client import OK, ServerClient, Timing
+from llm_accel.eval.tasks.bench_serve.load import Planned
+from llm_accel.eval.tasks.bench_serve.summary import summarize
 
 SHORT, LONG = 16, 512  # tokens of answers
 PROBES = 7  # short requests alone, and as many during the long one
-ANSWERED = {"ok", NO_END}
 MIXED = (16, 16, 16, 192)
 
 
-def request(rng: random.Random, words: int, tokens: int, stream: bool = True) -> dict[str, Any]:
-    """A prompt of so many words and an answer of at most so many tokens."""
+def request(rng: random.Random, words: int, tokens: int) -> dict[str, Any]:
+    """A prompt of so many words and a streamed answer of at most so many tokens."""
     prompt = " ".join(rng.choices(WORDS.split(), k=words))
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {"stream": False})
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, **streamed}
 
 
-async def head_of_line(client: httpx.AsyncClient, name: dict[str, str], rng: random.Random) -> dict[str, float]:
+async def head_of_line(client: ServerClient, rng: random.Random) -> dict[str, float]:
     """Median seconds of short answers alone, and of those that come one after the other during a long one."""
-    alone = [await send(client, name | request(rng, 16, SHORT)) for _ in range(PROBES)]
-    long = asyncio.create_task(send(client, name | request(rng, 16, LONG)))
-    await asyncio.sleep(2 * alone[-1]["seconds"])
+
+    async def answered(tokens: int) -> Timing:
+        return await client.send(request(rng, 16, tokens), time.perf_counter())
+
+    alone = [await answered(SHORT) for _ in range(PROBES)]
+    long = asyncio.create_task(answered(LONG))
+    await asyncio.sleep(2 * alone[-1].seconds)
     during = []
     while len(during) < PROBES and not long.done():
-        during.append(await send(client, name | request(rng, 16, SHORT)))
+        during.append(await answered(SHORT))
     if long.done():
         during = during[:-1]
     whole = await long
-    outcomes, tokens = {record["outcome"] for record in (*alone, *during, whole)}, whole["completion_tokens"]
-    if not outcomes <= ANSWERED or not during or tokens != LONG:
+    outcomes = {timing.outcome for timing in (*alone, *during, whole)}
+    if outcomes != {OK} or not during or whole.new_tokens != LONG:
         raise SystemExit(
-            f"the round means nothing: {outcomes}, a long answer of {tokens} tokens, {len(during)} short ones in it."
+            f"the round means nothing: {outcomes}, a long answer of {whole.new_tokens} tokens, {len(during)} short "
+            "ones in it."
         )
-    seconds = [median(record["seconds"] for record in records) for records in (alone, during)]
-    return {"alone_s": seconds[0], "during_s": seconds[1], "long_s": whole["seconds"]}
+    seconds = [median(timing.seconds for timing in timings) for timings in (alone, during)]
+    return {"alone_s": seconds[0], "during_s": seconds[1], "long_s": whole.seconds}
 
 
 async def mixed_load(
-    client: httpx.AsyncClient, name: dict[str, str], rng: random.Random, count: int, in_flight: int, words: int
+    client: ServerClient, rng: random.Random, count: int, in_flight: int, words: int
 ) -> dict[str, Any]:
     """``count`` streams, three quarters of them short, a fixed number at a time."""
-    places = asyncio.Semaphore(in_flight)
     bodies = [request(rng, rng.randrange(words // 2, words), MIXED[number % 4]) for number in range(count)]
-
-    async def one(body: dict[str, Any]) -> dict[str, Any]:
-        async with places:
-            return await send(client, name | body)
-
-    begin = time.perf_counter()
-    records = await asyncio.gather(*map(one, bodies))
-    wall = time.perf_counter() - begin
-    if not {record["outcome"] for record in records} <= ANSWERED:
+    found = summarize([await client.run([Planned(None, body) for body in bodies], in_flight)])
+    if found["outcomes"] != {OK: count}:
         raise SystemExit("the round means nothing: not every request was answered.")
-    tokens = sum(record["completion_tokens"] for record in records)
-    first = quantiles([record["first_s"] for record in records])
-    return {"wall_s": wall, "tokens_per_s": tokens / wall, "first_s": first}
+    return {"wall_s": found["wall_s"], "tokens_per_s": found["new_tokens_per_s"], "first_s": found["first_token_s"]}
 
 
-async def kept_connection(client: httpx.AsyncClient, count: int = 20) -> float:
+async def kept_connection(client: ServerClient, count: int = 20) -> float:
     """Median milliseconds of ``GET models`` on one connection."""
     times = []
     for _ in range(count + 1):
         begin = time.perf_counter()
-        (await client.get("models")).raise_for_status()
+        await client.get("models")
         times.append(time.perf_counter() - begin)
     return 1e3 * median(times[1:])
 
@@ -96,21 +91,19 @@ async def measure(servers: dict[str, str], args: argparse.Namespace) -> dict[str
     for number in range(-1, args.rounds):  # the first is for whatever first requests pay for
         for server, url in servers.items():
             rng = random.Random(f"{args.seed}/{number}")
-            async with make_client(url) as client:
-                served = (await client.get("models")).raise_for_status().json()["data"]
-                name = {"model": args.model or served[0]["id"]}
+            async with client_of(url, args.model) as client:
                 if number < 0:
-                    await send(client, name | request(rng, 16, SHORT))
+                    await client.send(request(rng, 16, SHORT), time.perf_counter())
                     found[server] = {"kept_connection_ms": [], "head_of_line": [], "mixed": []}
                     continue
-                kept, line = await kept_connection(client), await head_of_line(client, name, rng)
-                load = await mixed_load(client, name, rng, args.requests, args.in_flight, args.words)
+                kept, line = await kept_connection(client), await head_of_line(client, rng)
+                load = await mixed_load(client, rng, args.requests, args.in_flight, args.words)
                 for key, value in (("kept_connection_ms", kept), ("head_of_line", line), ("mixed", load)):
                     found[server][key].append(value)
     return found
 
 
-def summarize(result: dict[str, Any]) -> dict[str, Any]:
+def medians(result: dict[str, Any]) -> dict[str, Any]:
     """Medians over the rounds."""
 
     def over(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -148,7 +141,7 @@ def main() -> None:
             url, _ = stack.enter_context(started(options))
         servers = {"measured": url} | dict(other.split("=", 1) for other in args.beside)
         results = asyncio.run(measure(servers, args))
-    summary = {server: summarize(result) for server, result in results.items()}
+    summary = {server: medians(result) for server, result in results.items()}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     if args.out is not None:
         data = {

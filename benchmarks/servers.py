@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.common import machine
+from benchmarks.server import started
 from llm_accel import cli
 from llm_accel.common.bundled import needle_model_path
 from llm_accel.common.checkpoints import resolve_model
@@ -64,12 +65,8 @@ def _wait(name: str, server: subprocess.Popen[bytes], port: int, log: Path) -> N
 
 
 def commands(args: argparse.Namespace, model: str) -> dict[str, tuple[list[str], int]]:
-    """Command and port of each server by its name."""
+    """Command and port of each server of others by its name."""
     found = {}
-    ours = [sys.executable, "-m", "llm_accel", "serve", "--model", model, "--name", model, "--dtype", "float32"]
-    for number, method in enumerate(args.method):
-        port = free_port()
-        found[f"llm_accel{number or ''}"] = ([*ours, "--port", str(port), "--method", method], port)
     if args.transformers:
         port = free_port()
         own = ["--continuous-batching", "--dtype", "float32", "--port", str(port), "--host", "127.0.0.1"]
@@ -96,6 +93,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     with ExitStack() as stack:
         urls = []
+        for number, method in enumerate(args.method):
+            options = {"model": model, "name": model, "dtype": "float32", "port": 0, "method": method}
+            url, _ = stack.enter_context(started(options))
+            urls += ["--url", f"llm_accel{number or ''}={url}"]
         for name, (command, port) in commands(args, model).items():
             log = args.out.with_name(f"{args.out.stem}-{len(urls)}.log")
             urls += ["--url", stack.enter_context(running(name, command, port, log))]

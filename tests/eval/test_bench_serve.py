@@ -65,6 +65,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"error": {"message": "later"}}')
             return
         self._head(200)
+        if not body["stream"]:
+            usage = {"prompt_tokens": 7, "completion_tokens": 3}
+            self.wfile.write(json.dumps({"choices": [{"text": "xxx"}], "usage": usage}).encode())
+            return
         time.sleep(FIRST)
         for number in range(body["max_tokens"]):
             time.sleep(GAP if number else 0)
@@ -175,6 +179,13 @@ def test_chat_model_name_and_further_fields(fake: FakeServer, capsys: pytest.Cap
     (body,) = fake.bodies
     assert fake.paths == ["/v1/chat/completions"] and body["messages"][0]["role"] == "user"
     assert body["model"] == "mine" and body["llm_accel"] == {"method": "dense"} and body["max_tokens"] == 1
+
+
+def test_an_answer_that_is_not_streamed_has_no_first_piece(fake: FakeServer, capsys: pytest.CaptureFixture[str]):
+    _, line = bench(capsys, "--url", f"a={fake.url}", "--requests", "2", "--warmup", "0", "--body", '{"stream": false}')
+    figures = line["servers"]["a"]
+    assert figures["outcomes"] == {"ok": 2} and figures["first_token_s"] == {} and figures["request_s"]["p50"] > 0
+    assert figures["new_tokens_per_s"] == pytest.approx(6 / figures["wall_s"])
 
 
 def test_pieces_count_where_the_server_counts_nothing(fake: FakeServer, capsys: pytest.CaptureFixture[str]):

@@ -26,7 +26,7 @@ class Timing:
 
     Attributes:
         outcome: ``ok``, an HTTP status, or what broke.
-        first: until the first piece of the answer; None: there was none.
+        first: until the first piece of a stream; None: there was none.
         seconds: until its end.
         longest_gap: the longest wait between two pieces.
         prompt_tokens, new_tokens: as the server counts them, else 0 and the number of pieces.
@@ -77,7 +77,7 @@ class ServerClient:
 
     async def _first_model(self) -> str:
         try:
-            answer = (await self._client.get("models")).raise_for_status().json()
+            answer = (await self.get("models")).json()
             name: str = answer["data"][0]["id"]
         except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -86,6 +86,10 @@ class ServerClient:
                 "server that runs, or --model."
             ) from error
         return name
+
+    async def get(self, path: str) -> httpx.Response:
+        """The answer to GET; raises :class:`httpx.HTTPError` for one that is an error."""
+        return (await self._client.get(path)).raise_for_status()
 
     async def run(self, load: Sequence[Planned], in_flight: int | None) -> tuple[list[Timing], float]:
         """Sends all requests, at most ``in_flight`` at a time; what came of each, and the seconds for all."""
@@ -103,7 +107,7 @@ class ServerClient:
         return timings, time.perf_counter() - begin
 
     async def send(self, body: dict[str, Any], due: float) -> Timing:
-        """One streamed request to its end."""
+        """One request to its end, streamed or not."""
         timing = Timing()
         try:
             request = {"model": self.model, **body}
@@ -111,8 +115,10 @@ class ServerClient:
                 if response.status_code != httpx.codes.OK:
                     await response.aread()
                     timing.outcome, timing.text = str(response.status_code), response.text
-                else:
+                elif body["stream"]:
                     await _read(response.aiter_lines(), timing, due)
+                else:
+                    _take_over(json.loads(await response.aread()), timing)
         except (httpx.HTTPError, ValueError) as error:
             timing.outcome = type(error).__name__
         timing.seconds = time.perf_counter() - due
@@ -133,14 +139,10 @@ async def _read(lines: AsyncIterator[str], timing: Timing, due: float) -> None:
         if "error" in event:
             timing.outcome, timing.text = "error in the stream", str(event["error"])
             return
-        usage = event.get("usage") or {}
-        timing.prompt_tokens = usage.get("prompt_tokens", timing.prompt_tokens)
-        timing.new_tokens = usage.get("completion_tokens", timing.new_tokens)
-        choices = event.get("choices", ())
-        ended = ended or any(choice.get("finish_reason") for choice in choices)  # not every server says [DONE]
-        text = "".join(map(_text, choices))
-        if text:
-            pieces, timing.text = pieces + 1, timing.text + text
+        # not every server says [DONE]
+        ended = ended or any(choice.get("finish_reason") for choice in event.get("choices", ()))
+        if _take_over(event, timing):
+            pieces += 1
             timing.first = now if timing.first is None else timing.first
             timing.longest_gap = max(timing.longest_gap, 0.0 if latest is None else now - latest)
             latest = now
@@ -149,5 +151,16 @@ async def _read(lines: AsyncIterator[str], timing: Timing, due: float) -> None:
         timing.outcome = "broken stream"
 
 
+def _take_over(answer: dict[str, Any], timing: Timing) -> str:
+    """Notes what an answer or an event of a stream says of tokens, and its text, which it returns."""
+    usage = answer.get("usage") or {}
+    timing.prompt_tokens = usage.get("prompt_tokens", timing.prompt_tokens)
+    timing.new_tokens = usage.get("completion_tokens", timing.new_tokens)
+    text = "".join(map(_text, answer.get("choices", ())))
+    timing.text += text
+    return text
+
+
 def _text(choice: dict[str, Any]) -> str:
-    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    said = choice.get("delta") or choice.get("message") or {}
+    return choice.get("text") or said.get("content") or ""
