@@ -57,7 +57,10 @@ TILED = {
     ),
     "internvl": ("stride_tokens:budget=7", "flowcut:budget=5", "visionzip:dominant=4,contextual=2"),
 }  # fmt: skip
-KV = ("snapkv:budget=200,window=32", "streaming_llm:budget=192", "random:budget=200")
+KV = (
+    "snapkv:budget=200,window=32", "streaming_llm:budget=192", "random:budget=200",
+    "snapkv:budget=200,window=32,recompress_every=32",
+)  # fmt: skip
 LENGTHS, NEW, CHUNK = (700, 800, 100, 704), 60, 12
 SCHEDULES: dict[str, dict[str, Any]] = {
     "one step": {"async_scheduling": False},

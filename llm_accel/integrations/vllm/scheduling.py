@@ -119,10 +119,8 @@ class CompressedManager(FullAttentionManager):
                 )
             return
         prompt = self._prompts.setdefault(request_id, begins)
-        if processed_computed_tokens <= prompt:
-            return  # the step that moves what stays may still read every block
         before = self.block_pool.get_num_free_blocks()
-        gap = self.kv_cache_spec.policy.gap(prompt, processed_computed_tokens)
+        gap = self.kv_cache_spec.policy.freed(prompt, processed_computed_tokens)
         self._remove_blocks_in_range(request_id, *gap)
         self._count(self.block_pool.get_num_free_blocks() - before)
 
