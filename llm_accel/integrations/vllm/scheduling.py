@@ -119,9 +119,11 @@ class CompressedManager(FullAttentionManager):
                 )
             return
         prompt = self._prompts.setdefault(request_id, begins)
+        first, last = self.kv_cache_spec.policy.freed(prompt, processed_computed_tokens)
+        if last <= first:
+            return
         before = self.block_pool.get_num_free_blocks()
-        gap = self.kv_cache_spec.policy.freed(prompt, processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, *gap)
+        self._remove_blocks_in_range(request_id, first, last)
         self._count(self.block_pool.get_num_free_blocks() - before)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
