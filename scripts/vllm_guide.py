@@ -139,7 +139,7 @@ def _answers() -> bool:
 def metrics(text: str) -> dict[str, float]:
     """Values by name, of lines of Prometheus' text."""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    return {re.split("[{ ]", line)[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 def asks_for_text(user: User) -> str:

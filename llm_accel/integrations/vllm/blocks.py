@@ -126,11 +126,7 @@ class Compaction:
 
     def rounded(self, prompt: int) -> PromptCompression:
         """The method with the numbers that whole blocks amount to."""
-        return replace(self.method, budget=self._budget(prompt), ratio=None, **self._rounded_every)
-
-    @property
-    def _rounded_every(self) -> dict[str, int]:
-        return {} if self.every is None else {"recompress_every": self.every}
+        return replace(self.method, budget=self._budget(prompt), ratio=None, recompress_every=self.every)
 
 
 @dataclass(frozen=True)

@@ -14,46 +14,18 @@ import secrets
 import struct
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
+
+from llm_accel.integrations.vllm.counts import Counts, Labels
 
 logger = logging.getLogger("vllm.llm_accel")
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 """Where several API servers answer: Prometheus' own files in this folder go to all of them, ours to none."""
 _RUN = "LLM_ACCEL_VLLM_RUN"
 _FORMAT = struct.Struct("<qqq")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Whose counts they are.
-
-    Attributes:
-        model_name: as it is served.
-        engine: the data-parallel index.
-        method: the KV method in its text form.
-    """
-
-    model_name: str
-    engine: str
-    method: str
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Since the start of an engine.
-
-    Attributes:
-        blocks: blocks that were freed before their request had ended.
-        size: their bytes, in all layers of all workers.
-        running: requests that hold blocks now.
-    """
-
-    blocks: int = 0
-    size: int = 0
-    running: int = 0
 
 
 def name_run() -> None:
@@ -92,7 +64,7 @@ class Counters:
 
     def _show(self) -> None:
         if os.environ.get(SHARED):
-            from llm_accel.integrations.vllm.metrics import set_gauges
+            from llm_accel.integrations.vllm.gauges import set_gauges
 
             set_gauges(self.labels, self._counts)
         elif self._file is not None:

@@ -9,22 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from prometheus_client import REGISTRY, Gauge
+from prometheus_client import REGISTRY
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llm_accel.integrations.vllm.counters import Counts, Labels, Reader, files
-
-METRICS = {
-    "kv_blocks_freed": (
-        "blocks",
-        "KV blocks freed before their request had ended, since the engine's start.",
-    ),
-    "kv_bytes_freed": ("size", "Their bytes, in all layers of all workers."),
-    "requests_running": ("running", "Requests that hold KV blocks now."),
-}
-"""Name -> attribute of :class:`Counts`, and what it is. Gauges, because each of several API servers shows the same."""
-_LABELS = ("model_name", "engine", "method")
+from llm_accel.integrations.vllm.counters import Reader, files
+from llm_accel.integrations.vllm.counts import LABELS, METRICS, Labels
 
 
 class FreedBlocks(Collector):
@@ -46,28 +36,17 @@ class FreedBlocks(Collector):
                 continue  # it ended just now, or is not one of ours
         found = [(one.labels, one.read()) for one in self._readers]
         for name, (attribute, text) in METRICS.items() if found else ():
-            family = GaugeMetricFamily(f"llm_accel:{name}", text, labels=_LABELS)
+            family = GaugeMetricFamily(f"llm_accel:{name}", text, labels=LABELS)
             for labels, counts in found:
                 family.add_metric(_values(labels), getattr(counts, attribute))
             yield family
 
 
 def _values(labels: Labels) -> list[str]:
-    return [getattr(labels, name) for name in _LABELS]
+    return [getattr(labels, name) for name in LABELS]
 
 
 @cache
 def show_counts() -> None:
     """Has this process show what its engines count, should it be asked."""
     REGISTRY.register(FreedBlocks())
-
-
-@cache
-def _gauge(name: str, text: str) -> Gauge:
-    return Gauge(f"llm_accel:{name}", text, _LABELS, multiprocess_mode="mostrecent")
-
-
-def set_gauges(labels: Labels, counts: Counts) -> None:
-    """For several API servers, all of which read what the scheduler's process writes into their common folder."""
-    for name, (attribute, text) in METRICS.items():
-        _gauge(name, text).labels(*_values(labels)).set(getattr(counts, attribute))

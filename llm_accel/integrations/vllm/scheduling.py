@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.integrations.vllm.blocks import Policy, policy_of
-from llm_accel.integrations.vllm.counters import Labels, counters
+from llm_accel.integrations.vllm.counters import counters
+from llm_accel.integrations.vllm.counts import Labels
 
 logger = logging.getLogger("vllm.llm_accel")
 _LOGGED_EVERY = 1000

@@ -9,7 +9,8 @@ import tempfile
 
 import pytest
 
-from llm_accel.integrations.vllm.counters import Counters, Counts, Labels, Reader, files, name_run
+from llm_accel.integrations.vllm.counters import Counters, Reader, files, name_run
+from llm_accel.integrations.vllm.counts import Counts, Labels
 
 FIRST, SECOND = Labels("m", "0", "snapkv:budget=8"), Labels("m", "1", "snapkv:budget=8")
 

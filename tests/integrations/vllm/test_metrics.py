@@ -11,7 +11,8 @@ import tempfile
 
 import pytest
 
-from llm_accel.integrations.vllm.counters import Counters, Labels
+from llm_accel.integrations.vllm.counters import Counters
+from llm_accel.integrations.vllm.counts import Labels
 
 pytest.importorskip("prometheus_client")
 LABELS = Labels("m", "1", "snapkv:budget=777")
@@ -63,7 +64,8 @@ def test_what_was_freed_is_shown():
 
 
 COUNTS = """
-from llm_accel.integrations.vllm.counters import Counters, Labels
+from llm_accel.integrations.vllm.counters import Counters
+from llm_accel.integrations.vllm.counts import Labels
 made = Counters(Labels("m", "0", "snapkv"))
 made.run(2)
 made.add(5, 8)
