@@ -27,6 +27,8 @@ class PassView:
         scaling: softmax scale.
         softcap: logit soft cap, or None.
         learned_sinks: learned sink logits per query head [Hq], or None.
+        lse: what attention has found on its way, or None: log-sum-exp of the logits of each query over the first
+            :attr:`ContextCompression.pass_sinks` entries, the part and the keys of the pass, fp32 [B, Hq, q].
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class PassView:
     scaling: float
     softcap: float | None = None
     learned_sinks: Tensor | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class ContextCompression(ScoreAndKeep):
     def parts(self, first: int, length: int) -> list[tuple[int, int]]:
         """The parts that the tokens ``first`` to ``length - 1`` of a context are read again in: first token and the one
         past the last."""
+
+    @property
+    def pass_sinks(self) -> int:
+        """How many of the first entries of the context take part in the softmax of every pass."""
+        return 0
 
     @property
     def tokenizer_use(self) -> Literal["required", "optional", "none"]:

@@ -52,6 +52,10 @@ class KVzip(ContextCompression):
         return f"{self.sinks} sinks are always kept and count"
 
     @property
+    def pass_sinks(self) -> int:
+        return self.sinks
+
+    @property
     def page_size(self) -> int | None:
         return None if self.division == "head" else self.page
 
@@ -124,8 +128,11 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
     query's own; fp32 [B, kv_heads, last - first]."""
     query, key = view.query, view.key
     batch, query_heads, count, width = query.shape
-    context, key_heads, before = key.shape[2] - count, key.shape[1], min(sinks, view.first)
-    seen = [key[:, :, :before], key[:, :, view.first : view.last], key[:, :, context:]]
+    context, key_heads = key.shape[2] - count, key.shape[1]
+    seen, before = [key[:, :, view.first : view.last]], 0
+    if view.lse is None:  # the others count in the softmax alone
+        before = min(sinks, view.first)
+        seen = [key[:, :, :before], *seen, key[:, :, context:]]
     keys = torch.cat(seen, dim=2).float().transpose(2, 3)
     part = slice(before, before + view.last - view.first)
     most = torch.full((batch, view.kv_heads, view.last - view.first), float("-inf"), device=key.device)
@@ -136,9 +143,12 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
         logits = torch.matmul(rows, keys[..., : part.stop + last]).view(batch, query_heads, last - first, -1)
         if view.softcap is not None:
             logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
-        later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
-        logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
-        total = logits.logsumexp(-1, keepdim=True)
+        if view.lse is None:
+            later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
+            logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
+            total = logits.logsumexp(-1, keepdim=True)
+        else:
+            total = view.lse[:, :, first:last, None]
         if view.learned_sinks is not None:
             total = torch.logaddexp(total, view.learned_sinks.float()[:, None, None])
         found = logits[..., part].sub_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
