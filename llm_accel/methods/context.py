@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +82,10 @@ class ContextCompression(ScoreAndKeep):
         past the last."""
 
     @property
+    def layers_compete(self) -> bool:
+        return True
+
+    @property
     def pass_sinks(self) -> int:
         """How many of the first entries of the context take part in the softmax of every pass."""
         return 0
@@ -103,7 +107,3 @@ class ContextCompression(ScoreAndKeep):
     def score(self, view: PromptView) -> Tensor:
         assert view.scores is not None
         return view.scores
-
-    def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
-        """:meth:`select` for all layers of a prompt, which are known together."""
-        return [self.select(view) for view in views]

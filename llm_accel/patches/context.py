@@ -185,7 +185,11 @@ def compress_context(session: Session, decoder: Any) -> None:
         with torch.no_grad():
             if reading not in context.scores:
                 context.scores[reading] = _scores(session, decoder, context, kv_method, groups, acting)
-            _evict(session, kv_method, acting, context.scores[reading])
+        scores, softmax = context.scores[reading]
+        for index, layer in acting.items():
+            session.views[index] = session.prompt_view(
+                index, layer, layer.keys, softmax[index], query=layer.keys[:, :, :0], scores=scores[index]
+            )
     session.torn = False
 
 
@@ -280,23 +284,6 @@ def _arguments(context: Context, told: Tensor, length: int, padding: int, rows: 
         mask[:, :padding] = 0
         given["attention_mask"] = mask
     return given
-
-
-def _evict(
-    session: Session,
-    kv_method: ContextCompression,
-    acting: dict[int, AccelLayer],
-    found: Scores,
-) -> None:
-    scores, softmax = found
-    views = [
-        session.prompt_view(index, layer, layer.keys, softmax[index], query=layer.keys[:, :, :0], scores=scores[index])
-        for index, layer in acting.items()
-    ]
-    for layer, kept in zip(acting.values(), kv_method.select_all(views), strict=True):
-        if layer.start is None and bool((kept < 0).any()):
-            layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
-        layer.keep(kept, session.plan.trace)
 
 
 def _beside(layer: Any, rows: Tensor, padding: int) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.context import ContextCompression, Lead, PassView
-from llm_accel.methods.kv.adakv import best_of_all, of_all_heads
+from llm_accel.methods.kv.adakv import best_of_all, of_all_heads, slots_of_all_layers
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import slots_of
 
@@ -93,12 +93,9 @@ class KVzip(ContextCompression):
         if self.division != "global":
             return super().select_all(views)
         priorities = [self.order(view) for view in views]
-        totals = sum(
-            self._total(priority, view).to(priorities[0].device)
-            for priority, view in zip(priorities, views, strict=True)
-        )
-        assert isinstance(totals, Tensor)
-        return slots_of_all_layers(priorities, totals, views)
+        device = priorities[0].device
+        totals = [self._total(priority, view).to(device) for priority, view in zip(priorities, views, strict=True)]
+        return slots_of_all_layers(priorities, lambda every: best_of_all(every, sum(totals)), views)
 
     def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
         if self.division == "head":
@@ -159,25 +156,3 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
 def _logits_at_once(device: torch.device) -> int:
     """How many logits are scored at once: as many as a core's cache holds, or as bound the memory of a GPU."""
     return _LOGITS_CPU if device.type == "cpu" else _LOGITS
-
-
-def slots_of_all_layers(priorities: Sequence[Tensor], totals: Tensor, views: Sequence[PromptView]) -> list[Tensor]:
-    """The ``totals[b]`` best entries of all layers and heads of row ``b``; equal ones by the lower index, then the
-    earlier layer and head.
-
-    Args:
-        priorities: of each layer the order of its entries, int64 [B, H, S], as of
-            :func:`~llm_accel.methods.selection.total_order`.
-        totals: int64 [B].
-        views: the layers; heads in other processes take part.
-
-    Returns:
-        slots of each layer, int64 [B, H, n], ascending, -1 first where a row or head keeps fewer than n.
-    """
-    device = totals.device
-    every = [of_all_heads(priority, view.heads).to(device) for priority, view in zip(priorities, views, strict=True)]
-    kept = best_of_all(torch.cat(every, dim=1), totals).split([priority.shape[1] for priority in every], dim=1)
-    return [
-        slots_of(view.heads.mine(mask)[..., -view.slots :].to(view.key.device))
-        for mask, view in zip(kept, views, strict=True)
-    ]
