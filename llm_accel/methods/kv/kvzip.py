@@ -95,7 +95,8 @@ class KVzip(ContextCompression):
         priorities = [self.order(view) for view in views]
         device = priorities[0].device
         totals = [self._total(priority, view).to(device) for priority, view in zip(priorities, views, strict=True)]
-        return slots_of_all_layers(priorities, lambda every: best_of_all(every, sum(totals)), views)
+        total = torch.stack(totals).sum(0)
+        return slots_of_all_layers(priorities, lambda every: best_of_all(every, total), views)
 
     def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
         if self.division == "head":
