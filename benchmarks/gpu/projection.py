@@ -21,6 +21,7 @@ from llm_accel.kernels.hip_select import launch as hip_select
 from llm_accel.kernels.launch import Launch
 from llm_accel.kernels.ragged_decode import launch as ragged_decode
 from llm_accel.kernels.slot_decode import launch as slot_decode
+from llm_accel.kernels.slot_write import launch as slot_write
 
 ARCH = 90
 PROCESS = 9.0  # seconds until a process has imported everything and has a CUDA context
@@ -35,6 +36,7 @@ PLANS = {
     "hip_stage_score": hip_select.plan,
     "ragged_attention": ragged_decode.plan,
     "slot_decode": slot_decode.plan,
+    "slot_write": slot_write.plan,
 }
 
 

@@ -13,6 +13,7 @@ from llm_accel.kernels.hip_select.launch import plan as plan_hip_select
 from llm_accel.kernels.launch import Launch, ceil_div
 from llm_accel.kernels.ragged_decode.launch import plan as plan_ragged_decode
 from llm_accel.kernels.slot_decode.launch import plan as plan_slot_decode
+from llm_accel.kernels.slot_write.launch import plan as plan_slot_write
 
 
 def block_sparse() -> dict[str, list[Launch]]:
@@ -208,6 +209,22 @@ def _slot_decode(
     return plan_slot_decode(query, key, key, scores, positions, start, *rest)[1]
 
 
+def slot_write() -> dict[str, list[Launch]]:
+    return {
+        **{f"{dim} 16-bit": _slot_write(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
+        "128 32-bit": _slot_write(128, torch.float32),
+        "128 16-bit without scores": _slot_write(128, torch.bfloat16, scored=False),
+    }
+
+
+def _slot_write(dim: int, dtype: torch.dtype, scored: bool = True, slots: int = 4097) -> list[Launch]:
+    with torch.device("meta"):
+        entries, new = torch.empty(1, 8, slots, dim, dtype=dtype), torch.empty(1, 8, 1, dim, dtype=dtype)
+        spare, positions = torch.empty(1, 8, dtype=torch.int64), torch.empty(1, 8, slots, dtype=torch.int64)
+        scores = torch.empty(1, 8, slots) if scored else None
+    return plan_slot_write(entries, entries, new, new, spare, positions, scores)[1]
+
+
 CONFIGURATIONS = {
     "block_sparse_attention": block_sparse,
     "column_votes": column_votes,
@@ -215,4 +232,5 @@ CONFIGURATIONS = {
     "hip_select": hip_select,
     "ragged_attention": ragged_decode,
     "slot_decode": slot_decode,
+    "slot_write": slot_write,
 }

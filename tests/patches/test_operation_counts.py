@@ -11,7 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_accel
-from llm_accel.kernels import block_sparse, column_votes, compaction, dispatch, hip_select, ragged_decode, slot_decode
+from llm_accel.kernels import (
+    block_sparse,
+    column_votes,
+    compaction,
+    dispatch,
+    hip_select,
+    ragged_decode,
+    slot_decode,
+    slot_write,
+)
 from llm_accel.kernels.block_list import BlockList
 from llm_accel.kernels.hip_select import Keys
 from llm_accel.patches.cache_name import CACHE
@@ -38,6 +47,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "hip_stage_score": _stage_score,
     "ragged_attention": ragged_decode.OP.backends[-1].run,
     "slot_decode": slot_decode.OP.backends[-1].run,
+    "slot_write": slot_write.OP.backends[-1].run,
 }
 
 
