@@ -73,6 +73,9 @@ GROWING = {
     "ragged_attention": lambda size: compiled._ragged_decode(128, torch.bfloat16, pages=40 + size),
     "slot_decode": lambda size: compiled._slot_decode(128, torch.bfloat16, slots=4096 + size),
     "gather_entries": lambda size: compiled._compaction(128, torch.bfloat16, scored=True, kept=1024 + size),
+    "hip_enter": lambda size: compiled._hip_enter(32, moved=2 + size, slots=4096 + 32 * size),
+    "hip_keep": lambda size: compiled._hip_keep(900 + size),
+    "slot_write": lambda size: compiled._slot_write(128, torch.bfloat16, slots=1024 + size),
     "column_votes of a step": lambda size: compiled._column_votes(128, "bf16", width=1, slots=4096 + 512 * size + size),
     "column_votes of a window": lambda size: compiled._column_votes(
         128, "bf16", width=32, slots=4096 + 512 * size + size

@@ -68,7 +68,7 @@ def prompt_bytes(shape: Geometry, plan: Plan, context: int) -> int:
     if (
         isinstance(plan.kv_method, ScoreAndKeep)
         and not plan.kv_method.deferred
-        and not isinstance(plan.kv_method, ContextCompression)
+        and not plan.kv_method.layers_compete
     ):
         for layer in whole.keys() - shape.windows.keys() - plan.skipped.keys():
             kept[layer] = round(held_entries(shape, plan, layer, Load(context, 1)) * shape.entry_bytes[layer])
