@@ -249,10 +249,11 @@ class RaggedLayer(AccelLayer):
         self.table, self.used = table, source.numel()
         self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
 
-    def trim(self, padding: int) -> None:
-        """Lets go of what no row has, after rows have left."""
-        super().trim(padding)
+    def select_rows(self, rows: Tensor, padding: int) -> None:
+        """As in the base; ``start`` stays a tensor where there is a table."""
+        super().select_rows(rows, padding)
         if self.table is not None:
+            self.start = self.table.new_zeros(self.table.shape[:2]) if self.start is None else self.start
             self.excess = self.longest - int(self.row_lengths().max())
 
     def _drop_oldest(self, count: int) -> None:
@@ -294,8 +295,8 @@ class RaggedLayer(AccelLayer):
         tensors["table"][..., : table.shape[2]] = table
         owner = (self.table >= 0).nonzero(as_tuple=True)
         source, target = self.table[owner], tensors["table"][owner]
-        for name, held in (("keys", self.keys), ("values", self.values)):  # each is copied on the way
-            tensors[name][target] = held[source]
+        for name, entries in (("keys", self.keys), ("values", self.values)):  # each is copied on the way
+            tensors[name][target] = entries[source]
 
     def _take_back(self, form: FixedForm) -> None:
         """Only pages that hold something move back."""

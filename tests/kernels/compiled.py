@@ -134,7 +134,7 @@ def hip_select() -> dict[str, list[Launch]]:
         "all chunks enter": _hip_enter(None),
         "parts of chunks enter": _hip_enter(32),
         "what is new enters too": _hip_enter(32, moved=16),
-        **{f"the best of {chunks} chunks": _hip_keep(chunks) for chunks in (256, 1024, 4096, 8192)},
+        **{f"the best of {chunks} chunks": _hip_keep(chunks) for chunks in (256, 1024, 4096)},
     }
 
 

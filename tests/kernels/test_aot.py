@@ -115,3 +115,7 @@ def test_complaints() -> None:
     assert "limit of sm_80 is 166912" in str(Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(80))
     assert Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(90) is None
     assert Usage(0, 255, 8).complaint(90) == "8 bytes per thread spilled"
+    assert Usage(70 * 1024, 150, 0, warps=4).resident(80) == 2 and Usage(70 * 1024, 150, 0, warps=4).resident(90) == 3
+    assert Usage(1024, 255, 0, warps=8).resident(90) == 1 and Usage(0, 16, 0, warps=1).resident(80) == 32
+    crowded = Usage(120 * 1024, 150, 0, warps=4, together=8)
+    assert crowded.complaint(80) == "4 warps on a multiprocessor at once, 8 are wanted"

@@ -22,8 +22,8 @@ from llm_accel.kernels.hip_select import (
     TreeSearch,
     candidates,
     hip_select,
+    reference,
 )
-from llm_accel.kernels.hip_select import reference
 
 
 @dataclass

@@ -147,8 +147,8 @@ def test_hip_adds_nothing_between_two_choices() -> None:
     assert most_extra([one for one, new in zip(found, chose, strict=True) if new], dense) <= 32
 
 
-# Before there were kernels, three layers took 467 operations with H2O and 1097 and more with HiP, counted as here but for
-# the two that choose the token; 239 of them were those of dense decoding.
+# Before there were kernels, three layers took 467 operations with H2O and 1097 and more with HiP, counted as here but
+# for the two that choose the token; 239 of them were those of dense decoding.
 BEFORE = {"h2o": 467, "hip": 1097}
 DENSE, CHOOSING = 239, 2
 THREE_STAGES = {"stages": ((64, None, 4), (32, 256, 4), (8, 64, 1)), "refresh": (4, 2, 1)}

@@ -46,7 +46,7 @@ class Scope:
         return aligned_window(position, window=self.window, sink=self.sink, block_k=self.block_k)[:, None, None, None]
 
     def end_of(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
-        """Where the candidates of the last of ``slots`` entries end, as :meth:`end_at`; rows begin at slot ``start``."""
+        """Where the candidates end for the last of ``slots`` entries, as :meth:`end_at`; rows begin at ``start``."""
         if start is not None:
             return self.end_at(slots - 1 - start.to(device))
         end = (slots - self.window) // self.block_k * self.block_k  # the host knows it

@@ -13,7 +13,7 @@ from llm_accel.kernels.hip_select import reference
 from llm_accel.kernels.hip_select.candidates import FIRST, SAMPLED, Keys, levels
 from llm_accel.kernels.launch import Launch, ceil_div, next_power_of_2, operation, strides
 
-MOST = 8192  # chunks among which a program finds the best
+MOST = 4096  # chunks among which a program finds the best
 ENTERING = 1024  # chunks that a program of those that enter writes
 
 
@@ -102,7 +102,7 @@ def plan_level(
             **{"BR": min(16 if wide else 64, next_power_of_2(queries, 16)), "BS": 16 if wide else 32},
             **{"UPCAST": interpreting()},
         },
-        warps=8 if block_d > 128 else 4,
+        warps=8 if wide or block_d > 128 else 4,
         stages=1,
     )
     return found, [launch]

@@ -55,7 +55,9 @@ def level_kernel(
         o_r = first + tl.arange(0, BR)
         m_r = o_r < R
         b_q = tl.load(
-            representative + (row * R + o_r)[:, None] * D + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0
+            representative + (row * R + o_r)[:, None] * D + o_d[None, :],
+            mask=m_r[:, None] & (o_d < D)[None, :],
+            other=0.0,
         ).to(keys.dtype.element_ty)
         b_max = tl.full([BR], float("-inf"), tl.float32)
         b_sum = tl.zeros([BR], tl.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from llm_accel.methods.context import ContextCompression, Lead, PassView
 from llm_accel.methods.kv.adakv import best_of_all, of_all_heads, slots_of_all_layers
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import slots_of
+from llm_accel.methods.shard import WHOLE
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -25,9 +26,10 @@ class KVzip(ContextCompression):
     """Reads the context again and keeps the entries that this needs, whatever will be asked later: for contexts that
     are compressed once and asked often."""
 
-    division: Literal["global", "layer", "head"] = option(
-        "who shares the budget by score: global, all layers and heads; layer, the heads of each layer; head, nobody",
-        "global",
+    division: Literal["tokens", "global", "layer", "head"] = option(
+        "who shares the budget by score: tokens, all layers, whose heads keep the same tokens, those that any of them "
+        "needs; global, all layers and heads, as in the paper; layer, the heads of each layer; head, nobody",
+        "tokens",
     )
     sinks: int = option("first tokens of the context, always kept", 4, most=ENTRIES, least=0)
     chunk: int = option("tokens of the context that are read again at a time", 2048, most=ENTRIES, least=1)
@@ -36,7 +38,9 @@ class KVzip(ContextCompression):
         "that lies with the weights; auto, that if there is one; none; or token ids",
         "auto",
     )
-    page: int = option("entries per page of the store, whose pages belong to one row and head", 16, most=4096, least=1)
+    page: int = option(
+        "entries per page of a row and head, where heads keep numbers of their own", 16, most=4096, least=1
+    )
 
     name: ClassVar[str] = "kvzip"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -57,7 +61,7 @@ class KVzip(ContextCompression):
 
     @property
     def page_size(self) -> int | None:
-        return None if self.division == "head" else self.page
+        return self.page if self.division in ("global", "layer") else None
 
     def parts(self, first: int, length: int) -> list[tuple[int, int]]:
         return [(start, min(start + self.chunk, length)) for start in range(first, length, self.chunk)]
@@ -90,9 +94,16 @@ class KVzip(ContextCompression):
         return view.cache_positions < self.sinks
 
     def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
-        if self.division != "global":
+        if self.division == "global":
+            return self._best([self.order(view) for view in views], views)
+        if self.division != "tokens":
             return super().select_all(views)
-        priorities = [self.order(view) for view in views]
+        orders = [view.heads.max(self.order(view).amax(1, keepdim=True)) for view in views]
+        kept = self._best(orders, [replace(view, heads=WHOLE) for view in views])
+        return [slots.expand(-1, view.kv_heads, -1) for slots, view in zip(kept, views, strict=True)]
+
+    def _best(self, priorities: Sequence[Tensor], views: Sequence[PromptView]) -> list[Tensor]:
+        """What stays where the layers share what they all have."""
         device = priorities[0].device
         totals = [self._total(priority, view).to(device) for priority, view in zip(priorities, views, strict=True)]
         total = torch.stack(totals).sum(0)
