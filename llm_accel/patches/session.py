@@ -170,6 +170,8 @@ class Session:
 
     def check_whole(self, past: int) -> None:
         """Refuses a cache of ``past`` seen tokens in some of whose layers a call that failed left its own."""
+        if not (self.unfinished or self.torn) and all([layer.is_at(past) for layer in self.ours.values()]):
+            return
         torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
         stopped = self.unfinished or any(layer.refused for layer in self.ours.values())
         torn = torn or (self.torn and past > 0) or (stopped and any(map(_may_be_ahead, self.layers)))
@@ -181,7 +183,8 @@ class Session:
         self.check_whole(past)
         for layer in self.ours.values():
             layer.await_entries()
-        if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd
+        # a graph is made for one mode of autograd; in the fixed form buffers are for all, and the rest is not read
+        if not torch.compiler.is_compiling() and self.graph is None:
             for held in self.layers:
                 if isinstance(held, AccelLayer | LinearLayer):
                     held.thaw()
