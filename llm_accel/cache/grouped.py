@@ -219,10 +219,15 @@ class GroupedLayer(AccelLayer):
         self.compressed = any(part.compressed for part in parts)
         self.cumulative_length, self.is_initialized = length, True
 
-    def trim(self, padding: int) -> None:
+    def expect(self, tokens: int) -> None:
         """As in the base, store by store."""
         for group in self.groups:
-            group.store.trim(padding)
+            group.store.expect(tokens)
+
+    def select_rows(self, rows: Tensor, padding: int) -> None:
+        """As in the base, store by store."""
+        for group in self.groups:
+            group.store.select_rows(rows, padding)
         self.cumulative_length -= padding
         self.start = self.groups[0].store.padding
 

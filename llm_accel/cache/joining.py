@@ -31,7 +31,7 @@ def leading(more: Sequence[int], parts: Sequence[Any], name: str, device: Any) -
 
 def lessened(places: Tensor | None, count: int) -> Tensor | None:
     """Leading empty places of each row, int64, after ``count`` of all were dropped; None where none are left."""
-    if places is None or not count:
-        return places
+    if places is None:
+        return None
     left = places - count
     return left if bool(left.any()) else None

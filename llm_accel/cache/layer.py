@@ -105,8 +105,9 @@ class AccelLayer(EntryStore):
         if self.keys.numel() == 0:
             self.keys, self.values = key_states, value_states
         else:
-            self.keys = appended(self.keys, key_states)
-            self.values = appended(self.values, value_states)
+            self.keys = appended(self.keys, key_states, self.ahead - 1)
+            self.values = appended(self.values, value_states, self.ahead - 1)
+        self.coming = max(0, self.coming - key_states.shape[-2])
         self._place(key_states.shape[-2])
         return self.keys, self.values
 

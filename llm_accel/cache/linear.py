@@ -188,6 +188,11 @@ class _BesideState(LinearLayer):
         LinearLayer.batch_select_indices(self, indices)
         _entries(self).batch_select_indices(indices)
 
+    def select_rows(self, rows: Tensor, padding: int) -> None:
+        """Keeps ``rows``, int64 [n], and lets go of what only others had."""
+        LinearLayer.batch_select_indices(self, rows)
+        _entries(self).select_rows(rows, padding)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens, where the state allows it."""
         LinearLayer.crop(self, tokens_to_remove)

@@ -249,10 +249,11 @@ class RaggedLayer(AccelLayer):
         self.table, self.used = table, source.numel()
         self._map_tensors(change, (name for name in self.row_tensors if name not in ("keys", "values")))
 
-    def trim(self, padding: int) -> None:
-        """Lets go of what no row has, after rows have left."""
-        super().trim(padding)
+    def select_rows(self, rows: Tensor, padding: int) -> None:
+        """As in the base; ``start`` stays a tensor where there is a table."""
+        super().select_rows(rows, padding)
         if self.table is not None:
+            self.start = self.table.new_zeros(self.table.shape[:2]) if self.start is None else self.start
             self.excess = self.longest - int(self.row_lengths().max())
 
     def _drop_oldest(self, count: int) -> None:

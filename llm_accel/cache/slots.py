@@ -101,6 +101,11 @@ class SlotLayer(AccelLayer):
         self.spare = torch.where(empty >= 0, empty, victims)
 
     @property
+    def ahead(self) -> int:
+        """How many more slots they may need: none beyond the capacity."""
+        return self.coming if self.capacity is None else min(self.coming, self.capacity - self.physical_length())
+
+    @property
     def full(self) -> bool:
         """Whether every further token must overwrite a slot."""
         return self.capacity is not None and self.physical_length() >= self.capacity

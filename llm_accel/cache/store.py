@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llm_accel.cache.autograd_modes import thawed
 from llm_accel.cache.fixed import FixedForm, FixedSpec
+from llm_accel.cache.headroom import gathered, selected
 from llm_accel.cache.joining import joined, leading, lessened
 from llm_accel.errors import UnsupportedCallError
 
@@ -49,6 +50,7 @@ class EntryStore(DynamicLayer):
         positions: original position of each slot, int64 [B, Hk, P], when traced and compressed, else None.
         kept: ``positions`` right after the last eviction.
         fixed: the fixed form, else None.
+        coming: tokens that will be added at most, where that was announced, else 0.
     """
 
     is_sliding = False
@@ -91,6 +93,7 @@ class EntryStore(DynamicLayer):
         self.positions = None
         self.kept: Tensor | None = None
         self.fixed = None
+        self.coming = 0
 
     def __getstate__(self) -> dict[str, Any]:
         self.unfix()
@@ -283,24 +286,38 @@ class EntryStore(DynamicLayer):
 
     def _join_entries(self, parts: Sequence[Self], stored: int) -> None:
         """The part of :meth:`join` that depends on how entries are stored; ``stored``: slots of the longest part."""
+        self.expect(max(part.coming for part in parts))
         for name in ("keys", "values"):
-            setattr(self, name, joined([getattr(part, name) for part in parts], -2, 0))
+            setattr(self, name, gathered([getattr(part, name) for part in parts], self.ahead))
         self.start = leading([stored - part.physical_length() for part in parts], parts, "start", self.device)
 
-    def trim(self, padding: int) -> None:
-        """Lets go of what no row has, after rows have left: leading slots that are empty in all of them, and
-        ``padding`` leading tokens that are padding in all of them."""
-        if padding:
-            self.cumulative_length -= padding
-            self.padding = lessened(self.padding, padding)
-        empty = 0 if self.start is None else int(self.start.min())
+    def expect(self, tokens: int) -> None:
+        """So many tokens will be added at most before rows come or leave."""
+        self.coming = tokens
+
+    @property
+    def ahead(self) -> int:
+        """How many more slots they may need."""
+        return self.coming
+
+    def select_rows(self, rows: Tensor, padding: int) -> None:
+        """Keeps ``rows``, int64 [n], and lets go of what only others had: leading slots that are empty in those that
+        stay, and ``padding`` leading tokens that are padding in them."""
+        empty = 0 if self.start is None else int(self.start[rows.to(self.start.device)].min())
         if empty:
             self._drop_oldest(empty)
 
+        def change(held: Tensor) -> Tensor:
+            index = rows.to(held.device)
+            return selected(held, index, self.ahead) if held is self.keys or held is self.values else held[index]
+
+        self._map_rows(change)
+        self.cumulative_length -= padding
+        self.start, self.padding = lessened(self.start, 0), lessened(self.padding, padding)
+
     def _drop_oldest(self, count: int) -> None:
-        """Drops the leading ``count`` slots, which are empty in every row."""
+        """Drops the leading ``count`` slots, which are empty in every row that stays; what is left are views."""
         self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
-        self.own_storage()
         for name in self.per_slot:
             beside = getattr(self, name)
             if beside is not None:

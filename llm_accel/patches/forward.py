@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from transformers import LogitsProcessorList
 from llm_accel.patches.cache_name import CACHE
 
 Given = dict[str, Any]  # what goes with the ids of a batch: cache, mask, positions, features of images
+
+# Bytes of weights that lie in a processor's cache: a decode step that reads no more of them is over sooner than several
+# threads have shared it out, and each waits at every operation for a core that the event loop or a client may hold.
+_LIGHT = 64 * 2**20
 
 # What the model's own generation settings may hold beside sampling, which is each request's own.
 _PLAIN = {
@@ -39,6 +45,8 @@ class Forward:
         self._positions = "position_ids" in taken
         self._constant = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in taken else {})
         self._ruled = bool(self.rules(1, always=True))
+        weights = sum(weight.nbytes for weight in model.parameters())
+        self._light = model.device.type == "cpu" and weights <= _LIGHT
 
     def rules(self, length: int, always: bool = False) -> LogitsProcessorList:
         """What the model's own generation settings do to the logits after a prompt of ``length`` tokens."""
@@ -74,7 +82,8 @@ class Forward:
 
     def step(self, tokens: Tensor, given: Given) -> Any:
         """The model's output for the newest token of each row, int64 [B, 1]."""
-        return self._call(tokens, given, next_sequence_length=1)
+        with _one_thread(self._light):
+            return self._call(tokens, given, next_sequence_length=1)
 
     def next_given(self, output: Any, given: Given) -> Given:
         """What goes with the next tokens, after a call that has brought this output."""
@@ -87,3 +96,16 @@ class Forward:
     def _call(self, ids: Tensor, given: Given, **how: Any) -> Any:
         inputs = self.model.prepare_inputs_for_generation(ids, **how, **given)
         return self.model(**inputs, return_dict=True)
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -74,11 +74,13 @@ def keep_rows(cache: Any, rows: Sequence[int], padding: int) -> None:
     session = session_of(cache)
     if session is not None:
         session.end_graph()
-    cache.batch_select_indices(torch.tensor(rows))
+    index = torch.tensor(rows)
     for layer in cache.layers:
         if isinstance(layer, AccelLayer):
-            layer.trim(padding)
-        elif type(layer) in _STOCK:
+            layer.select_rows(index, padding)
+            continue
+        layer.batch_select_indices(index)
+        if type(layer) in _STOCK:
             _trim_stock(layer, padding)
 
 

@@ -27,7 +27,6 @@ class Reading:
         prompts: token ids; several only where the rows of caches can be joined.
         cache: a new one, or for one prompt a filled one that has seen the beginning of it.
         features: what a vision-language model needs beside the ids.
-        chunk: tokens of a call.
         joins: whether prompts may be read in chunks and caches be joined.
     """
 
@@ -37,14 +36,14 @@ class Reading:
         prompts: Sequence[Sequence[int]],
         cache: Any,
         features: Mapping[str, Tensor],
-        chunk: int,
         joins: bool,
     ) -> None:
         model, session = forward.model, session_of(cache)
         self._forward, self._begin = forward, int(cache.get_seq_length())
         self._ids, mask = padded([torch.tensor(prompt) for prompt in prompts], None, model.device)
-        whole = not joins or bool(features) or any(map(has_linear_state, cache.layers))
-        self._chunk = self._ids.shape[1] if whole else chunk
+        self._whole = not joins or bool(features) or any(map(has_linear_state, cache.layers))
+        split = None if session is None else session.plan.split
+        self._steady = split is not None and split.prefill == "chunk"  # what it keeps depends on them
         if session is not None:
             session.announce(self._ids.shape[1], None)
         given = {
@@ -53,12 +52,18 @@ class Reading:
         }
         self._given = forward.begin(self._ids, mask, cache, given)
 
-    def step(self) -> tuple[RunningRows, Tensor] | None:
-        """Reads the next chunk; after the last one the rows, and logits [B, V] for what comes next."""
-        end = min(self._ids.shape[1], self._begin + self._chunk)
+    def step(self, chunk: int, most: int) -> tuple[RunningRows, Tensor] | None:
+        """Reads the next chunk; after the last one the rows, and logits [B, V] for what comes next.
+
+        Args:
+            chunk: tokens of a chunk.
+            most: tokens that may be read now; fewer are where the size of chunks means something to the method.
+        """
+        length = self._ids.shape[1]
+        end = length if self._whole else min(length, self._begin + (chunk if self._steady else most))
         output = self._forward.read(self._ids, self._given, self._begin, end)
         self._begin = end
-        if end < self._ids.shape[1]:
+        if end < length:
             return None
         given = self._forward.next_given(output, self._given)
         return RunningRows(self._forward, given), output.logits[:, -1].float()
@@ -144,10 +149,12 @@ class RunningRows:
         return [] if session is None else session.layer_reports()
 
     def announce(self, tokens: int) -> None:
-        """At most so many tokens will be decoded before rows come or leave, which a compiled step sets aside."""
+        """At most so many tokens will be decoded before rows come or leave, for which there will be headroom."""
         session = session_of(self.cache)
         if session is not None:
             session.headroom = round_up(max(1, tokens))
+            for layer in session.ours.values():
+                layer.expect(tokens)
 
     def taken_out(self, place: int) -> Any:
         """A cache with one row alone, for another turn; the cache itself where there is no other row."""

@@ -154,8 +154,13 @@ def _add_pages(app: FastAPI, engine: Engine, processor: InputProcessor, name: st
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
+    @app.get("/live")
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if engine.working else JSONResponse({"status": "not running"}, 503)
+
+    @app.get("/ready")
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def ready() -> JSONResponse:
         return JSONResponse({"status": engine.status}, 200 if engine.status == "ok" else 503)
 
     @app.get("/metrics")
@@ -173,7 +178,7 @@ def _add_errors(app: FastAPI) -> None:
     async def elsewhere(request: HttpRequest, error: Any) -> JSONResponse:
         message = (
             "there is no such path or method here; this server has POST /v1/chat/completions, /v1/completions, "
-            "/tokenize, /detokenize, GET /v1/models, /version, /health, /metrics, /openapi.json."
+            "/tokenize, /detokenize, GET /v1/models, /version, /live, /ready, /health, /metrics, /openapi.json."
         )
         return JSONResponse(ApiError("not_found", message).body(), error.status_code, error.headers)
 

@@ -35,6 +35,9 @@ FAILING = 3  # failed steps in a row from which /health complains
 _REFUSALS = (ConfigError, UnsupportedModelError, UnsupportedCallError)
 # tokens of prompts that are read between two decode steps: enough to be worth the call, and no more
 STEP_TOKENS = {"cpu": 256, "cuda": 8192}
+# while no row decodes: enough for a token to cost what it costs in a whole prompt, and few enough for a request that is
+# given up to end soon
+IDLE_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class Engine:
@@ -55,7 +58,9 @@ class Engine:
         self._plans = {spec_of(methods): self._plan(methods) for methods in ((), self._own)}
         self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
         kind = served.model.device.type
-        self._chunk = settings.max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cuda"])
+        self._chunk, self._idle_chunk = (
+            settings.max_step_tokens or tokens.get(kind, tokens["cuda"]) for tokens in (STEP_TOKENS, IDLE_TOKENS)
+        )
         self._most, self._failed = settings.max_batch, 0
         self._prefill: ReadingRows | None = None
         self._groups: list[Group] = []
@@ -185,7 +190,7 @@ class Engine:
 
     def _read(self, prefill: ReadingRows) -> None:
         """The next chunk; after the last one its rows join those of their kind."""
-        if not prefill.over and prefill.step():
+        if not prefill.over and prefill.step(self._chunk if self._groups else self._idle_chunk):
             return
         group = prefill.group
         self._note(prefill.rows, group)

@@ -62,6 +62,6 @@ class Group:
         if not places:
             self.nbytes = 0
             return
-        self.running.keep(places)
         self.running.announce(max(row.job.max_new_tokens - len(row.tokens) for row in self.rows))
+        self.running.keep(places)
         self.nbytes = bytes_of(self.running.cache)

@@ -27,8 +27,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_OPEN = ("/health",)  # needs no key
-_UNCOUNTED = ("/health", "/metrics")  # asked every few seconds
+PROBES = ("/live", "/ready", "/health")  # need no key
+_UNCOUNTED = (*PROBES, "/metrics")  # asked every few seconds
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
 _BODY_SECONDS = 30.0
 _DIGITS = 18  # of a length
@@ -93,7 +93,7 @@ class Middleware:
         self._inside += 1
         try:
             headers = dict(scope["headers"])
-            if scope["path"] not in _OPEN:
+            if scope["path"] not in PROBES:
                 state["key"] = self._key(headers)
             if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
                 raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})

@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from llm_accel import __version__
 from llm_accel.serve.errors import STATUS
 from llm_accel.serve.input_processor import MOST_ANSWERS
+from llm_accel.serve.middleware import PROBES
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 from llm_accel.serve.settings import ServeSettings
 
@@ -82,12 +83,14 @@ def _describe(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> 
     for path, response in _PAGES.items():
         found["paths"][path]["get"]["responses"] = _responses(_content(response))
     health = {status: {"description": "", "content": _content("Health")} for status in ("200", "503")}
-    found["paths"]["/health"]["get"]["responses"] = health
+    for path in PROBES:
+        found["paths"][path]["get"]["responses"] = health
     found["paths"]["/metrics"]["get"]["responses"] = _responses({"text/plain": {"schema": _TEXT}})
     if keyed:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
-        found["paths"]["/health"]["get"]["security"] = []
+        for path in PROBES:
+            found["paths"][path]["get"]["security"] = []
     return found
 
 

@@ -34,11 +34,12 @@ class ReadingRows:
         self.rows = list(rows)
         self.group: Group | None = None
         self._forward, self._methods, self._conversations, self._chooser = forward, methods, conversations, chooser
-        self._chunk = chunk
+        self._chunk = self._most = chunk
         self._parts = self._read()
 
-    def step(self) -> bool:
-        """Reads the next chunk; whether there is more to read."""
+    def step(self, most: int) -> bool:
+        """Reads the next chunk, or ``most`` tokens where that is the same; whether there is more to read."""
+        self._most = most
         return next(self._parts, False)
 
     @property
@@ -73,8 +74,8 @@ class ReadingRows:
             cache = self._methods.new_cache()
         prompts = list(dict.fromkeys(row.prompt for row in rows))  # several answers to one prompt read it once
         joins = self._methods.joins
-        reading = Reading(self._forward, prompts, cache, job.features, self._chunk, joins)
-        while (done := reading.step()) is None:
+        reading = Reading(self._forward, prompts, cache, job.features, joins)
+        while (done := reading.step(self._chunk, self._most)) is None:
             yield True
             self._methods.use(methods)
         running, logits = done

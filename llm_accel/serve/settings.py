@@ -59,7 +59,7 @@ class ServeSettings(ModelOptions):
 
     max_batch: int = option("rows that run at a time: prompts that are read, and answers", 8, least=1, group="queue")
     max_step_tokens: int | None = option(
-        "tokens of prompts that are read between two decode steps (default: 256 on a CPU, else 8192)",
+        "tokens of prompts read between decode steps (default: on a CPU 256, 2048 while none decodes, else 8192)",
         None,
         least=1,
         group="queue",

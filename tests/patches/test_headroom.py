@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel.cache import headroom
-from llm_accel.cache.headroom import appended
+from llm_accel.cache.headroom import appended, gathered, selected
 from llm_accel.registry import parse
 from tests.tiny import left_padded, prompt
 
@@ -109,3 +109,31 @@ def test_generation_is_that_of_copied_caches(
     for ours, copied in zip(answers[:4], answers[4:], strict=True):
         assert torch.equal(ours, copied)
     assert torch.equal(answers[0], answers[1])
+
+
+def test_announced_tokens_get_headroom_once_a_copy_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many slots as are to come, whoever makes the tensor: a step, rows that come together, rows that stay."""
+    monkeypatch.setattr(headroom, "LONG", 10**6)
+    parts = [entries(20), entries(12, 1)]
+    padded = torch.cat([parts[0], torch.nn.functional.pad(parts[1], (0, 0, 8, 0))])
+    made = {
+        "small": (gathered(parts, 5), padded),
+        "ended": (selected(padded, torch.tensor([3, 0]), 0), padded[[3, 0]]),
+    }
+    monkeypatch.setattr(headroom, "LARGE", 1)
+    made |= {
+        "joined": (gathered(parts, 5), padded),
+        "stayed": (selected(padded, torch.tensor([3, 0]), 5), padded[[3, 0]]),
+        "appended": (appended(padded[:, :, :-1], padded[:, :, -1:], 5), padded),
+    }
+    for name, (held, expected) in made.items():
+        ahead = 0 if name in ("small", "ended") else 5
+        assert torch.equal(held, expected), name
+        assert held.untyped_storage().nbytes() == held.nbytes // held.shape[2] * (held.shape[2] + ahead), name
+        longer, places = held, set()
+        for step in range(ahead):
+            longer = appended(
+                longer, entries(2, step)[: len(held), :, :1].repeat(len(held) // 2, 1, 1, 1), ahead - 1 - step
+            )
+            places.add(longer.data_ptr())
+        assert len(places) <= 1 and torch.equal(longer[:, :, : held.shape[2]], expected), name

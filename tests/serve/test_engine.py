@@ -42,7 +42,9 @@ class Driven:
     """An engine whose rounds the test counts, in place of a thread."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.engine = Engine(Served(model, Numbers(), None, "tiny"), ServeSettings(max_step_tokens=CHUNK, **options))
+        self.engine = Engine(
+            Served(model, Numbers(), None, "tiny"), ServeSettings(**{"max_step_tokens": CHUNK} | options)
+        )
 
     def submit(self, prompts: Sequence[tuple[int, ...]], methods: Methods, new: int, **more: Any) -> Job:
         sampling = Sampling(logprobs=0, **more.pop("sampling", {}))

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 import torch
 
-from llm_accel.methods import SnapKV, StreamingLLM
+from llm_accel.cache import headroom
+from llm_accel.methods import RetrievalHeads, SnapKV, StreamingLLM
 from llm_accel.patches.compiled import call
 from llm_accel.patches.hook import session_of
+from llm_accel.serve import engine
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.sequences import Job
 from tests.contracts.matrix import BUDGET
-from tests.serve.test_engine import CHUNK, Driven, check, ids
+from tests.serve.test_engine import CHUNK, Driven, Methods, check, ids
 from tests.tiny import tiny_model
 
 SNAP = (SnapKV(budget=BUDGET, window=8),)
 
 
-def in_loop(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """A test that runs in an event loop, which jobs need."""
 
-    def run() -> None:
-        asyncio.run(test())  # type: ignore[arg-type]
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
 
 
@@ -50,6 +53,21 @@ async def test_a_long_prompt_stops_nobody_for_longer_than_a_chunk() -> None:
         driven.round()
         assert tokens(short) == expected
     assert calls == [9, 1, CHUNK, 1, CHUNK, 1, 110 - 2 * CHUNK, 1]
+
+
+@pytest.mark.parametrize("rounds", [*range(6), 9])
+@in_loop
+async def test_a_cancelled_request_frees_its_slot_within_a_step_whenever_it_comes(rounds: int) -> None:
+    """While it waits, while its prompt is read, and at any token."""
+    driven = Driven(tiny_model("llama"), max_batch=1)
+    first, second = (driven.submit([ids(110, seed)], SNAP, 8) for seed in range(2))
+    for _ in range(rounds):
+        driven.round()
+    driven.engine.cancel(first)
+    driven.round()
+    assert first.sequences[0] not in driven.engine.running
+    driven.round()
+    assert second.sequences[0] in driven.engine.running
 
 
 @in_loop
@@ -192,5 +210,70 @@ async def test_the_models_own_rules_hold_for_each_row() -> None:
     jobs = [driven.submit([ids(20, seed)], (), 5) for seed in range(3)]
     driven.finish()
     assert jobs[0].sequences[0].tokens[0] != free[0]
+    for job in jobs:
+        check(model, job)
+
+
+@pytest.mark.parametrize(
+    "method", [SNAP, (RetrievalHeads(head_list=("0.0", "1.1"), sinks=2, recent=10, prefill="chunk"),)]
+)
+def test_prompts_are_read_in_long_chunks_while_nobody_decodes(method: Methods, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that cuts after each chunk gets the same ones whatever runs beside it."""
+    monkeypatch.setattr(engine, "STEP_TOKENS", {"cpu": 30, "cuda": 30})
+    monkeypatch.setattr(engine, "IDLE_TOKENS", {"cpu": 80, "cuda": 80})
+
+    async def scenario() -> None:
+        driven = Driven(tiny_model("llama"), max_step_tokens=None)
+        calls: list[int] = []
+        driven.engine._forward.model.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        alone = driven.submit([ids(100, 0)], method, 30)
+        driven.finish()
+        assert [call for call in calls if call > 1] == ([80, 20] if method is SNAP else [30, 30, 30, 10])
+        calls.clear()
+        beside = [driven.submit([ids(length, 0)], method, 30) for length in (9, 100)]
+        driven.finish()
+        assert [call for call in calls if call > 1] == [9, 30, 30, 30, 10]
+        assert beside[1].sequences[0].tokens == alone.sequences[0].tokens
+
+    asyncio.run(scenario())
+
+
+@in_loop
+async def test_a_light_model_decodes_in_one_thread() -> None:
+    """Several would wait for each other, and for the cores that event loop and clients hold."""
+    threads, driven = torch.get_num_threads(), Driven(tiny_model("llama"))
+    seen: list[tuple[int, int]] = []
+    driven.engine._forward.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["input_ids"].shape[1], torch.get_num_threads())), with_kwargs=True
+    )
+    torch.set_num_threads(2)
+    try:
+        driven.submit([ids(9, 0)], SNAP, 4)
+        driven.finish()
+        assert seen == [(9, 2), (1, 1), (1, 1), (1, 1)] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@in_loop
+async def test_rows_that_come_and_go_copy_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group has headroom for the answers in it and no more, so that its steps only write."""
+    monkeypatch.setattr(headroom, "LARGE", 1)
+    model = tiny_model("llama")
+    driven = Driven(copy.deepcopy(model))
+    jobs = [driven.submit([ids(20 + seed, seed)], SNAP, 12 - 3 * seed) for seed in range(3)]
+    while len(driven.engine.scheduler) or driven.engine._prefill is not None:
+        driven.round()
+    [group] = driven.engine._groups
+    places, layer = [], group.running.cache.layers[0]
+    while driven.engine.running:
+        slots = layer.keys.untyped_storage().nbytes() // (layer.keys.nbytes // layer.keys.shape[2])
+        remaining = max(row.job.max_new_tokens - len(row.tokens) for row in group.rows)
+        assert slots <= layer.keys.shape[2] + remaining
+        places.append(layer.keys.data_ptr())
+        driven.round()
+    assert len(set(places)) <= 3  # one for each time that a row left, and the first
     for job in jobs:
         check(model, job)

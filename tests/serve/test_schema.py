@@ -42,6 +42,8 @@ OPERATIONS = {
     "GET /version": 1,
     "GET /v1/models": 1,
     "GET /v1/models/{model_name}": 10,
+    "GET /live": 1,
+    "GET /ready": 1,
     "GET /health": 1,
     "GET /metrics": 1,
 }

@@ -35,7 +35,10 @@ def test_stopping_finishes_or_fails_what_was_accepted(drain_s: float, monkeypatc
             if drain_s > 1:  # there is time: whoever comes now is told, and so is a load balancer
                 refused = running.complete()
                 assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
-                assert httpx.get(f"{running.url}/health").json() == {"status": "shutting down"}
+                for path, status in (("live", 200), ("ready", 503), ("health", 503)):
+                    probed = httpx.get(f"{running.url}/{path}")
+                    assert probed.status_code == status
+                    assert probed.json() == {"status": "ok" if status == 200 else "shutting down"}
             if drain_s < 1:  # the model hangs: everything fails, in time
                 results = [future.result() for future in futures]
         results = [future.result() for future in futures]
