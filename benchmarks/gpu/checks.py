@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -18,9 +19,9 @@ from benchmarks.gpu.worker import Case
 from benchmarks.ops import block_sparse_attention as block_sparse
 from benchmarks.ops import ragged_attention as ragged
 from llm_accel.kernels import block_sparse as block_sparse_op
-from llm_accel.kernels import column_votes, compaction, hip_select, ragged_decode, slot_decode
+from llm_accel.kernels import column_votes, compaction, hip_select, ragged_decode, slot_decode, slot_write
 from llm_accel.kernels.dispatch import Op
-from llm_accel.kernels.hip_select import Keys
+from llm_accel.kernels.hip_select import Keys, launch, reference
 from llm_accel.patches.attention_lse import with_lse
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
@@ -69,6 +70,44 @@ def stage(chunk: int, queries: int, exact: bool, device: str, slots: int) -> Seq
     return representative, keys, starts, end, chunk, exact, level
 
 
+def levels(device: str, slots: int) -> Sequence[Any]:
+    keys = Keys.of(_normal(device, HEADS, slots), None)
+    end = torch.full((1, 1, 4, 1), slots - 8, device=device)
+    return torch.randn(1, HEADS, 4, 64, DIM, device=device).bfloat16(), keys, end, DIM**-0.5
+
+
+def entering(device: str, slots: int) -> Sequence[Any]:
+    kept = torch.arange(0, slots, 64, device=device).expand(1, HEADS, 1, -1).contiguous()
+    then, end = (torch.full((1, 1, 1, 1), slots // 2 + moved, device=device) for moved in (0, 16))
+    return kept, then, end, 32, 8, 16, 7
+
+
+def scored(device: str, slots: int) -> Sequence[Any]:
+    score = torch.randn(1, HEADS, 4, slots // 4, device=device)
+    return score, torch.arange(0, 2 * slots, 8, device=device).expand_as(score), slots // 16
+
+
+def overwritten(device: str, slots: int) -> Sequence[Any]:
+    key, value = _normal(device, HEADS, slots), _normal(device, HEADS, slots)
+    scores, order = torch.rand(2, 1, HEADS, slots, device=device).unbind(0)
+    spare = torch.arange(HEADS, device=device)[None]
+    return key, value, _normal(device, HEADS, 1), _normal(device, HEADS, 1), spare, order.argsort(-1), scores
+
+
+def _written(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What is written into keys and values is compared too."""
+    return lambda key, value, *rest: (*run(key, value, *rest), key, value)
+
+
+SLOT_WRITE = Op("slot_write", *(replace(backend, run=_written(backend.run)) for backend in slot_write.OP.backends))
+
+
+def _step(name: str) -> Op:
+    """A step of HiP's selection as an operation of its own."""
+    ours, theirs = hip_select.OP.backends
+    return Op(f"hip_{name}", replace(ours, run=getattr(launch, name)), replace(theirs, run=getattr(reference, name)))
+
+
 CHECKS: dict[str, tuple[Op, Arguments]] = {
     "ragged decode": (ragged_decode.OP, partial(decode, 1)),
     "block-sparse prompt, blocks of 64": (block_sparse_op.OP, partial(prompt, 64)),
@@ -83,6 +122,10 @@ CHECKS: dict[str, tuple[Op, Arguments]] = {
     "ragged decode, 8 tokens": (ragged_decode.OP, partial(decode, 8)),
     "HiP stage, one query": (hip_select.OP, partial(stage, 8, 4, True)),
     "column votes, one query": (column_votes.OP, partial(votes, 1)),
+    "HiP levels": (_step("level"), levels),
+    "HiP chunks that enter": (_step("enter"), entering),
+    "HiP chunks that are kept": (_step("keep"), scored),
+    "slot write": (SLOT_WRITE, overwritten),
 }
 LSE = "log-sum-exp of SDPA"
 NAMES = (*CHECKS, LSE)

@@ -30,6 +30,11 @@ class Item:
         group: module beside this one whose ``cases(device)`` has the cases.
         cases: their names, in order.
         case_limit: seconds after which one of them has failed; the next begins in a fresh process.
+        running: seconds beside starting, compiling and cases: an estimate from what is built, read and computed.
+        methods: names of those whose kernels it compiles.
+        graphs: layers of the decode steps that it compiles, one after the other.
+        kernels_of_tests: whether its tests compile kernels.
+        workers: processes that share its kernels.
     """
 
     name: str
@@ -40,6 +45,11 @@ class Item:
     group: str = ""
     cases: tuple[str, ...] = ()
     case_limit: float = 0.0
+    running: float = 0.0
+    methods: tuple[str, ...] = ()
+    graphs: tuple[int, ...] = ()
+    kernels_of_tests: bool = False
+    workers: int = 1
 
 
 def bench_lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ FIRST = (
     "column_votes: prefill, log-sum-exp given 32/8/128 W=8192 S=8192",
     "hip_select: prefill, selection included, 32/8/128 S=131072",
     "hip_select: selection alone, 32/8/128 S=131072",
+    "hip_select: selection alone, last stage with stride 4, 32/8/128 S=131072",
     "hip_select: decode, selection included, 32/8/128 S=131072",
     "ragged_attention: 32/8/128 B=1 T=1 kept=2048 skew 1:1",
     "slot_decode: 32/8/128 B=1 budget=2048",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.end_to_end import steps
 from benchmarks.gpu import checks, faults, operations, yardsticks
 from benchmarks.gpu.items import OUT, Item, bench_lines, junit_lines
@@ -18,14 +20,16 @@ def first_items() -> list[Item]:
     graphs = "(snapkv or h2o) and auto_compiles or hip_has_a_graph or another_thread"
     kernels = (*PYTEST, "-n", str(WORKERS), "tests/kernels/triton_kernels", "--share", str(SMOKE))
     return [
-        cases("yardsticks", yardsticks.NAMES, seconds=20, limit=45, case_limit=20),
+        cases("yardsticks", yardsticks.NAMES, seconds=20, limit=45, case_limit=20, running=11),
         cases("checks", checks.NAMES, seconds=45, limit=90, case_limit=25),
-        command("tests of kernels", kernels, seconds=35, limit=75),
+        command("tests of kernels", kernels, seconds=35, limit=75, running=8, kernels_of_tests=True, workers=WORKERS),
         command(
             "tests of compiled decoding",
             (*PYTEST, "-n", "4", "tests/patches/test_compiled_gpu.py", "-k", graphs),
             seconds=50,
             limit=90,
+            running=10,
+            graphs=(1,) * 4,  # HiP has one for each pattern of its steps; the other processes have fewer
         ),
         cases("operations", operations.first_names(), seconds=95, limit=140, case_limit=30),
         command(
@@ -33,6 +37,9 @@ def first_items() -> list[Item]:
             ("-m", "benchmarks.trace", "--layers", "8", "--out", OUT),
             seconds=45,
             limit=90,
+            running=15,
+            methods=("snapkv",),
+            graphs=(8,),
         ),
         command(
             "16k, SnapKV, compiled",
@@ -42,18 +49,25 @@ def first_items() -> list[Item]:
             ),
             seconds=120,
             limit=150,
+            running=35,
+            methods=("dense", "snapkv"),
+            graphs=(32, 32),
         ),
         command(
             "128k, HiP, 8 layers",
             (*SHAPE, *EIGHT, "--lengths", "128k", "--new-tokens", "16", "--method", "hip", "--out", OUT),
             seconds=45,
             limit=70,
+            running=28,
+            methods=("hip",),
         ),
         command(
             "32k, H2O, 8 layers",
             (*SHAPE, *EIGHT, "--lengths", "32k", "--new-tokens", "16", "--method", "h2o:budget=2048", "--out", OUT),
             seconds=40,
             limit=60,
+            running=22,
+            methods=("h2o",),
         ),
     ]
 
@@ -93,13 +107,17 @@ def injected() -> Item:
     return cases("injected failures", faults.NAMES, seconds=1, limit=60, case_limit=2)
 
 
-def cases(group: str, names: tuple[str, ...], seconds: float, limit: float, case_limit: float) -> Item:
+def cases(
+    group: str, names: tuple[str, ...], seconds: float, limit: float, case_limit: float, running: float = 0.0
+) -> Item:
     """An item of cases; those of one module may make several items."""
     modules = {"injected failures": "faults", "more operations": "operations"}
-    return Item(group, seconds, limit, group=modules.get(group, group), cases=names, case_limit=case_limit)
+    return Item(
+        group, seconds, limit, group=modules.get(group, group), cases=names, case_limit=case_limit, running=running
+    )
 
 
-def command(name: str, arguments: tuple[str, ...], seconds: float, limit: float) -> Item:
-    """An item of one process."""
+def command(name: str, arguments: tuple[str, ...], seconds: float, limit: float, **more: Any) -> Item:
+    """An item of one process; ``more`` says what it compiles and how long it runs."""
     lines = junit_lines if "pytest" in arguments else bench_lines
-    return Item(name, seconds, limit, command=arguments, lines=lines)
+    return Item(name, seconds, limit, command=arguments, lines=lines, **more)

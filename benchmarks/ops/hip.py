@@ -68,8 +68,9 @@ def build_decode(config: HiP, slots: int, device: str) -> Work:
     return Work(captured(period, device), captured(dense, device))
 
 
-def case(kind: str, slots: int, config: HiP | None = None) -> Case:
-    """``kind``: "prefill"; "decode", a period of steps; or "select", the selection of a prompt alone."""
+def case(kind: str, slots: int, config: HiP | None = None, note: str = "") -> Case:
+    """``kind``: "prefill"; "decode", a period of steps; or "select", the selection of a prompt alone. ``note``: what is
+    special about ``config``."""
     config = config or HiP()
     seen = config.sink + config.budget + config.window
     queries = max(config.periods) if kind == "decode" else slots
@@ -79,7 +80,7 @@ def case(kind: str, slots: int, config: HiP | None = None) -> Case:
     what = "selection alone" if kind == "select" else f"{kind}, selection included"
     return Case(
         op="hip_select",
-        name=f"{what}, {QUERY_HEADS}/{HEADS}/{DIM} S={slots}",
+        name=f"{what}{note}, {QUERY_HEADS}/{HEADS}/{DIM} S={slots}",
         build=partial(builders[kind], config, slots),
         baseline=baselines[kind],
         moved=2 * DIM * HEADS * read,
@@ -98,4 +99,6 @@ def selection_flop(config: HiP, slots: int) -> int:
     return total
 
 
+FOURS = HiP(stages=((256, None, 4), (32, 32768, 4), (8, 8192, 4)))  # what is read for a quarter of the queries
 CASES = [case(kind, slots) for kind in ("prefill", "decode", "select") for slots in (32768, 131072)]
+CASES.append(case("select", 131072, FOURS, note=", last stage with stride 4"))

@@ -70,6 +70,11 @@ class AccelLayer(EntryStore):
         self.reading: PendingReaders | None = None
         self.refused = False
 
+    def is_at(self, past: int) -> bool:
+        """Whether ``past`` tokens have been seen, all of them by calls that came to their end."""
+        whole = self.stage is not CallStage.ARRIVED and not self.refused
+        return whole and self.cumulative_length + self.removed == past
+
     def await_entries(self) -> None:
         """A call has begun."""
         self.stage = CallStage.AWAITED

@@ -45,6 +45,14 @@ def has_seen_tokens(layer: Any) -> bool:
     return has_linear_state(layer) and any(layer.has_previous_state.values())
 
 
+def may_be_ahead(layer: Any) -> bool:
+    """Whether a call that failed may have left something in this layer which its length does not show."""
+    if isinstance(layer, AccelLayer) and layer.reading is not None:
+        return True
+    stock = not isinstance(layer, AccelLayer) and getattr(layer, "keys", None) is not None
+    return has_seen_tokens(layer) or (stock and layer.get_seq_length() > 0)
+
+
 def states_of(layer: Any) -> dict[str, Tensor]:
     """The tensors of a linear-attention state by name; empty where the layer has none, or none yet."""
     if not has_linear_state(layer):

@@ -177,6 +177,7 @@ class EntryStore(DynamicLayer):
         except BaseException:
             self.fixed = form
             raise
+        self.thaw()  # steps do not look at what lies beside the entries
 
     def _take_back(self, form: FixedForm) -> None:
         raise NotImplementedError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_accel.cache import AccelLayer, GroupedLayer, RelativeSlotLayer
 from llm_accel.cache.attention import Softmax
 from llm_accel.cache.layer import CallStage
-from llm_accel.cache.linear import LinearLayer, has_seen_tokens, state_bytes
+from llm_accel.cache.linear import LinearLayer, may_be_ahead, state_bytes
 from llm_accel.errors import ConfigError, EvictionError, UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import ContextCompression, Depth, PromptView, StepEviction
 from llm_accel.methods.selection import real_slots
@@ -172,10 +172,12 @@ class Session:
 
     def check_whole(self, past: int) -> None:
         """Refuses a cache of ``past`` seen tokens in some of whose layers a call that failed left its own."""
-        torn = any(layer.stage is CallStage.ARRIVED for layer in self.ours.values())
-        stopped = self.unfinished or any(layer.refused for layer in self.ours.values())
-        torn = torn or (self.torn and past > 0) or (stopped and any(map(_may_be_ahead, self.layers)))
-        if torn or any(layer.get_seq_length() != past for layer in self.ours.values()):
+        if not (self.unfinished or self.torn) and all([layer.is_at(past) for layer in self.ours.values()]):
+            return
+        ours = self.ours.values()
+        stopped = self.unfinished or any(layer.refused for layer in ours)
+        torn = (self.torn and past > 0) or (stopped and any(map(may_be_ahead, self.layers)))
+        if torn or any(one.stage is CallStage.ARRIVED or one.get_seq_length() != past for one in ours):
             raise UnsupportedCallError("an earlier call on this cache failed half-way; start with a new cache.")
 
     def begin(self, length: int, past: int, attention_mask: Tensor | None) -> None:
@@ -183,7 +185,8 @@ class Session:
         self.check_whole(past)
         for layer in self.ours.values():
             layer.await_entries()
-        if not torch.compiler.is_compiling():  # a graph is made for one mode of autograd
+        # a graph is made for one mode of autograd; buffers of the fixed form are for all, and the rest is not read
+        if not torch.compiler.is_compiling() and self.graph is None:
             for held in self.layers:
                 if isinstance(held, AccelLayer | LinearLayer):
                     held.thaw()
@@ -389,11 +392,3 @@ class Session:
             report.physical_length = keys.shape[-2]
             report.kv_bytes = report.dense_kv_bytes = keys.nbytes + values.nbytes
         return report
-
-
-def _may_be_ahead(layer: Any) -> bool:
-    """Whether a call that failed may have left something in this layer which its length does not show."""
-    if isinstance(layer, AccelLayer) and layer.reading is not None:
-        return True
-    stock = not isinstance(layer, AccelLayer) and getattr(layer, "keys", None) is not None
-    return has_seen_tokens(layer) or (stock and layer.get_seq_length() > 0)

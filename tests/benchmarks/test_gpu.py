@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.end_to_end import bench_settings, steps
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import checks, faults, operations, plan, projection, yardsticks
+from benchmarks.gpu import checks, compiling, faults, operations, plan, projection, yardsticks
 from benchmarks.gpu.items import OUT, Item, junit_lines
 from benchmarks.gpu.journal import END, LINE, Journal, Tail
 from benchmarks.gpu.runner import Run, run_items
@@ -201,9 +201,40 @@ def test_the_projection_knows_what_a_case_compiles(monkeypatch: pytest.MonkeyPat
     deep = projection.kernels_of(measured)
     name = next(name for name in measured.cases if name.endswith(", 5 stages"))
     assert max(launch.stages for launch in deep[name]) == 5
-    monkeypatch.setattr(projection, "compile_seconds", len)
-    (_, first, _, _), (_, second, _, _), other = projection.project([checked, checked, plan.first_items()[0]])
-    assert first > 10 and second == 0 and other[1] == 0
+    monkeypatch.setattr(compiling, "compile_seconds", len)
+    monkeypatch.setattr(compiling, "graph_seconds", lambda layers: 10.0 * layers)
+    traced = Item("trace", 1, 9, command=("-m", "x"), running=3, methods=("h2o",), graphs=(2, 2))
+    first, second, third = projection.project([checked, checked, traced])
+    assert first.kernels > 10 and second.kernels == 0 and second.seconds < first.seconds
+    assert third.graphs == 40 and third.seconds > 40 + 3 and "graphs in 40.0 s" in third.line()
+
+
+@pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")
+def test_kernels_of_whole_models_and_of_tests_are_known() -> None:
+    names = {launch.kernel.__name__ for launch in compiling.kernels_of_methods(["hip"], compiled=False)}
+    assert {"stage_score_kernel", "keep_kernel", "level_kernel", "enter_kernel", "block_sparse_kernel"} <= names
+    names = {launch.kernel.__name__ for launch in compiling.kernels_of_methods(["snapkv"], compiled=True)}
+    assert {"col_scores_kernel", "gather_kernel", "split_kernel"} <= names
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2",
+        "tests/kernels/triton_kernels",
+        "-k",
+        "several_blocks",
+    )
+    launches = compiling.kernels_of_tests(tests)
+    assert {"gather_kernel", "write_kernel"} <= {launch.kernel.__name__ for launch in launches}
+    assert all(launch.kernel.params for launch in launches)  # what the compiler takes, not the interpreter
+
+
+def test_every_first_item_says_what_it_compiles_and_how_long_it_runs() -> None:
+    for item in plan.first_items():
+        assert item.cases or (item.running > 0 and (item.methods or item.graphs or item.kernels_of_tests))
 
 
 def test_whole_models_run_cheapest_first() -> None:

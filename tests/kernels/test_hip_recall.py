@@ -54,8 +54,9 @@ SEARCHES = {name: replace(search, fair=False) for name, search in RAW.items()}
 
 
 @cache
-def draw(correlation: int, peaked: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Queries [1, 2, T, D] and keys [1, 1, T, D]; ``correlation``: tokens after which keys have changed."""
+def draw(correlation: int, peaked: bool, seed: int, hold: int = 8) -> tuple[Tensor, Tensor]:
+    """Queries [1, 2, T, D] and keys [1, 1, T, D]; ``correlation``: tokens after which keys have changed; ``hold``: rows
+    that point at one key."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(LENGTH, DIM, generator=generator)
     key = noise.clone()
@@ -63,16 +64,16 @@ def draw(correlation: int, peaked: bool, seed: int) -> tuple[Tensor, Tensor]:
         decay = math.exp(-1 / correlation)
         for position in range(1, LENGTH):
             key[position] = decay * key[position - 1] + math.sqrt(1 - decay**2) * noise[position]
-    first = torch.arange(0, LENGTH, 8)
+    first = torch.arange(0, LENGTH, hold)
     query = torch.randn(2, LENGTH, DIM, generator=generator)
-    target = (torch.rand(2, len(first), generator=generator) * first.clamp(min=1)).long().repeat_interleave(8, 1)
+    target = (torch.rand(2, len(first), generator=generator) * first.clamp(min=1)).long().repeat_interleave(hold, 1)
     return (query + 4 * key[target] if peaked else query)[None], key[None, None]
 
 
 @cache
-def attention(correlation: int, peaked: bool, seed: int) -> tuple[Tensor, Tensor]:
+def attention(correlation: int, peaked: bool, seed: int, hold: int = 8) -> tuple[Tensor, Tensor]:
     """The attention of each measured query block, added up over its queries, and the best logit: [n, T] each."""
-    query, key = draw(correlation, peaked, seed)
+    query, key = draw(correlation, peaked, seed, hold)
     summed, best = torch.empty(len(MEASURED), LENGTH), torch.empty(len(MEASURED), LENGTH)
     for index, block in enumerate(MEASURED):
         rows = torch.arange(block * BLOCK_Q, (block + 1) * BLOCK_Q)
@@ -82,13 +83,13 @@ def attention(correlation: int, peaked: bool, seed: int) -> tuple[Tensor, Tensor
     return summed, best
 
 
-def found(search: Search, correlation: int, peaked: bool, seed: int) -> tuple[float, float]:
+def found(search: Search, correlation: int, peaked: bool, seed: int, hold: int = 8) -> tuple[float, float]:
     """Share of the attention between sink and window, and share of its best 512 tokens, that the choice holds."""
-    query, key = draw(correlation, peaked, seed)
+    query, key = draw(correlation, peaked, seed, hold)
     starts = search.select(query[:, :, MEASURED.start * BLOCK_Q :], key, None)[0, 0]
     ends = search.scope.window_start(LENGTH, LENGTH, None, key.device)[0, MEASURED.start :]
     held, mass, recall = 0.0, 0.0, []
-    for begin, end, summed, logits in zip(starts, ends, *attention(correlation, peaked, seed), strict=True):
+    for begin, end, summed, logits in zip(starts, ends, *attention(correlation, peaked, seed, hold), strict=True):
         chosen = torch.zeros(LENGTH, dtype=torch.bool)
         chosen[(begin[begin < ABSENT, None] + torch.arange(search.scope.block_k)).flatten()] = True
         far = slice(search.scope.sink, int(end))
@@ -199,6 +200,30 @@ def test_what_a_fair_comparison_gives_up_where_all_heads_are_alike(correlation: 
     assert tuple(found(way, correlation, True, 0)[0] for way in ways) == pytest.approx(
         FAIR[correlation, name], abs=CLOSE
     )
+
+
+# rows that point at one key, correlation length, stride of the last stage, compared fairly
+STRIDES: dict[tuple[int, int, int], tuple[float, float]] = {
+    (8, 4, 1): (0.738, 0.390),
+    (8, 4, 4): (0.739, 0.386),
+    (8, 16, 1): (0.852, 0.676),
+    (8, 16, 4): (0.857, 0.676),
+    (1, 4, 1): (0.493, 0.487),
+    (1, 4, 2): (0.471, 0.469),
+    (1, 4, 4): (0.394, 0.398),
+    (1, 16, 1): (0.392, 0.520),
+    (1, 16, 2): (0.376, 0.499),
+    (1, 16, 4): (0.351, 0.463),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hold", "correlation", "stride"), STRIDES)
+def test_what_a_stride_in_the_last_stage_costs(hold: int, correlation: int, stride: int) -> None:
+    """Nothing where neighbouring queries want the same keys, up to a fifth where each wants another."""
+    search = stages(256, stride, last_exact=True)
+    mean = torch.tensor([found(search, correlation, True, seed, hold) for seed in range(3)]).mean(0).tolist()
+    assert mean == pytest.approx(STRIDES[hold, correlation, stride], abs=CLOSE)
 
 
 # --- planted keys ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from llm_accel.registry import parse_all
 from tests.patches.conftest import Counting
 from tests.patches.test_compiled_decode import CLOSE, SNAPKV, handle_of, pair, shallow
 from tests.patches.test_compiled_hip import SMALL
-from tests.tiny import prompt
+from tests.tiny import left_padded, prompt
 
 pytestmark = pytest.mark.usefixtures("counting")
 STEPS = 2
@@ -70,6 +70,32 @@ def test_a_cache_goes_on_where_the_same_method_was_applied_anew(counting: Counti
         return logits
 
     check_as_eager(go_on)
+
+
+@pytest.mark.parametrize("method", [SNAPKV, "h2o:budget=24", "adakv:budget=24,window=8,page=8"])
+def test_steps_in_inference_mode_leave_a_cache_to_eager_calls_outside_of_it(method: str) -> None:
+    """Compiled steps look at no tensor of their layers, and so not at those that belong to inference mode either."""
+    ids, mask = left_padded([40, 31])
+    found = []
+
+    def step(model: Any, cache: Any, count: int) -> torch.Tensor:
+        seen = torch.cat([mask, mask.new_ones(2, count)], dim=1)
+        place = seen.sum(1, keepdim=True) - 1
+        given: dict[str, Any] = {CACHE: cache, "attention_mask": seen, "position_ids": place}
+        return model(token(count + 5).expand(2, 1), **given).logits
+
+    for model in pair(method):
+        cache = handle_of(model).new_cache()
+        with torch.inference_mode():
+            model(ids, attention_mask=mask, **{CACHE: cache})
+            step(model, cache, 1)
+            step(model, cache, 2)
+        llm_accel.remove(model)
+        llm_accel.apply(model, parse_all(method), decode="eager")
+        found.append(step(model, cache, 3))
+        held = [value for value in vars(cache.layers[0]).values() if isinstance(value, torch.Tensor)]
+        assert held and not any(tensor.is_inference() for tensor in held)
+    assert (found[0] - found[1]).abs().max() <= CLOSE
 
 
 def test_a_cache_goes_on_with_a_copy_of_its_model() -> None:

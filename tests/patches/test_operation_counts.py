@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,50 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import llm_accel
-from benchmarks.gpu.projection import PLANS
-from llm_accel.kernels import (
-    block_sparse,
-    column_votes,
-    compaction,
-    dispatch,
-    ragged_decode,
-    slot_decode,
-    slot_write,
-)
-from llm_accel.kernels.block_list import BlockList
-from llm_accel.kernels.hip_select import Keys, reference
+from llm_accel.kernels import dispatch
 from llm_accel.patches.cache_name import CACHE
+from tests.kernels.stand_ins import PLANS, STAND_INS
 from tests.tiny import prompt, tiny_model
 
 LAYERS, STEPS = 2, 8
-
-
-def _block_sparse(
-    query: Any, key: Any, value: Any, start: Any, scaling: Any, cap: Any, sinks: Any, *fields: Any
-) -> Any:
-    return block_sparse.OP.backends[-1].run(query, key, value, BlockList(*fields), start, scaling, cap, sinks)
-
-
-def _on_keys(run: Callable[..., Any]) -> Callable[..., Any]:
-    def stand_in(representative: Any, rows: Any, origin: Any, last: Any, *rest: Any) -> Any:
-        return run(representative, Keys(rows, origin, last), *rest)
-
-    return stand_in
-
-
-# what each kernel of ours would give, so that a CPU can walk through the steps of a GPU
-STAND_INS: dict[str, Callable[..., Any]] = {
-    "block_sparse_attention": _block_sparse,
-    "column_votes": column_votes.OP.backends[-1].run,
-    "gather_entries": lambda *given: [part for part in compaction.OP.backends[-1].run(*given) if part is not None],
-    "hip_enter": reference.enter,
-    "hip_keep": reference.keep,
-    "hip_level": _on_keys(reference.level),
-    "hip_stage_score": _on_keys(reference.score),
-    "ragged_attention": ragged_decode.OP.backends[-1].run,
-    "slot_decode": slot_decode.OP.backends[-1].run,
-    "slot_write": slot_write.OP.backends[-1].run,
-}
 
 
 NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "detach", "lift_fresh")

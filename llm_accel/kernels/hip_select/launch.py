@@ -191,7 +191,7 @@ def tiles(dtype: torch.dtype, block_d: int, queries: int, exact: bool) -> tuple[
     in shared memory, 64 KiB of them, and tiles of keys are on their way; on the way down to the best half nothing is.
     """
     if dtype == torch.float32:  # takes no tensor cores, and more registers
-        return (16, 16, 8 if block_d > 128 else 4, 2) if exact else (16, 16, 4, 1)
+        return (16, 16, 8 if block_d > 128 else 4, 2) if exact else (16, 32 if block_d <= 64 else 16, 4, 1)
     if exact:
         warps = 8 if queries > 64 else 4
         return (128, 32, warps, 3) if block_d > 128 else (256, 64, warps, 3)

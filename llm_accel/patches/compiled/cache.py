@@ -59,7 +59,7 @@ class GraphCache(Cache):
     @property
     def whole(self) -> bool:
         """Whether all layers are still in their fixed form; reading the entries of one ends it."""
-        return all(layer.is_fixed for layer in self._fixed)
+        return all([layer.is_fixed for layer in self._fixed])
 
     def lies_in(self, pool: Pool) -> bool:
         """Whether the buffers are of this pool; those of another model, of which this one is a copy, are not."""
@@ -67,7 +67,7 @@ class GraphCache(Cache):
 
     def begin(self) -> Hashable:
         """What tells the graph of the next step from those of others; Python values of the layers are set for it."""
-        return tuple(layer.begin_step() for layer in self._fixed)
+        return tuple([layer.begin_step() for layer in self._fixed])
 
     def advance(self) -> None:
         """The graph has added one token to every layer."""
