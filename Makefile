@@ -17,6 +17,7 @@ VLLM_WITH   ?= transformers<5.20
 VENV_VLLM   ?= .venv-vllm-$(VLLM)
 CONSTRAINTS ?= constraints.txt
 TORCH       ?=
+TRITON      ?= 3.6.0
 WORKERS     ?= 2
 OUT         ?=
 ARGS        ?=
@@ -41,7 +42,7 @@ FAMILY_TESTS  = $(wildcard tests/families)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest -n $(WORKERS)
 
 .PHONY: help needle real test check lint format types layers readme readme-check lengths tests tests-old tests-canary families \
-        families-share test-vllm test-vllm-old kernels kernel-table kernel-table-check clients kvpress docs lock clean FORCE
+        families-share test-vllm test-vllm-old vllm-guide kernels kernel-table kernel-table-check kernel-table-with clients kvpress docs lock clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -116,6 +117,10 @@ test-vllm: $(VENV_VLLM)/.ready
 test-vllm-old:
 	@$(MAKE) --no-print-directory test-vllm VLLM=$(VLLM_OLD) VLLM_WITH="transformers<5.15" ARGS="--share $(SHARE) $(ARGS)"
 
+# The commands of docs/vllm.md from an empty environment: servers of vLLM, curl, a client with an image, metrics. Needs port 8000.
+vllm-guide: $(VENV)/.ready
+	$(BIN)/python scripts/vllm_guide.py $(ARGS)
+
 # Clients of OpenAI's API against the server, in an environment of their own over that of the tests. Not in `make test`: the clients move.
 clients: $(VENV)/.ready
 	$(BIN)/python -m venv build/clients
@@ -138,6 +143,11 @@ kernels: $(VENV)/.ready
 # Compiles all kernels ahead of time; needs no GPU.
 kernel-table: $(VENV)/.ready
 	$(BIN)/python scripts/kernel_table.py
+
+# What another Triton makes of the kernels, TRITON=3.6.0; `make kernel-table` then puts it on the page. Nothing in .venv changes.
+kernel-table-with: $(VENV)/.ready
+	test -d build/triton-$(TRITON) || $(BIN)/python $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python scripts/kernel_table.py --summary
 
 kernel-table-check: $(VENV)/.ready
 	$(BIN)/python scripts/kernel_table.py --check

@@ -1,8 +1,9 @@
 """Compiles every kernel for every architecture and writes docs/kernels.md; no GPU is needed.
 
 Fails when a kernel needs more shared memory than a block may have, spills registers, keeps fewer tiles in shared
-memory than it should, or multiplies 64 rows without the tensor cores of Hopper. With ``--check`` it writes
-nothing and fails when the table is old; figures of another version of Triton are not compared.
+memory than it should, multiplies 64 rows without the tensor cores of Hopper, or leaves place for too few warps on a
+multiprocessor. With ``--check`` it writes nothing and fails when the table is old; figures of another version of Triton
+are not compared. ``--summary`` writes only what this version of Triton comes to, for the page of the newest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -46,10 +48,17 @@ CONFIGURATIONS = f"""## Compiled configurations
 
 Every configuration in `tests/kernels/compiled.py`, compiled ahead of time for each architecture. `make kernel-table`
 writes this page, `make test` compiles everything again and fails when a kernel spills registers, needs more shared
-memory than a block may have, keeps a single tile of pipelined loads in shared memory where it should keep two, or
-multiplies 64 rows or more on sm_90 without wgmma. Constants are the kernel's compile-time parameters, tiles those in
-shared memory at once, products the tensor-core instructions. {VERSION}.
+memory than a block may have, keeps a single tile of pipelined loads in shared memory where it should keep two,
+multiplies 64 rows or more on sm_90 without wgmma, or leaves place for fewer than two warps per scheduler where those
+are needed. Constants are the kernel's compile-time parameters, tiles those in shared memory at once, products
+the tensor-core instructions, programs those that fit on a multiprocessor at once. {VERSION}.
 """
+VERSIONS = """## Versions of Triton
+
+The same configurations with each version that they were compiled with; `make kernel-table-with TRITON=3.6.0` adds one.
+Tiles are the fewest in shared memory at once of any configuration whose loads are pipelined.
+"""
+SUMMARIES = ROOT / "benchmarks" / "results" / "kernels"
 COLUMNS = (
     *(
         "kernel",
@@ -62,6 +71,7 @@ COLUMNS = (
         "shared KiB",
         "tiles",
         "products",
+        "programs",
     ),
 )
 MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "summary.json"
@@ -94,7 +104,7 @@ def row(job: Job, usage: aot.Usage) -> tuple[str, ...]:
     launch = aot.compiled()[job[0]][position]
     constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
     figures = (launch.warps, launch.stages, f"sm_{arch}", usage.registers, f"{usage.shared / 1024:.1f}")
-    figures += (usage.buffers or "-", usage.products or "-")
+    figures += (usage.buffers or "-", usage.products or "-", usage.resident(arch))
     return f"`{launch.kernel.__name__}`", label, constants, *map(str, figures)
 
 
@@ -121,9 +131,49 @@ def roofline() -> str:
     return text + "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
 
 
+def summary(measured: list[tuple[Job, aot.Usage]]) -> list[dict[str, Any]]:
+    """What a version of Triton makes of the kernels of each operation, per architecture."""
+    rows = []
+    for op in dict.fromkeys(job[0][0] for job, _ in measured):
+        for arch in aot.ARCHITECTURES:
+            found = [usage for job, usage in measured if job[0][0] == op and job[2] == arch]
+            pipelined, tall = [one for one in found if one.wanted], [one for one in found if one.tall]
+            rows.append(
+                {
+                    "operation": op,
+                    "arch": f"sm_{arch}",
+                    "kernels": len(found),
+                    "unfit": sum(one.complaint(arch) is not None for one in found),
+                    "spilled bytes": max(one.spilled for one in found),
+                    "registers": max(one.registers for one in found),
+                    "tiles": min((one.buffers for one in pipelined), default=None),
+                    "64 rows by wgmma": f"{sum(one.products == 'wgmma' for one in tall)} of {len(tall)}"
+                    if tall
+                    else None,
+                }
+            )
+    return rows
+
+
+def versions(current: list[dict[str, Any]]) -> str:
+    """The summaries of all versions, that of the installed one as ``current``."""
+    known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in SUMMARIES.glob("*.json")}
+    known[f"triton-{triton.__version__}"] = current
+    blocks = [VERSIONS]
+    for name in sorted(known, key=lambda name: [int(part) for part in name.removeprefix("triton-").split(".")]):
+        rows = known[name]
+        head = ("Triton " + name.removeprefix("triton-"), *list(rows[0])[1:])
+        cells = [
+            [f"`{row['operation']}`", *("-" if it is None else str(it) for it in list(row.values())[1:])]
+            for row in rows
+        ]
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *cells)) + "\n")
+    return "\n".join(blocks)
+
+
 def document(measured: list[tuple[Job, aot.Usage]]) -> str:
     """The page: one table per operation."""
-    blocks = [INTRODUCTION.rstrip() + "\n", roofline(), CONFIGURATIONS]
+    blocks = [INTRODUCTION.rstrip() + "\n", roofline(), versions(summary(measured)), CONFIGURATIONS]
     for op in dict.fromkeys(job[0][0] for job, _ in measured):
         rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(job, usage) for job, usage in measured if job[0][0] == op)]
         blocks.append(f"### {op}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
@@ -135,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the table is old")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="compilers at once")
+    parser.add_argument("--summary", action="store_true", help="write the figures of this version of Triton alone")
     args = parser.parse_args()
     jobs = work()
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
@@ -151,8 +202,12 @@ def main() -> int:
         elif new != old:
             print(f"docs/{DOCUMENT.name} is old; run `make kernel-table`", file=sys.stderr)
             return 1
-    elif new != old:
-        DOCUMENT.write_text(new, encoding="utf-8")
+        return 1 if complaints else 0
+    SUMMARIES.mkdir(exist_ok=True)
+    path = SUMMARIES / f"triton-{triton.__version__}.json"
+    path.write_text(json.dumps(summary(measured), indent=2) + "\n", encoding="utf-8")
+    if not args.summary:
+        DOCUMENT.write_text(document(measured), encoding="utf-8")
     return 1 if complaints else 0
 
 

@@ -124,7 +124,7 @@ def test_commands_parse(page: Path):
     makefile, project = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "pyproject.toml"))
     for words in shell_lines(page):
         ours = [place for place, word in enumerate(words) if word.rstrip(")") in ("llm-accel", "llm_accel")]
-        if ours:
+        if ours and words[0] != "pip":
             _, given = cli.parse(words[ours[0] + 1 :])
             specs = getattr(given, "methods", None) or getattr(given, "method", None) or []
             for spec in [specs] if isinstance(specs, str) else specs:

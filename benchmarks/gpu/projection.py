@@ -21,6 +21,7 @@ from llm_accel.kernels.hip_select import launch as hip_select
 from llm_accel.kernels.launch import Launch
 from llm_accel.kernels.ragged_decode import launch as ragged_decode
 from llm_accel.kernels.slot_decode import launch as slot_decode
+from llm_accel.kernels.slot_write import launch as slot_write
 
 ARCH = 90
 PROCESS = 9.0  # seconds until a process has imported everything and has a CUDA context
@@ -32,9 +33,13 @@ PLANS = {
     "block_sparse_attention": block_sparse.plan,
     "column_votes": column_votes.plan,
     "gather_entries": compaction.plan,
+    "hip_enter": hip_select.plan_enter,
+    "hip_keep": hip_select.plan_keep,
+    "hip_level": hip_select.plan_level,
     "hip_stage_score": hip_select.plan,
     "ragged_attention": ragged_decode.plan,
     "slot_decode": slot_decode.plan,
+    "slot_write": slot_write.plan,
 }
 
 

@@ -295,7 +295,8 @@ class RaggedLayer(AccelLayer):
         tensors["table"][..., : table.shape[2]] = table
         owner = (self.table >= 0).nonzero(as_tuple=True)
         source, target = self.table[owner], tensors["table"][owner]
-        tensors["keys"][target], tensors["values"][target] = self.keys[source], self.values[source]
+        for name, entries in (("keys", self.keys), ("values", self.values)):  # each is copied on the way
+            tensors[name][target] = entries[source]
 
     def _take_back(self, form: FixedForm) -> None:
         """Only pages that hold something move back."""

@@ -16,6 +16,7 @@ from llm_accel.cache.layer import AccelLayer
 from llm_accel.cache.store import held
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.compaction import gather_entries
+from llm_accel.kernels.slot_write import slot_write
 
 
 class SlotLayer(AccelLayer):
@@ -64,14 +65,10 @@ class SlotLayer(AccelLayer):
     def _overwrite(self, spare: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         assert self.positions is not None
         self._admit(1)
-        slot = spare[..., None]
-        newest = self.positions.amax(-1, keepdim=True) + 1
-        self.positions = self.positions.scatter(2, slot, newest)
-        if self.scores is not None:
-            self.scores = self.scores.scatter(2, slot, 0.0)
         self.keys, self.values = writable(self.keys, key_states), writable(self.values, value_states)
-        self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, self.keys.shape[-1]), key_states)
-        self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, self.values.shape[-1]), value_states)
+        self.positions, self.scores = slot_write(
+            self.keys, self.values, key_states, value_states, spare, self.positions, self.scores
+        )
         if self.start is not None:
             self.vacant -= 1
             self.start = (self.start - 1).clamp(min=0) if self.vacant > 0 else None

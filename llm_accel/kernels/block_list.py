@@ -87,10 +87,11 @@ class BlockList:
             window_start: int [B, HL, n] or what broadcasts to it; see :func:`aligned_window`.
         """
         counts = counts.int().contiguous()
-        rows = torch.arange(counts.numel(), device=counts.device).view(counts.shape)
+        most = starts.shape[-1]
+        first = torch.arange(0, counts.numel() * max(1, most), max(1, most), device=counts.device)
         blocks = (starts // block_k).int().flatten()
         begin = window_start.int().expand(counts.shape).contiguous()
-        return cls(block_q, block_k, rows * starts.shape[-1], counts, counts, blocks, sink, begin)
+        return cls(block_q, block_k, first.view(counts.shape), counts, counts, blocks, sink, begin)
 
     @classmethod
     def sink_window(cls, positions: Tensor, *, block_q: int, block_k: int, sink: int, window: int) -> BlockList:

@@ -73,14 +73,17 @@ def next_power_of_2(count: int, least: int = 1) -> int:
     return max(1 << (count - 1).bit_length() if count > 0 else 1, least)
 
 
-def operation(name: str, plan: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def operation(
+    name: str, plan: Callable[..., Any], fake: Callable[..., Any], changes: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """The operation ``llm_accel::<name>`` of PyTorch's registry: ``torch.compile`` sees one node and traces no further.
     It has no gradient.
 
     Args:
         plan: from the arguments to the result, still to be filled, and the launches that fill it. Its annotations are
-            the schema of the operation. The result consists of new tensors; no argument is changed.
+            the schema of the operation. The result consists of new tensors.
         fake: takes the same arguments; returns empty tensors like the result.
+        changes: names of arguments that are written to; no other is changed.
     """
 
     def host(*arguments: Any) -> Any:
@@ -91,19 +94,24 @@ def operation(name: str, plan: Callable[..., Any], fake: Callable[..., Any]) -> 
 
     signature = inspect.signature(plan, eval_str=True)
     result, _ = get_args(signature.return_annotation)
-    return as_node(name, host, fake, signature.replace(return_annotation=result))
+    return as_node(name, host, fake, signature.replace(return_annotation=result), changes)
 
 
 def as_node(
-    name: str, run: Callable[..., Any], fake: Callable[..., Any], signature: inspect.Signature | None = None
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    signature: inspect.Signature | None = None,
+    changes: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """``run`` as the operation ``llm_accel::<name>``, which ``torch.compile`` does not look into. It returns new
-    tensors and changes no argument; ``fake`` takes the same arguments and returns empty tensors like them."""
+    tensors and changes no argument but ``changes``; ``fake`` takes the same arguments and returns empty tensors like
+    them."""
 
     def host(*arguments: Any) -> Any:
         return run(*arguments)
 
     host.__signature__ = signature or inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
-    op = torch.library.custom_op(f"llm_accel::{name}", host, mutates_args=())
+    op = torch.library.custom_op(f"llm_accel::{name}", host, mutates_args=changes)
     op.register_fake(fake)
     return op

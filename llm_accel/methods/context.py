@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ class PassView:
         scaling: softmax scale.
         softcap: logit soft cap, or None.
         learned_sinks: learned sink logits per query head [Hq], or None.
+        lse: what attention has found on its way, or None: log-sum-exp of the logits of each query over the first
+            :attr:`ContextCompression.pass_sinks` entries, the part and the keys of the pass, fp32 [B, Hq, q].
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class PassView:
     scaling: float
     softcap: float | None = None
     learned_sinks: Tensor | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class ContextCompression(ScoreAndKeep):
         past the last."""
 
     @property
+    def layers_compete(self) -> bool:
+        return True
+
+    @property
+    def pass_sinks(self) -> int:
+        """How many of the first entries of the context take part in the softmax of every pass."""
+        return 0
+
+    @property
     def tokenizer_use(self) -> Literal["required", "optional", "none"]:
         """Whether :meth:`lead` takes the model's tokenizer."""
         return "none"
@@ -95,7 +107,3 @@ class ContextCompression(ScoreAndKeep):
     def score(self, view: PromptView) -> Tensor:
         assert view.scores is not None
         return view.scores
-
-    def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
-        """:meth:`select` for all layers of a prompt, which are known together."""
-        return [self.select(view) for view in views]

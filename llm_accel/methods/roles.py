@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,11 @@ class ScoreAndKeep(Budgeted):
     @property
     def recompresses(self) -> bool:
         """Whether later turns cut the cache back to the budget."""
+        return False
+
+    @property
+    def layers_compete(self) -> bool:
+        """Whether layers share one budget, and evict together once the prompt is complete in all of them."""
         return False
 
     @property
@@ -107,6 +112,10 @@ class ScoreAndKeep(Budgeted):
         if forced is not None and view.depth.index == 0 and not torch.compiler.is_compiling():
             self._check_budget(kept, forced, view)
         return kept
+
+    def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
+        """:meth:`select` for all layers of a prompt, which are known together; asked where layers compete."""
+        return [self.select(view) for view in views]
 
     def order(self, view: PromptView) -> Tensor:
         """The entries of a layer in the order in which they stay, int64 [B, kv_heads, S], see

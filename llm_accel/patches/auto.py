@@ -10,7 +10,7 @@ import torch
 from llm_accel.cache.stock import is_full, windows_of
 from llm_accel.errors import AlreadyAppliedError, ConfigError, UnsupportedModelError
 from llm_accel.kernels import ragged_decode
-from llm_accel.methods import Auto, Dense, MethodConfig, list_methods
+from llm_accel.methods import Auto, Dense, MethodConfig, SnapKV, list_methods
 from llm_accel.methods.kv.auto import LEAST
 from llm_accel.patches.acceptance import decoder_of, stock_layers
 from llm_accel.patches.install import attention_problem, make_plan
@@ -19,6 +19,7 @@ from llm_accel.patches.wiring import wiring_of
 
 _SPARE = 0.1  # of a GPU's memory beside the weights, for activations
 _SINKS = 64  # of retrieval heads' streams
+_WINDOWS = 3  # entries, in windows of the last queries, below which the choice of these queries is not to be trusted
 
 
 def chosen_methods(
@@ -34,9 +35,10 @@ def chosen_methods(
     if auto is None:
         return list(configs), None
     check_composition(configs)
-    size, why = auto.size(*_limits(model, auto))
+    longest, fitting = _limits(model, auto)
+    size, why = auto.size(longest, fitting)
     refusals: dict[str, ConfigError | UnsupportedModelError] = {}
-    for config, reason in _candidates(auto, model, size):
+    for config, reason in _candidates(auto, model, size, longest):
         chosen = [config if other is auto else other for other in configs]
         if isinstance(config, Dense) and len(chosen) > 1:
             chosen.remove(config)
@@ -53,10 +55,15 @@ def chosen_methods(
     raise next(iter(refusals.values()))
 
 
-def _candidates(auto: Auto, model: Any, size: dict[str, Any]) -> Iterator[tuple[MethodConfig, str]]:
+def _candidates(
+    auto: Auto, model: Any, size: dict[str, Any], longest: int | None
+) -> Iterator[tuple[MethodConfig, str]]:
     """Methods in order of preference, each with its reason."""
     known = list_methods()
     if auto.question == "in_prompt":
+        entries, window = auto.fewest(size, longest), SnapKV().window
+        if entries is not None and entries < _WINDOWS * window and "kvzip" in known:
+            yield known["kvzip"](**size), f"of {entries} entries a window of {window} would leave too few to choose"
         decode = ragged_decode.OP.choose(attention_problem(decoder_of(model)))
         if decode.name != "torch":
             yield known["adakv"](**size), "the prompt asks; heads share a budget by need, and a kernel reads them"

@@ -19,6 +19,7 @@ from llm_accel.errors import EvictionError, UnsupportedCallError
 from llm_accel.methods import ContextCompression, Lead, PassView
 from llm_accel.patches.base_attention import ModelAttention
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.pass_attention import attend_in_pieces
 
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
@@ -114,11 +115,21 @@ class Rereading(DynamicCache):
         if index is None:
             return attention.plain(query, key, value, mask)
         layer: Any = self.layers[index]
-        if index in self.scores:
-            self._score(index, layer.kv_heads, query, key, attention.softmax(key.shape[-1]))
         if not self.plan.reader_count(index):
             layer.given = None  # nobody else reads what was joined for this call
-        return attention.dense(query, key, value, None)
+        if index not in self.scores:
+            return attention.dense(query, key, value, None)
+        found = attend_in_pieces(attention, query, key, value, self._seen())
+        output, lse = (attention.dense(query, key, value, None), None) if found is None else found
+        self._score(index, layer.kv_heads, query, key, attention.softmax(key.shape[-1]), lse)
+        return output
+
+    def _seen(self) -> list[slice]:
+        """The entries of the context that a pass is scored over."""
+        sinks = min(self.kv_method.pass_sinks, self.first)
+        if sinks in (0, self.first):
+            return [slice(self.first - sinks, self.last)]
+        return [slice(0, sinks), slice(self.first, self.last)]
 
     def _source(self, module: nn.Module, key: Tensor) -> int | None:
         """The layer whose entries an attention call was given: its own or an earlier one's; None where it is none of
@@ -129,9 +140,16 @@ class Rereading(DynamicCache):
             return own
         return next((index for index, pair in given.items() if pair is not None and pair[0] is key), None)
 
-    def _score(self, index: int, kv_heads: int, query: Tensor, key: Tensor, softmax: Softmax) -> None:
+    @property
+    def kv_method(self) -> ContextCompression:
+        """The method that scores."""
         kv_method = self.plan.kv_method
         assert isinstance(kv_method, ContextCompression)
+        return kv_method
+
+    def _score(
+        self, index: int, kv_heads: int, query: Tensor, key: Tensor, softmax: Softmax, lse: Tensor | None
+    ) -> None:
         view = PassView(
             query,
             key,
@@ -141,10 +159,11 @@ class Rereading(DynamicCache):
             scaling=softmax["scaling"],
             softcap=softmax["softcap"],
             learned_sinks=softmax["sinks"],
+            lse=lse,
         )
         scores, rows = self.scores[index], self.rows.to(key.device)
         part = slice(self.padding + self.first, self.padding + self.last)
-        scores[rows, :, part] = torch.maximum(scores[rows, :, part], kv_method.pass_score(view))
+        scores[rows, :, part] = torch.maximum(scores[rows, :, part], self.kv_method.pass_score(view))
         self.softmax[index] = softmax
 
 
@@ -166,7 +185,11 @@ def compress_context(session: Session, decoder: Any) -> None:
         with torch.no_grad():
             if reading not in context.scores:
                 context.scores[reading] = _scores(session, decoder, context, kv_method, groups, acting)
-            _evict(session, kv_method, acting, context.scores[reading])
+        scores, softmax = context.scores[reading]
+        for index, layer in acting.items():
+            session.views[index] = session.prompt_view(
+                index, layer, layer.keys, softmax[index], query=layer.keys[:, :, :0], scores=scores[index]
+            )
     session.torn = False
 
 
@@ -261,23 +284,6 @@ def _arguments(context: Context, told: Tensor, length: int, padding: int, rows: 
         mask[:, :padding] = 0
         given["attention_mask"] = mask
     return given
-
-
-def _evict(
-    session: Session,
-    kv_method: ContextCompression,
-    acting: dict[int, AccelLayer],
-    found: Scores,
-) -> None:
-    scores, softmax = found
-    views = [
-        session.prompt_view(index, layer, layer.keys, softmax[index], query=layer.keys[:, :, :0], scores=scores[index])
-        for index, layer in acting.items()
-    ]
-    for layer, kept in zip(acting.values(), kv_method.select_all(views), strict=True):
-        if layer.start is None and bool((kept < 0).any()):
-            layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
-        layer.keep(kept, session.plan.trace)
 
 
 def _beside(layer: Any, rows: Tensor, padding: int) -> Any:

@@ -10,7 +10,7 @@ from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
 from llm_accel.methods.attention import AttentionView
-from llm_accel.methods.prompt_view import Depth
+from llm_accel.methods.prompt_view import Depth, PromptView
 from llm_accel.methods.roles import ScoreAndKeep, StepEviction, StepView
 from llm_accel.methods.selection import without
 from llm_accel.patches.attention_lse import with_lse
@@ -112,10 +112,12 @@ class Eviction:
     def _close(self, query: Tensor, key: Tensor) -> None:
         if self.layer.window is not None or self.method.cuts_every is not None:
             query = self._observed(query)
-        if self._over_budget():
-            self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
-        else:
+        if not self._over_budget():
             self.layer.own_storage()
+        elif self.method.layers_compete:
+            self.session.views[self.index] = self._view(query, self.layer.all_keys(key))
+        else:
+            self.layer.keep(self._select(query, self.layer.all_keys(key)), self.session.plan.trace)
         self.layer.window = query if self.method.observed_queries and self.method.cuts_every else None
 
     def _cut(self, query: Tensor, key: Tensor, every: int) -> None:
@@ -189,10 +191,10 @@ class Eviction:
     def _depth(self) -> Depth:
         return self.session.plan.depth(self.index, later=self.layer.compressed)
 
-    def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
+    def _view(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> PromptView:
         width = self.method.observed_queries
         observed = key[:, :, :0] if query is None else query[:, :, -width:] if width else query[:, :, :0]
-        view = self.session.prompt_view(
+        return self.session.prompt_view(
             self.index,
             self.layer,
             key,
@@ -204,6 +206,9 @@ class Eviction:
             seen=self._seen(newest=self.layer.physical_length() - key.shape[2]),
             entries=getattr(self.layer, "entries", None),
         )
+
+    def _select(self, query: Tensor | None, key: Tensor, depth: Depth | None = None, slack: int = 1) -> Tensor:
+        view = self._view(query, key, depth, slack)
         with torch.no_grad():
             kept = self.method.select(view)
             if view.protected is not None:
@@ -219,6 +224,23 @@ class Eviction:
                 f"layer {self.index}. {type(self.method).__name__} overrides `select`, which is what keeps them: have "
                 "it give a `score(view)` instead, or call without protect_mask."
             )
+
+
+def evict_together(session: Session) -> None:
+    """Evicts in all layers whose views wait for those of the others."""
+    views, session.views = session.views, {}
+    kv_method = session.plan.kv_method
+    if not views or kv_method is None:
+        return
+    session.torn = True  # until all layers have evicted
+    with torch.no_grad():
+        chosen = kv_method.select_all(list(views.values()))
+    for index, kept in zip(views, chosen, strict=True):
+        layer = session.ours[index]
+        if layer.start is None and bool((kept < 0).any()):
+            layer.start = torch.zeros(layer.rows, dtype=torch.long, device=kept.device)  # rows may differ from now on
+        layer.keep(kept, session.plan.trace)
+    session.torn = False
 
 
 def step_view(layer: SlotLayer) -> StepView:

@@ -17,6 +17,7 @@ from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named, named_cache
 from llm_accel.patches.compiled.call import arm
 from llm_accel.patches.context import compress_context
+from llm_accel.patches.eviction import evict_together
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
@@ -167,6 +168,7 @@ def end_call(session: Session, decoder: nn.Module) -> None:
     session.verify_attention()
     if session.context is not None and session.phase is Phase.PREFILL_END:
         compress_context(session, decoder)
+    evict_together(session)
     session.verify()
 
 

@@ -51,6 +51,7 @@ class Session:
         reading: whether the prompt is read for another cache, and ``outcome`` is to be remembered.
         outcome: the decoder's output for the last token, [B, 1, hidden], where that is so.
         context: tokens of the first prompt, for methods that have the model read them again, else None.
+        views: of each layer whose prompt is complete what a method sees that evicts in all layers together.
         torn: whether an eviction of all layers together has begun and has not come to its end.
     """
 
@@ -74,6 +75,7 @@ class Session:
         self.outcome: Tensor | None = None
         self.context: Context | None = None
         self.torn = False
+        self.views: dict[int, PromptView] = {}
         self._awaiting_decode = False
         self.lock = threading.RLock()
 
@@ -221,6 +223,7 @@ class Session:
     def _forget(self) -> None:
         """An emptied cache starts over: nothing of its earlier prompt counts, only what was announced for this one."""
         self._awaiting_decode = self.torn = False
+        self.views = {}
         self.context = Context() if isinstance(self.plan.kv_method, ContextCompression) else None
         if self.prompt_end is None:
             self.protect = None
@@ -348,7 +351,7 @@ class Session:
                 if held > limit:
                     raise EvictionError(f"layer {index} streams {limit} entries per head, but holds {held}.")
         kv_method = self.plan.kv_method
-        if kv_method is None or isinstance(kv_method, ContextCompression):  # the latter evicts in all layers or raises
+        if kv_method is None or kv_method.layers_compete:  # such a method evicts in all layers or raises
             return
         for index, layer in self.ours.items():
             if index in self.plan.skipped or layer.compressed:

@@ -66,7 +66,8 @@ def test_copied_caches_and_lost_sessions(question: Any) -> None:
 
 
 @every_shape
-def test_it_is_the_chosen_method_to_the_bit(shape: str) -> None:
+def test_it_is_the_chosen_method_to_the_bit(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "_WINDOWS", 1)  # so few entries would be KVzip's
     model, batch = tiny_model("llama"), make_batch(shape, long=True)
     with llm_accel.apply(model, "auto", budget=BUDGET) as handle:
         assert handle.config == SnapKV(budget=BUDGET)
@@ -108,10 +109,20 @@ def test_memory_bounds_the_budget() -> None:
 
 
 def test_the_question_in_the_prompt_takes_heads_by_need_where_a_kernel_reads_them(kernel: None) -> None:
-    config, said = chosen("auto:budget=64")
-    assert config == AdaKV(budget=64) and "the prompt asks" in said
+    config, said = chosen("auto:budget=128")
+    assert config == AdaKV(budget=128) and "the prompt asks" in said
+    config, said = chosen([Auto(budget=128), HiP()])
+    assert config == (SnapKV(budget=128), HiP()) and "; not adakv: " in said
+
+
+def test_a_window_that_leaves_little_to_choose_is_not_asked() -> None:
+    config, said = chosen("auto:budget=95")
+    assert config == KVzip(budget=95) and "of 95 entries a window of 32 would leave too few to choose" in said
+    assert chosen("auto:budget=96")[0] == SnapKV(budget=96)
+    assert chosen("auto:ratio=0.05,context=1900")[0] == KVzip(ratio=0.05)
+    assert chosen("auto:ratio=0.05,context=1901")[0] == SnapKV(ratio=0.05)
     config, said = chosen([Auto(budget=64), HiP()])
-    assert config == (SnapKV(budget=64), HiP()) and "; not adakv: " in said
+    assert config == (SnapKV(budget=64), HiP()) and "; not kvzip: " in said
 
 
 def test_a_later_question_takes_kvzip() -> None:
@@ -150,7 +161,7 @@ def test_what_apply_refuses_is_refused() -> None:
         ("auto:budget=64,memory=2", "give one of them"),
         ("auto:memory=0", "a number above 0, in GiB"),
         ("auto:question=maybe", "'in_prompt' or 'later'"),
-        ("auto:budget=8", "snapkv: budget=8"),
+        ("auto:budget=4", "kvzip: budget=4"),
     ],
 )
 def test_options_that_cannot_work(spec: str, message: str) -> None:

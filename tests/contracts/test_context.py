@@ -33,7 +33,7 @@ from tests.tiny import prompt, tiny_model
 KINDS = ("llama", "gemma2", "gpt_oss", "deepseek_v3")
 every_kind = pytest.mark.parametrize("family", KINDS)
 every_shape = pytest.mark.parametrize("shape", ["single", "padded"])
-every_division = pytest.mark.parametrize("division", ["global", "layer", "head"])
+every_division = pytest.mark.parametrize("division", ["tokens", "global", "layer", "head"])
 LEAD = 8
 
 

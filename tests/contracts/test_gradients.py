@@ -21,7 +21,7 @@ from tests.tiny import left_padded, prompt, tiny_model
 # attention in these has kernels without a gradient, once the prompt is longer than what they read of it
 SPARSE = (HIP, LAMBDA, WINDOW)
 # and in these once something was evicted
-RAGGED = (ADAKV,)
+RAGGED = (ADAKV, ADAKV + ",across=model")
 UNIFORM = VARIANTS[-1]  # its outputs are not those of the dense model
 
 

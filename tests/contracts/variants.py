@@ -26,6 +26,7 @@ VARIANTS = (
     "snapkv:budget=24,window=8,recompress_every=2",
     "h2o:budget=24,semantics=sim",
     "streaming_llm:budget=24,positions=cache",
+    ADAKV + ",across=model",
     "random:budget=24,window=8",
     SPLIT,
     SPLIT + ",prefill=chunk",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -61,7 +61,10 @@ def test_all_methods_of_the_registry_are_there_and_the_rest_is_named():
     for spec in methods:
         for ratio in (0.5, 0.03125):
             entry = BoardEntry(parse(spec), ratio)
-            assert parse(entry.name) == entry.at(1000) and entry.at(1000).ratio == ratio
+            told = {"context": 1000} if spec == "auto" else {}
+            assert replace(parse(entry.name), **told) == entry.at(1000) and entry.at(1000).ratio == ratio
+    board = BoardEntry(parse("auto"), 0.25)
+    assert (board.at(800).question, board.at(800, later=True).question) == ("in_prompt", "later")
 
 
 def test_a_method_of_another_package_joins_with_the_budget_that_equals_the_share(monkeypatch):

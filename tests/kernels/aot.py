@@ -21,6 +21,12 @@ ARCHITECTURES = (80, 90)
 # Kernels whose time is that of reading keys and values, and how many tiles of them must be in shared memory at once:
 # with one, a program reads and computes by turns.
 BUFFERS = {name: 2 for name in ("split_kernel", "slot_split_kernel", "block_sparse_kernel", "col_scores_kernel")}
+# Registers, bytes of shared memory and warps of a multiprocessor, by compute capability; a program takes one KiB of
+# shared memory beside its own, registers by 256 for a warp.
+MULTIPROCESSOR = {80: (65536, 164 * 1024, 64), 90: (65536, 228 * 1024, 64)}
+# Warps that must fit on a multiprocessor at once, two for each of its four schedulers, so that one reads while another
+# computes: of kernels whose time is that of reading or multiplying, in 16 bits with up to 128 channels.
+RESIDENT = dict.fromkeys(BUFFERS, 8)
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -46,6 +52,8 @@ class Usage:
             nothing is pipelined.
         products: how matrices are multiplied: "wgmma" (Hopper's tensor cores), "mma" (those of all), or "" for neither.
         wanted: buffers that there must be.
+        warps: of a program.
+        together: warps that must fit on a multiprocessor at once.
         tall: whether Hopper's tensor cores must multiply, which take 64 rows at once.
     """
 
@@ -56,6 +64,14 @@ class Usage:
     products: str = ""
     wanted: int = 0
     tall: bool = False
+    warps: int = 4
+    together: int = 0
+
+    def resident(self, arch: int) -> int:
+        """Programs that fit on a multiprocessor at once."""
+        registers, shared, warps = MULTIPROCESSOR[arch]
+        by_registers = registers // (-(-self.registers * 32 // 256) * 256) // 4 * 4 // self.warps
+        return min(by_registers, shared // (self.shared + 1024), warps // self.warps, 32)
 
     def complaint(self, arch: int) -> str | None:
         """What makes it unfit for this architecture, or None."""
@@ -65,6 +81,8 @@ class Usage:
             return f"{self.buffers} tiles in shared memory at once, {self.wanted} are wanted"
         if self.tall and arch >= 90 and self.products != "wgmma":
             return f"{self.products or 'no'} products on 64 rows or more, wgmma is wanted"
+        if (resident := self.resident(arch) * self.warps) < self.together:
+            return f"{resident} warps on a multiprocessor at once, {self.together} are wanted"
         return f"{self.spilled} bytes per thread spilled" if self.spilled else None
 
 
@@ -94,7 +112,15 @@ def compile_for(launch: Launch, arch: int) -> Usage:
     name = launch.kernel.__name__
     wanted = BUFFERS.get(name, 0) if launch.stages > 2 else 0
     tiles = _buffers(compiled.asm["ttgir"])
-    return Usage(int(compiled.metadata.shared), registers, spilled, tiles, products, wanted, _rows(launch) >= 64)
+    together = RESIDENT.get(name, 0) if _small(launch) else 0
+    shared, tall = int(compiled.metadata.shared), _rows(launch) >= 64
+    return Usage(shared, registers, spilled, tiles, products, wanted, tall, launch.warps, together)
+
+
+def _small(launch: Launch) -> bool:
+    """Whether entries are of 16 bits and up to 128 channels."""
+    given = next(value for value in launch.arguments.values() if isinstance(value, Tensor))
+    return given.element_size() == 2 and max(launch.constants.get(name, 0) for name in ("D", "DV")) <= 128
 
 
 def _rows(launch: Launch) -> int:

@@ -10,9 +10,11 @@ from llm_accel.kernels.column_votes.launch import plan as plan_column_votes
 from llm_accel.kernels.compaction.launch import plan as plan_compaction
 from llm_accel.kernels.hip_select.candidates import Keys
 from llm_accel.kernels.hip_select.launch import plan as plan_hip_select
+from llm_accel.kernels.hip_select.launch import plan_enter, plan_keep, plan_level
 from llm_accel.kernels.launch import Launch, ceil_div
 from llm_accel.kernels.ragged_decode.launch import plan as plan_ragged_decode
 from llm_accel.kernels.slot_decode.launch import plan as plan_slot_decode
+from llm_accel.kernels.slot_write.launch import plan as plan_slot_write
 
 
 def block_sparse() -> dict[str, list[Launch]]:
@@ -125,7 +127,33 @@ def hip_select() -> dict[str, list[Launch]]:
             for chunk, queries, exact in HIP_STAGES:
                 label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} chunk {chunk} queries {queries}"
                 plans[label] = _hip_select(dtype, dim, chunk, queries, exact)
-    return plans
+            for queries in (64, 4):
+                label = f"{str(dtype).removeprefix('torch.')} head_dim {dim} levels of {queries} queries"
+                plans[label] = _hip_level(dtype, dim, queries)
+    return plans | {
+        "all chunks enter": _hip_enter(None),
+        "parts of chunks enter": _hip_enter(32),
+        "what is new enters too": _hip_enter(32, moved=16),
+        **{f"the best of {chunks} chunks": _hip_keep(chunks) for chunks in (256, 1024, 4096)},
+    }
+
+
+def _hip_level(dtype: torch.dtype, dim: int, queries: int) -> list[Launch]:
+    keys = Keys.of(torch.empty(2, 4, 4096, dim, dtype=dtype, device="meta"), None)
+    representative = torch.empty(2, 4, 64, queries, dim, dtype=dtype, device="meta")
+    end = torch.empty(1, 1, 64, 1, dtype=torch.int64, device="meta")
+    return plan_level(representative, keys.rows, keys.origin, keys.last, end, dim**-0.5)[1]
+
+
+def _hip_enter(chunk: int | None, moved: int = 0, slots: int = 4096) -> list[Launch]:
+    kept = None if chunk is None else torch.empty(2, 4, 1, slots // 32, dtype=torch.int64, device="meta")
+    end = torch.empty(1, 1, 1, 1, dtype=torch.int64, device="meta")
+    return plan_enter(kept, end if moved else None, end, chunk or 8, 8, 256, moved if chunk else slots // 8)[1]
+
+
+def _hip_keep(chunks: int) -> list[Launch]:
+    score, starts = (torch.empty(2, 4, 64, chunks, dtype=kind, device="meta") for kind in (torch.float32, torch.int64))
+    return plan_keep(score, starts, chunks // 4)[1]
 
 
 def _hip_select(dtype: torch.dtype, dim: int, chunk: int, queries: int, exact: bool) -> list[Launch]:
@@ -208,6 +236,22 @@ def _slot_decode(
     return plan_slot_decode(query, key, key, scores, positions, start, *rest)[1]
 
 
+def slot_write() -> dict[str, list[Launch]]:
+    return {
+        **{f"{dim} 16-bit": _slot_write(dim, torch.bfloat16) for dim in (64, 80, 96, 128, 256)},
+        "128 32-bit": _slot_write(128, torch.float32),
+        "128 16-bit without scores": _slot_write(128, torch.bfloat16, scored=False),
+    }
+
+
+def _slot_write(dim: int, dtype: torch.dtype, scored: bool = True, slots: int = 4097) -> list[Launch]:
+    with torch.device("meta"):
+        entries, new = torch.empty(1, 8, slots, dim, dtype=dtype), torch.empty(1, 8, 1, dim, dtype=dtype)
+        spare, positions = torch.empty(1, 8, dtype=torch.int64), torch.empty(1, 8, slots, dtype=torch.int64)
+        scores = torch.empty(1, 8, slots) if scored else None
+    return plan_slot_write(entries, entries, new, new, spare, positions, scores)[1]
+
+
 CONFIGURATIONS = {
     "block_sparse_attention": block_sparse,
     "column_votes": column_votes,
@@ -215,4 +259,5 @@ CONFIGURATIONS = {
     "hip_select": hip_select,
     "ragged_attention": ragged_decode,
     "slot_decode": slot_decode,
+    "slot_write": slot_write,
 }

@@ -73,6 +73,9 @@ GROWING = {
     "ragged_attention": lambda size: compiled._ragged_decode(128, torch.bfloat16, pages=40 + size),
     "slot_decode": lambda size: compiled._slot_decode(128, torch.bfloat16, slots=4096 + size),
     "gather_entries": lambda size: compiled._compaction(128, torch.bfloat16, scored=True, kept=1024 + size),
+    "hip_enter": lambda size: compiled._hip_enter(32, moved=2 + size, slots=4096 + 32 * size),
+    "hip_keep": lambda size: compiled._hip_keep(900 + size),
+    "slot_write": lambda size: compiled._slot_write(128, torch.bfloat16, slots=1024 + size),
     "column_votes of a step": lambda size: compiled._column_votes(128, "bf16", width=1, slots=4096 + 512 * size + size),
     "column_votes of a window": lambda size: compiled._column_votes(
         128, "bf16", width=32, slots=4096 + 512 * size + size
@@ -112,3 +115,7 @@ def test_complaints() -> None:
     assert "limit of sm_80 is 166912" in str(Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(80))
     assert Usage(SHARED_MEMORY[80] + 1, 32, 0).complaint(90) is None
     assert Usage(0, 255, 8).complaint(90) == "8 bytes per thread spilled"
+    assert Usage(70 * 1024, 150, 0, warps=4).resident(80) == 2 and Usage(70 * 1024, 150, 0, warps=4).resident(90) == 3
+    assert Usage(1024, 255, 0, warps=8).resident(90) == 1 and Usage(0, 16, 0, warps=1).resident(80) == 32
+    crowded = Usage(120 * 1024, 150, 0, warps=4, together=8)
+    assert crowded.complaint(80) == "4 warps on a multiprocessor at once, 8 are wanted"

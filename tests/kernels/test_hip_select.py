@@ -22,8 +22,8 @@ from llm_accel.kernels.hip_select import (
     TreeSearch,
     candidates,
     hip_select,
+    reference,
 )
-from llm_accel.kernels.hip_select.reference import stage_score_reference
 
 
 @dataclass
@@ -335,6 +335,6 @@ def test_scores_are_fp32_whatever_the_default() -> None:
         reps, starts = torch.randn(1, 1, 1, 4, 16).float(), torch.arange(0, 64, 8)[None, None, None]
         end = torch.full((1, 1, 1, 1), 64)
         for exact in (False, True):
-            assert stage_score_reference(reps, Keys.of(key, None), starts, end, 8, exact).dtype == torch.float32
+            assert reference.score(reps, Keys.of(key, None), starts, end, 8, exact).dtype == torch.float32
     finally:
         torch.set_default_dtype(before)

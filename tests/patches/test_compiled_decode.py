@@ -319,16 +319,24 @@ def test_a_first_step_that_fails_costs_auto_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_unused_buffers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = FixedForm({"keys": torch.zeros(15)})
     monkeypatch.setattr(pool, "IDLE", 100)
     kept = pool.Pool()
-    taken = {name: kept.take(name, lambda: [form]) for name in "abc"}
+
+    def take(name: str, floats: int = 15) -> pool.Buffers:
+        buffers = kept.take(name)
+        buffers.form(0, lambda: FixedForm({"keys": torch.zeros(floats)}))
+        return buffers
+
+    taken = {name: take(name) for name in "abc"}
     for buffers in taken.values():
         kept.put(buffers)
     assert len({buffers.kind for buffers in taken.values()}) == 3 and buffers.nbytes == 60
-    assert kept.take("a", lambda: [form]) is not taken["a"]
-    assert kept.take("b", list) is taken["b"] and kept.take("c", list) is taken["c"]
-    assert kept.take("b", lambda: [form]) is not taken["b"]
+    assert take("a") is not taken["a"]
+    assert take("b") is taken["b"] and take("c") is taken["c"]
+    assert take("b") is not taken["b"]
+    large = take("large", 30)
+    kept.put(large)
+    assert large.nbytes == 120 and take("large", 30) is not large
 
 
 def test_a_step_that_fails_half_way_is_found_out(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ def register() -> None:
     """
     try:
         from llm_accel.integrations.vllm.counters import name_run
+        from llm_accel.integrations.vllm.metrics import show_counts
         from llm_accel.integrations.vllm.registration import register_all
 
         name_run()
+        show_counts()
         register_all()
     except Exception:
         logger.exception("llm_accel: the vLLM plug-in could not be set up; engines run as without it")

@@ -17,7 +17,7 @@ from llm_accel.integrations.vllm.checks import check_engine
 from llm_accel.integrations.vllm.layer import CompressedImpl
 from llm_accel.integrations.vllm.pages import Pages, SplitPages, VecPages
 from llm_accel.integrations.vllm.registration import PARENTS
-from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, CompressedSpec, is_whole
+from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, CompressedSpec, EngineFacts, is_whole
 from llm_accel.integrations.vllm.steps import CompressedBuilder
 
 PAGES: dict[str, Pages] = {"CPU_ATTN": VecPages(), "FLASH_ATTN": SplitPages(), "TRITON_ATTN": SplitPages()}
@@ -68,13 +68,13 @@ class Compressed:
     parts: tuple[Any, Any]
     # of the engine that was built last: no configuration is current where specs are asked for
     method: str | None = None
-    engine = 0
+    engine = EngineFacts()
 
     @classmethod
     def get_impl_cls(cls) -> Any:
         config = get_current_vllm_config_or_none()
         if config is not None:
-            cls.engine = config.parallel_config.data_parallel_index
+            cls.engine = _engine(config)
             settings = check_engine(cls.get_name(), takes_kv=True)  # type: ignore[attr-defined]
             cls.method = None if settings is None or settings.kv is None else settings.kv.spec()
         return cls.parts[0]
@@ -93,6 +93,12 @@ class Compressed:
         compressed = CompressedSpec.of(spec, cls.method, cls.engine)
         assert compressed.policy  # raises where the budget is too small for these blocks
         return compressed
+
+
+def _engine(config: Any) -> EngineFacts:
+    model, parallel = config.model_config, config.parallel_config
+    copies = model.hf_text_config.num_hidden_layers * parallel.tensor_parallel_size
+    return EngineFacts(parallel.data_parallel_index, str(model.served_model_name), copies)
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -1,41 +1,31 @@
 """What an engine has freed, from the process that schedules to the one that answers `/metrics`.
 
 vLLM carries statistics of its own kinds alone between the two, so the counts stand in a small file of their machine,
-whose name the process that starts all others puts into the environment. Who shows the counts makes the file; engines
-that nobody asks for theirs have none, and no engine fails because of its counts. Once there are counts the name is
-removed, so that nothing stays of a server that is killed; where several API servers read, vLLM has a folder for the
-metrics of all of them, and removes that.
+whose name begins with what the process that starts all others puts into the environment. Only engines with a KV method
+make one, and none fails because of its counts. Who reads it removes its name: a server that is killed leaves nothing.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import struct
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 
+from llm_accel.integrations.vllm.counts import Counts, Labels
+
 logger = logging.getLogger("vllm.llm_accel")
-_FORMAT = struct.Struct("<qq")
-_SHARED = "PROMETHEUS_MULTIPROC_DIR"
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+"""Where several API servers answer: Prometheus' own files in this folder go to all of them, ours to none."""
 _RUN = "LLM_ACCEL_VLLM_RUN"
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Since the start of an engine.
-
-    Attributes:
-        blocks: blocks that were freed before their request had ended.
-        page: bytes of one block in one layer of one worker.
-    """
-
-    blocks: int
-    page: int
+_FORMAT = struct.Struct("<qqq")
 
 
 def name_run() -> None:
@@ -43,70 +33,87 @@ def name_run() -> None:
     os.environ.setdefault(_RUN, secrets.token_hex(8))
 
 
-def path_of(engine: int) -> Path:
-    """The file of an engine, by its data-parallel index."""
-    folder = Path(os.environ.get(_SHARED) or tempfile.gettempdir())
-    return folder / f"llm_accel-vllm-{os.environ.get(_RUN, os.getpid())}-{engine}"
+def files() -> list[Path]:
+    """The files of the engines that this process or one before it has started, as far as nobody has read them."""
+    return sorted(Path(tempfile.gettempdir()).glob(f"{_prefix()}*"))
+
+
+def _prefix() -> str:
+    return f"llm_accel-vllm-{os.environ.get(_RUN, os.getpid())}-"
 
 
 class Counters:
     """The counts of one engine in the process that schedules; all of its groups of layers add to them."""
 
-    def __init__(self, engine: int) -> None:
-        self._engine, self._blocks = engine, 0
-        self._file: int | None = None
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self._counts = labels, Counts()
+        self._file = _made(labels)
+        self._show()
 
-    def add(self, blocks: int, page: int) -> None:
-        """Counts freed blocks of ``page`` bytes per layer."""
-        self._blocks += blocks
-        if self._file is None:
-            self._file = _opened(self._engine, os.O_RDWR)
-        if self._file is not None:
-            os.pwrite(self._file, _FORMAT.pack(self._blocks, page), 0)
+    def add(self, blocks: int, size: int) -> None:
+        """Counts freed blocks of ``size`` bytes each, in all layers of all workers."""
+        before = self._counts
+        self._counts = Counts(before.blocks + blocks, before.size + blocks * size, before.running)
+        self._show()
+
+    def run(self, requests: int) -> None:
+        """Notes how many requests hold blocks."""
+        if requests != self._counts.running:
+            self._counts = Counts(self._counts.blocks, self._counts.size, requests)
+            self._show()
+
+    def _show(self) -> None:
+        if os.environ.get(SHARED):
+            from llm_accel.integrations.vllm.gauges import set_gauges
+
+            set_gauges(self.labels, self._counts)
+        elif self._file is not None:
+            os.pwrite(self._file, _FORMAT.pack(*asdict(self._counts).values()), 0)
 
 
 @cache
-def counters(engine: int) -> Counters:
+def counters(labels: Labels) -> Counters:
     """The counters of an engine that schedules in this process."""
-    return Counters(engine)
+    return Counters(labels)
+
+
+def _made(labels: Labels) -> int | None:
+    """A new file with the labels behind the counts, removed when this process ends."""
+    if os.environ.get(SHARED):
+        return None
+    path = Path(tempfile.gettempdir()) / f"{_prefix()}{labels.engine}-{secrets.token_hex(4)}"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.pwrite(file, json.dumps(asdict(labels)).encode(), _FORMAT.size)
+    except OSError as error:
+        logger.warning("llm_accel: /metrics will not show freed blocks, for %s cannot be written: %s", path, error)
+        return None
+    # a process of multiprocessing ends without what `atexit` knows
+    Finalize(None, path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
+    return file
 
 
 class Reader:
-    """The counts of one engine, for any process of its machine that has the name in common."""
+    """The counts in one of :func:`files`, for any process of the machine; from here on the file has no name.
 
-    def __init__(self, engine: int) -> None:
-        self._path = path_of(engine)
-        self._shared = bool(os.environ.get(_SHARED))
+    Raises:
+        OSError: it is gone, or no file of this user's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: int | None = None
+        self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if os.fstat(self._file).st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user")
         with suppress(OSError):
-            if not self._shared:
-                self._path.unlink(missing_ok=True)  # that of an engine before, which has freed nothing
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        self._file = _opened(engine, os.O_RDONLY)
-        if self._file is None:
-            logger.warning("llm_accel: %s cannot be made, so /metrics will not show freed blocks", self._path)
+            path.unlink()
+        self.labels = Labels(**json.loads(os.pread(self._file, 2**16, _FORMAT.size)))
 
-    def read(self) -> Counts | None:
-        """The newest counts; None where the engine has freed nothing yet, or runs on another machine."""
-        written = b"" if self._file is None else os.pread(self._file, _FORMAT.size, 0)
-        if len(written) != _FORMAT.size:
-            return None
-        if not self._shared:
-            self._path.unlink(missing_ok=True)
-        return Counts(*_FORMAT.unpack(written))
+    def read(self) -> Counts:
+        """The newest counts."""
+        assert self._file is not None
+        return Counts(*_FORMAT.unpack(os.pread(self._file, _FORMAT.size, 0)))
 
     def __del__(self) -> None:
-        file: int | None = getattr(self, "_file", None)
-        if file is not None:
-            os.close(file)
-
-
-def _opened(engine: int, how: int) -> int | None:
-    """A file of this user's; None where there is none."""
-    try:
-        file = os.open(path_of(engine), how | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    if os.fstat(file).st_uid == os.getuid():
-        return file
-    os.close(file)
-    return None
+        if self._file is not None:
+            os.close(self._file)

@@ -14,7 +14,7 @@ from llm_accel.errors import ConfigError
 from llm_accel.integrations.vllm.blocks import Compaction, policy_of
 from llm_accel.integrations.vllm.checks import current_settings
 from llm_accel.integrations.vllm.pages import Pages
-from llm_accel.integrations.vllm.steps import Move, Prefill, Step
+from llm_accel.integrations.vllm.steps import Move, ObservedRows, Step
 from llm_accel.methods import Depth, HeadShard, PromptView
 
 
@@ -52,21 +52,23 @@ class CompressedImpl:
         """The backend's attention; before it, what the step asks for."""
         step: Step | None = getattr(attn_metadata, "llm_accel_step", None)
         if step is not None and self.kv is not None:
-            for prefill in step.prefills:
-                self._observe(prefill, query)
             for move in step.moves:
                 self._compact(move, kv_cache, extract_layer_index(layer.layer_name))
+            for name in step.forgotten:
+                self._windows.pop(name, None)
+            for rows in step.observed:  # last: a cut looks at the queries before it
+                self._observe(rows, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)  # type: ignore[misc]
 
-    def _observe(self, prefill: Prefill, query: Tensor) -> None:
+    def _observe(self, rows: ObservedRows, query: Tensor) -> None:
         width = 0 if self.kv is None else getattr(self.kv, "observed_queries", 0)
         if width == 0:
             return
-        new = query[max(prefill.begin, prefill.end - width) : prefill.end]
-        old = self._windows.pop(prefill.name, None)
-        if old is not None and not prefill.fresh:
+        new = query[max(rows.begin, rows.end - width) : rows.end]
+        old = self._windows.pop(rows.name, None)
+        if old is not None and not rows.fresh:
             new = torch.cat([old, new])[-width:]
-        self._windows[prefill.name] = new.clone()
+        self._windows[rows.name] = new.clone()
         if len(self._windows) > self._limit:
             self._windows.popitem(last=False)
 
@@ -75,11 +77,10 @@ class CompressedImpl:
         block = kv_cache.shape[2]
         policy = policy_of(self.kv.spec(), block)  # type: ignore[union-attr]
         assert isinstance(policy, Compaction)
-        keys, values = (one[:, : move.prompt] for one in self.pages.read(kv_cache, move.blocks))
-        stay = policy.kept(move.prompt)
-        tail = move.prompt % block
-        last = torch.arange(move.prompt, device=keys.device) >= move.prompt - tail
-        query = self._windows.pop(move.name, None)
+        keys, values = (one[:, : move.entries] for one in self.pages.read(kv_cache, move.blocks))
+        tail = move.entries % block
+        last = torch.arange(move.entries, device=keys.device) >= move.entries - tail
+        query = self._windows.get(move.name)
         view = PromptView(
             query=keys.new_zeros(1, 1, 0, keys.shape[-1]) if query is None else query.transpose(0, 1)[None],
             key=keys[None],
@@ -94,8 +95,9 @@ class CompressedImpl:
             depth=Depth(index, self._layers),
             heads=self._heads,
         )
-        kept = policy.rounded(move.prompt).select(view)[0, :, : stay * block, None].expand(-1, -1, keys.shape[-1])
-        self.pages.write(kv_cache, move.blocks[:stay], keys.gather(1, kept), values.gather(1, kept))
+        kept = policy.rounded(move.prompt).select(view)[0, :, : move.kept * block, None]
+        kept = kept.expand(-1, -1, keys.shape[-1])
+        self.pages.write(kv_cache, move.blocks[: move.kept], keys.gather(1, kept), values.gather(1, kept))
 
 
 def _check_layer(impl: Any) -> None:

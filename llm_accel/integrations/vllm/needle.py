@@ -122,7 +122,7 @@ def _held(llm: Any, lengths: Sequence[tuple[int, int]]) -> tuple[list[int], list
     for prompt, reply in lengths:
         stored = prompt + reply - 1
         blocks.append(-(-stored // spec.block_size))
-        first, last = (0, 0) if policy is None or reply < 2 else policy.gap(prompt, stored - 1)
+        first, last = (0, 0) if policy is None else policy.freed(prompt, stored - 1)
         gaps.append(max(0, last - first))
     if any(gaps) and not manager.freed:
         raise UnsupportedCallError(f"{spec.method} freed no block in this vLLM; see `llm-accel doctor`.")

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from llm_accel.errors import ConfigError, UnsupportedCallError
 from llm_accel.integrations.vllm.blocks import Policy, policy_of
 from llm_accel.integrations.vllm.counters import counters
+from llm_accel.integrations.vllm.counts import Labels
 
 logger = logging.getLogger("vllm.llm_accel")
 _LOGGED_EVERY = 1000
@@ -29,20 +30,38 @@ def is_whole(spec: Any) -> bool:
     return full and spec.sliding_window is None and spec.attention_chunk_size is None
 
 
+@dataclass(frozen=True)
+class EngineFacts:
+    """The engine to which a layer belongs, for what it counts.
+
+    Attributes:
+        index: its data-parallel index.
+        model: the name under which it is served.
+        copies: how often a block is held: in each layer, by each worker.
+    """
+
+    index: int = 0
+    model: str = ""
+    copies: int = 1
+
+
+SINGLE = EngineFacts()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
     """Full attention over fewer blocks.
 
     Attributes:
         method: the KV method, in its text form.
-        engine: the engine's data-parallel index, under which it counts what it frees.
+        engine: whose layer it is.
     """
 
     method: str
-    engine: int = 0
+    engine: EngineFacts = SINGLE
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, method: str, engine: int = 0) -> CompressedSpec:
+    def of(cls, spec: FullAttentionSpec, method: str, engine: EngineFacts = SINGLE) -> CompressedSpec:
         """The spec of a layer with a method."""
         given = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
         return cls(**given, method=method, engine=engine)
@@ -76,10 +95,12 @@ class CompressedManager(FullAttentionManager):
         self._begins: dict[str, int] = {}  # tokens computed when the next step of a request begins
         self._prompts: dict[str, int] = {}
         self.freed = 0
-        self._counters = counters(self.kv_cache_spec.engine)
+        engine = self.kv_cache_spec.engine
+        self._counters = counters(Labels(engine.model, str(engine.index), self.kv_cache_spec.method))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         self._begins[request_id] = num_tokens
+        self._counters.run(len(self._begins))
         return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -99,22 +120,23 @@ class CompressedManager(FullAttentionManager):
                 )
             return
         prompt = self._prompts.setdefault(request_id, begins)
-        if processed_computed_tokens <= prompt:
-            return  # the step that moves what stays may still read every block
+        first, last = self.kv_cache_spec.policy.freed(prompt, processed_computed_tokens)
+        if last <= first:
+            return
         before = self.block_pool.get_num_free_blocks()
-        gap = self.kv_cache_spec.policy.gap(prompt, processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, *gap)
+        self._remove_blocks_in_range(request_id, first, last)
         self._count(self.block_pool.get_num_free_blocks() - before)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         self._begins.pop(request_id, None)
         self._prompts.pop(request_id, None)
+        self._counters.run(len(self._begins))
         return super().pop_blocks_for_free(request_id)
 
     def _count(self, freed: int) -> None:
         page = self.kv_cache_spec.page_size_bytes
         if freed:
-            self._counters.add(freed, page)
+            self._counters.add(freed, page * self.kv_cache_spec.engine.copies)
         step = self.freed // _LOGGED_EVERY
         self.freed += freed
         if self.freed // _LOGGED_EVERY > step:

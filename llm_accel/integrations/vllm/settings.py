@@ -139,8 +139,6 @@ def _kv_refusal(method: ScoreAndKeep) -> str | None:
         return "its layers keep different numbers of entries, but one block table serves all layers"
     if not _own(kind, "select") or not _own(kind, "allocate"):
         return "it chooses in a way of its own; vLLM needs a score, of which every head keeps equally many"
-    if method.cuts_every is not None:
-        return f"recompress_every={method.cuts_every} cuts while decoding; here the prompt alone is compressed"
     return None
 
 

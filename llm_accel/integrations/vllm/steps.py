@@ -15,8 +15,8 @@ from llm_accel.integrations.vllm.blocks import Compaction, Policy
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """Rows of a step that belong to a request whose prompt is not complete before it.
+class ObservedRows:
+    """Rows of a step whose queries a later cut of their request may look at.
 
     Attributes:
         name: the request's first block, which is its own while blocks are not shared.
@@ -32,24 +32,30 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Move:
-    """A request whose prompt has become complete: what stays of it moves in this step.
+    """A request that is cut: what stays of it moves in this step.
 
     Attributes:
-        name: see :class:`Prefill`.
+        name: see :class:`ObservedRows`.
         prompt: tokens of the prompt.
-        blocks: all of its blocks, int64.
+        entries: what it has stored, see :class:`~llm_accel.integrations.vllm.blocks.BlockCut`.
+        kept: full blocks of them that stay.
+        blocks: the blocks that hold them, int64.
     """
 
     name: int
     prompt: int
+    entries: int
+    kept: int
     blocks: Tensor
 
 
 @dataclass
 class Step:
-    """What the layers have to do in one step, beside attention."""
+    """What the layers have to do in one step, beside attention: move entries, forget the queries seen of requests, by
+    their names, and note those of this step."""
 
-    prefills: list[Prefill] = field(default_factory=list)
+    observed: list[ObservedRows] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
 
 
@@ -88,25 +94,29 @@ class Requests:
             gap = (0, 0)
             if end > begin and prefilling[row]:
                 self._prompts.pop(name, None)
-                found.prefills.append(Prefill(name, computed == 0, begin, end))
+                found.observed.append(ObservedRows(name, computed == 0, begin, end))
             elif end > begin:
-                gap = self._decoding(found, name, computed, table[row])
+                gap = self._decoding(found, ObservedRows(name, False, begin, end), computed, table[row])
             gaps.append(gap)
         return found, gaps
 
-    def _decoding(self, found: Step, name: int, computed: int, blocks: Tensor) -> tuple[int, int]:
-        first = name not in self._prompts
+    def _decoding(self, found: Step, rows: ObservedRows, computed: int, blocks: Tensor) -> tuple[int, int]:
+        name, first = rows.name, rows.name not in self._prompts
         prompt = self._prompts.setdefault(name, computed)
         self._prompts.move_to_end(name)
         if len(self._prompts) > 2 * self.limit:
             self._prompts.popitem(last=False)
+        if isinstance(self.policy, Compaction):
+            cut, back = self.policy.cut(prompt, computed), self.policy.looks_back(prompt, computed)
+            if cut is not None:
+                held = blocks[torch.tensor(cut.blocks, device=blocks.device)].long()
+                found.moves.append(Move(name, prompt, cut.entries, cut.kept, held))
+            if back <= 0 and (first or cut is not None):
+                found.forgotten.append(name)
+            if back >= 0:
+                found.observed.append(rows)
         start, stop = self.policy.gap(prompt, computed)
-        if stop <= start:
-            return 0, 0
-        if first and isinstance(self.policy, Compaction):
-            count = -(-prompt // self.block)
-            found.moves.append(Move(name, prompt, blocks[:count].long()))
-        return start, stop
+        return (start, stop) if stop > start else (0, 0)
 
 
 def shorter(table: Tensor, gaps: Sequence[tuple[int, int]]) -> Tensor:

@@ -19,9 +19,9 @@ from llm_accel.kernels.hip_select.candidates import Keys as Keys
 from llm_accel.kernels.hip_select.candidates import Scope as Scope
 from llm_accel.kernels.hip_select.candidates import zero as zero
 from llm_accel.kernels.hip_select.exact import ExactSearch as ExactSearch
+from llm_accel.kernels.hip_select.op import OP as OP
 from llm_accel.kernels.hip_select.pages import paged as paged
 from llm_accel.kernels.hip_select.search import Search as Search
-from llm_accel.kernels.hip_select.stages import OP as OP
 from llm_accel.kernels.hip_select.stages import Stage as Stage
 from llm_accel.kernels.hip_select.stages import StageSearch as StageSearch
 from llm_accel.kernels.hip_select.tree import TreeSearch as TreeSearch

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm_accel.kernels.block_list import aligned_window, block_positions
@@ -46,6 +45,13 @@ class Scope:
         """Where the candidates of one query at ``position``, int64 [B or 1], end: int64 [B or 1, 1, 1, 1]."""
         return aligned_window(position, window=self.window, sink=self.sink, block_k=self.block_k)[:, None, None, None]
 
+    def end_of(self, slots: int, start: Tensor | None, device: torch.device) -> Tensor:
+        """Where the candidates end for the last of ``slots`` entries, as :meth:`end_at`; rows begin at ``start``."""
+        if start is not None:
+            return self.end_at(slots - 1 - start.to(device))
+        end = (slots - self.window) // self.block_k * self.block_k  # the host knows it
+        return torch.full((1, 1, 1, 1), max(end, self.sink), device=device)
+
     def most(self, queries: int, slots: int, block: int) -> int:
         """Candidate keys of query block ``block`` in the longest row."""
         first = slots - queries + block * self.block_q
@@ -70,7 +76,7 @@ class Keys:
         """Keys of rows that begin at slot ``start``, int64 [B], or at 0."""
         rows, begin = _in_place(key)
         origin = begin if start is None else begin + start.to(key.device)[:, None, None, None]
-        return cls(rows, origin, begin + key.shape[2] - 1)
+        return cls(rows, origin, begin + (key.shape[2] - 1))
 
     @classmethod
     def first(cls, key: Tensor, lengths: Tensor) -> Keys:
@@ -89,8 +95,8 @@ def _in_place(key: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, slots, dim = key.shape
     far, near, step, unit = key.stride()
     if key.is_contiguous() or unit != 1 or step < dim or far % step or near % step:
-        begin = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * slots
-        return key.reshape(-1, dim), begin
+        begin = torch.arange(0, batch * heads * slots, slots, device=key.device)
+        return key.reshape(-1, dim), begin.view(batch, heads, 1, 1)
     distances = far // step, near // step
     count = (batch - 1) * distances[0] + (heads - 1) * distances[1] + slots
     first, second = (
@@ -114,7 +120,8 @@ def zero(device: torch.device) -> Tensor:
 def representatives(
     query: Tensor, key_heads: int, first: Tensor, blocks: range, block_q: int, stride: int, last: bool = False
 ) -> Tensor:
-    """The queries that stand for each of the query ``blocks``, fp32 [B, H, n, G * block_q / stride, D].
+    """The queries that stand for each of the query ``blocks``, [B, H, n, G * block_q / stride, D]: means in fp32, a
+    lone query as it is.
 
     Args:
         query: [B, Hq, T, D].
@@ -124,6 +131,8 @@ def representatives(
             not fill repeat the last row.
     """
     batch, _, queries, dim = query.shape
+    if stride == queries == len(blocks) == 1:
+        return query.reshape(batch, key_heads, 1, -1, dim)
     if stride == 1:
         block_q = min(block_q, queries)  # a lone block that the rows do not fill needs no repeated ones
     rows = torch.arange(blocks.start * block_q, blocks.stop * block_q, device=query.device)
@@ -134,41 +143,16 @@ def representatives(
         chosen = query[:, :, rows[0]].float()
     else:
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, dim)).float()
-    if not last:
+    if not last and stride > 1:
         chosen = chosen.unflatten(2, (-1, stride)).mean(3)
     packed = chosen.view(batch, key_heads, -1, len(blocks), block_q // stride, dim)
     return packed.transpose(2, 3).flatten(3, 4)
 
 
-def levels_of(representative: Tensor, keys: Keys, end: Tensor, scaling: float) -> Tensor:
-    """How high the products of each query stand with the keys before ``end``, fp32 [B, H, n, R]: the log-sum-exp of its
-    attention, over ``scaling``, estimated from :data:`FIRST` keys, where attention rests, and :data:`SAMPLED` more.
-
-    What is left of a product without it says how much of the query's attention a key gets, so that queries and heads
-    with large products do not take the place of others.
-
-    Args:
-        representative: fp32 [B, H, n, R, D].
-        keys: of H heads.
-        end: where the candidates of each query block end, int64 [B or 1, 1, n, 1].
-        scaling: softmax scale.
-    """
-    step, beyond = torch.arange(SAMPLED, device=end.device), (end - FIRST).clamp(min=1)
-    first = torch.arange(FIRST, device=end.device).expand(*end.shape[:3], -1)
-    positions = torch.cat([first, FIRST + step * beyond // SAMPLED], dim=-1)
-    hidden = (positions >= end) & (positions > 0)
-    weight = F.pad((beyond.float() / SAMPLED).log().expand(*end.shape[:3], SAMPLED), (FIRST, 0))
-    weight = weight.masked_fill(hidden, float("-inf"))[..., None, :]  # [B or 1, 1, n, 1, FIRST + SAMPLED]
-    index = keys.at(positions)
-    read = keys.rows.index_select(0, index.flatten()).float().view(*index.shape, -1)
-    logits = torch.matmul(representative, read.transpose(-1, -2)).mul_(scaling).add_(weight)
-    return logits.logsumexp(-1) / scaling
-
-
 def key_scores(representative: Tensor, keys: Keys, positions: Tensor, level: Tensor | None = None) -> Tensor:
     """How well the keys at ``positions``, int64 [B, H, n, m], answer the best of the queries [B, H, n, R, D]: fp32
     [B, H, n, m]. ``level``: what is taken off the products of each query, fp32 [B, H, n, R]."""
-    index, queries = keys.at(positions).flatten(0, 2), representative.flatten(0, 2)
+    index, queries = keys.at(positions).flatten(0, 2), representative.float().flatten(0, 2)
     below = None if level is None else level.flatten(0, 2).neg()[..., None]  # [B * H * n, R, 1]
     blocks, count, dim = *index.shape, queries.shape[-1]
     at_once = (CACHED if index.device.type == "cpu" else TILE) // max(queries.shape[1:])

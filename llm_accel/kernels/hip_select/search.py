@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, levels_of, tiles, zero
+from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, Scope, first_real, tiles, zero
+from llm_accel.kernels.hip_select.op import steps
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Search(ABC):
         queries, dim = representative.shape[-2:]
         if not self.fair or (queries == 1 and self.share_heads == "group"):
             return None
-        return levels_of(representative, keys, end, dim**-0.5 if self.scaling is None else self.scaling)
+        scaling = dim**-0.5 if self.scaling is None else self.scaling
+        return steps(keys.problem).level(representative, keys, end, scaling)  # type: ignore[no-any-return]
 
     def shared(self, score: Tensor) -> Tensor:
         """Scores [B, H, n, m]; of the best head in all of them where all heads share one choice."""

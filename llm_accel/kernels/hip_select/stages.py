@@ -8,20 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from llm_accel.kernels.dispatch import Backend, Op, torch_backend, why_not_triton
-from llm_accel.kernels.hip_select.candidates import ABSENT, Keys, best_places, representatives, zero
-from llm_accel.kernels.hip_select.launch import stage_score_triton
-from llm_accel.kernels.hip_select.reference import stage_score_reference
+from llm_accel.kernels.hip_select.candidates import Keys, representatives, zero
+from llm_accel.kernels.hip_select.op import OP, steps
 from llm_accel.kernels.hip_select.search import Search
-
-OP = Op(
-    "hip_select",
-    Backend("triton", stage_score_triton, why_not_triton, "one program per query block and run of chunks"),
-    torch_backend(stage_score_reference, "gathered keys of a few query blocks at a time"),
-)
 
 
 @dataclass(frozen=True)
@@ -70,11 +61,11 @@ class StageSearch(Search):
             starts: chunks that enter, int64 [B, H, n, m], :data:`ABSENT` where there is none.
             end: position at which the candidates of each query block end, int64 [B or 1, 1, n, 1].
         """
-        found, reps, stride, level = [], query, 0, None
+        found, reps, stride, level, does = [], query, 0, None, steps(keys.problem)
         for index in range(stage, len(self.stages)):
             chunk = self.stages[index].chunk
             if index > stage:
-                starts = split_chunks(starts, self.stages[index - 1].chunk, chunk, end)
+                starts = does.enter(starts, None, end, self.stages[index - 1].chunk, chunk, 0, 0)
             kept = self.kept(index)
             if starts.shape[-1] > kept:
                 if self.stages[index].stride != stride:
@@ -83,9 +74,8 @@ class StageSearch(Search):
                     reps = representatives(query, heads, first, blocks, self.scope.block_q, stride)
                     level = self.level(reps, keys, end)
                 exact = self.last_exact and index + 1 == len(self.stages)
-                score = OP.choose(keys.problem).run(reps, keys, starts, end, chunk, exact, level)
-                place = best_places(self.shared(score), starts < ABSENT, kept)
-                starts = starts.gather(-1, place)
+                score = does.score(reps, keys, starts, end, chunk, exact, level)
+                starts = does.keep(self.shared(score), starts, kept)
             found.append(starts)
         return found
 
@@ -99,8 +89,14 @@ class StageSearch(Search):
         self, query: Tensor, keys: Keys, first: Tensor, blocks: range, end: Tensor, most: int, width: int
     ) -> Tensor:
         """What the last stage keeps."""
-        chunks = chunk_starts(self.scope.sink, most, self.stages[0].chunk, end).expand(*keys.origin.shape[:2], -1, -1)
+        chunks = self._everything(keys, end, most)
         return self.run_stages(query, keys, first, blocks, chunks, end)[-1][..., :width]
+
+    def _everything(self, keys: Keys, end: Tensor, most: int) -> Tensor:
+        """What enters the first stage, int64 [B, H, n, m]."""
+        chunk, scope = self.stages[0].chunk, self.scope
+        starts: Tensor = steps(keys.problem).enter(None, None, end, chunk, chunk, scope.sink, -(-most // chunk))
+        return starts.expand(*keys.origin.shape[:2], -1, -1)
 
     def refine(
         self,
@@ -127,25 +123,13 @@ class StageSearch(Search):
         Returns:
             The chunks that ``stage`` and each later one kept, ascending, absent ones last.
         """
-        chunk = self.stages[stage].chunk
         if before is None:
-            starts = chunk_starts(self.scope.sink, most, chunk, end).expand(*keys.origin.shape[:2], -1, -1)
+            starts = self._everything(keys, end, most)
         else:
-            fresh = self.scope.sink + (before - self.scope.sink) // chunk * chunk
-            old = split_chunks(kept[stage - 1], self.stages[stage - 1].chunk, chunk, torch.minimum(fresh, end))
-            offsets = torch.arange(0, moved + self.scope.block_k + chunk, chunk, device=end.device)
-            new = torch.where(fresh + offsets < end, fresh + offsets, ABSENT).expand(*old.shape[:3], -1)
-            starts = torch.cat([old, new], dim=-1).sort(dim=-1).values
+            chunk, scope = self.stages[stage].chunk, self.scope
+            fresh = -(-(moved + scope.block_k + chunk) // chunk)
+            enter, cut = steps(keys.problem).enter, self.stages[stage - 1].chunk
+            starts = enter(kept[stage - 1], before, end, cut, chunk, scope.sink, fresh)
+            if starts.shape[-1] <= self.kept(stage):  # nothing puts them in order on the way
+                starts = starts.sort(dim=-1).values
         return self.run_stages(query, keys, zero(query.device), range(1), starts, end, stage)
-
-
-def chunk_starts(sink: int, most: int, chunk: int, end: Tensor) -> Tensor:
-    """All chunks after the sink, int64 [.., m]; absent from ``end`` on."""
-    starts = torch.arange(sink, sink + most, chunk, device=end.device)
-    return torch.where(starts < end, starts, ABSENT)
-
-
-def split_chunks(starts: Tensor, chunk: int, part: int, end: Tensor) -> Tensor:
-    """Chunks cut into parts, those at or after ``end`` absent, int64 [..., m * chunk / part]."""
-    parts = (starts[..., None] + torch.arange(0, chunk, part, device=starts.device)).flatten(-2)
-    return parts.masked_fill(parts >= end, ABSENT)

@@ -45,10 +45,10 @@ def _match(
     return b_best
 
 
-@triton.jit(do_not_specialize=["blocks", "chunks"])
+@triton.jit(do_not_specialize=["blocks", "chunks", "s_b", "s_h", "s_n", "e_b", "e_n"])
 def stage_score_kernel(
     representative, keys, origin, last, starts, end, level, score,
-    blocks, chunks, k_s,
+    heads, blocks, chunks, k_s, s_b, s_h, s_n, e_b, e_n,
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, FAIR: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -62,8 +62,9 @@ def stage_score_kernel(
     o_row = i_head * blocks + i_block
     b_origin = tl.load(origin + i_head)
     b_last = tl.load(last + i_head)
-    b_end = tl.load(end + o_row)
-    b_low = tl.load(starts + o_row * chunks + o_chunk, mask=m_chunk, other=0)  # [BC] int64
+    i_b, i_h = i_head // heads, i_head % heads
+    b_end = tl.load(end + i_b * e_b + i_block * e_n)
+    b_low = tl.load(starts + i_b * s_b + i_h * s_h + i_block * s_n + o_chunk, mask=m_chunk, other=0)  # [BC] int64
     m_chunk = m_chunk & (b_low < b_end)
     queries = representative + o_row * R * D
     standing = level + o_row * R

@@ -1,7 +1,9 @@
-"""AdaKV: the heads of a layer share one budget, and heads with more to remember get more of it (arXiv 2407.11550)."""
+"""AdaKV: the heads of a layer share one budget, and heads with more to remember get more of it (arXiv 2407.11550); or
+those of all layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,6 +35,11 @@ class AdaKV(Division):
         "floor: a guaranteed share, the rest to the highest scores of all heads; blend: the published mix of both",
         "floor",
     )
+    across: Literal["heads", "model"] = option(
+        "who competes: heads, those of each layer; model, those of all layers, which evict together once the whole "
+        "prompt has been read",
+        "heads",
+    )
     normalize: bool = option("normalize the scores of each head before heads are compared", False)
     beta: int = option("steepness of base=pyramidkv", 20, most=10_000, least=1)
     page: int = option("entries per page of the store, whose pages belong to one row and head", 64, most=4096, least=1)
@@ -49,6 +56,21 @@ class AdaKV(Division):
         super().validate()
         if self.normalize and not isinstance(self.score_method, SnapKV):
             self.fail("normalize", f"false with base={self.base}, whose scores are no votes that add up to a whole")
+        if self.across == "model":
+            self._check_together()
+
+    def _check_together(self) -> None:
+        later = {"compress": "eager", "multi_turn": "append", "recompress_every": None}
+        for name, needed in later.items():
+            if getattr(self, name) != needed:
+                self.fail(name, f"{needed} with across=model, where all layers evict at the end of the first prompt")
+        if isinstance(self.scorer, Division):
+            needed = f"a method that gives each layer as much with across=model, and {self.scorer.name} does not"
+            self.fail("base", needed)
+
+    @property
+    def layers_compete(self) -> bool:
+        return self.across == "model"
 
     @property
     def page_size(self) -> int | None:
@@ -68,6 +90,17 @@ class AdaKV(Division):
         average = self.row_entries((stored + heads - 1) // heads, view)
         kept = self.shared(priority, average, torch.minimum(stored, heads * average))
         return slots_of(view.heads.mine(kept)[..., -view.slots :])
+
+    def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
+        if self.across != "model":
+            return super().select_all(views)
+
+        def choose(priority: Tensor) -> Tensor:
+            heads, stored = priority.shape[1], (priority > ABSENT).sum((1, 2))
+            average = self.row_entries((stored + heads - 1) // heads, views[0])
+            return self.shared(priority, average, torch.minimum(stored, heads * average))
+
+        return slots_of_all_layers([self.order(view) for view in views], choose, views)
 
     def shared(self, priority: Tensor, average: Tensor, totals: Tensor) -> Tensor:
         """The entries that the heads keep when they share ``totals``.
@@ -111,6 +144,31 @@ def best_of_all(priority: Tensor, totals: Tensor) -> Tensor:
     taken = torch.arange(heads * slots, device=priority.device) < totals[:, None]
     mask = torch.zeros_like(taken).scatter_(-1, order, taken)
     return mask.view(batch, slots, heads).transpose(1, 2) & (priority > ABSENT)
+
+
+def slots_of_all_layers(
+    priorities: Sequence[Tensor], choose: Callable[[Tensor], Tensor], views: Sequence[PromptView]
+) -> list[Tensor]:
+    """What layers keep that are seen as one layer with the heads of all.
+
+    Args:
+        priorities: of each layer the order of its entries, int64 [B, H, S], as of
+            :func:`~llm_accel.methods.selection.total_order`.
+        choose: which entries stay of such an order of all heads: int64 [B, sum of H, S] -> bool.
+        views: the layers; heads in other processes take part.
+
+    Returns:
+        slots of each layer, int64 [B, H, n], ascending, -1 first where a row or head keeps fewer than n.
+    """
+    device = priorities[0].device
+    every = [of_all_heads(priority, view.heads).to(device) for priority, view in zip(priorities, views, strict=True)]
+    longest = max(priority.shape[-1] for priority in every)
+    padded = [F.pad(priority, (longest - priority.shape[-1], 0), value=ABSENT) for priority in every]
+    kept = choose(torch.cat(padded, dim=1)).split([priority.shape[1] for priority in every], dim=1)
+    return [
+        slots_of(view.heads.mine(mask)[..., -view.slots :].to(view.key.device))
+        for mask, view in zip(kept, views, strict=True)
+    ]
 
 
 def blended(won: Tensor, share: int) -> Tensor:

@@ -53,6 +53,13 @@ class Auto(MethodConfig):
     def claims(self) -> Mapping[Claim, str]:
         return {Claim.KV: ""}
 
+    def fewest(self, size: Mapping[str, Any], longest: int | None) -> int | None:
+        """Entries per KV head and layer that ``size`` leaves of the longest prompts; None: unknown."""
+        context = self.context or longest
+        if "budget" in size:
+            return int(size["budget"])
+        return None if context is None else fraction(size["ratio"], context)
+
     def size(self, longest: int | None, fitting: int | None) -> tuple[dict[str, Any], str]:
         """``budget`` or ``ratio`` of the chosen method, and why.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from llm_accel.methods.base import ENTRIES, MethodInfo, option
 from llm_accel.methods.context import ContextCompression, Lead, PassView
-from llm_accel.methods.kv.adakv import best_of_all, of_all_heads
+from llm_accel.methods.kv.adakv import best_of_all, of_all_heads, slots_of_all_layers
 from llm_accel.methods.prompt_view import PromptView
 from llm_accel.methods.selection import slots_of
+from llm_accel.methods.shard import WHOLE
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -25,9 +26,10 @@ class KVzip(ContextCompression):
     """Reads the context again and keeps the entries that this needs, whatever will be asked later: for contexts that
     are compressed once and asked often."""
 
-    division: Literal["global", "layer", "head"] = option(
-        "who shares the budget by score: global, all layers and heads; layer, the heads of each layer; head, nobody",
-        "global",
+    division: Literal["tokens", "global", "layer", "head"] = option(
+        "who shares the budget by score: tokens, all layers, whose heads keep the same tokens, those that any of them "
+        "needs; global, all layers and heads, as in the paper; layer, the heads of each layer; head, nobody",
+        "tokens",
     )
     sinks: int = option("first tokens of the context, always kept", 4, most=ENTRIES, least=0)
     chunk: int = option("tokens of the context that are read again at a time", 2048, most=ENTRIES, least=1)
@@ -36,7 +38,9 @@ class KVzip(ContextCompression):
         "that lies with the weights; auto, that if there is one; none; or token ids",
         "auto",
     )
-    page: int = option("entries per page of the store, whose pages belong to one row and head", 16, most=4096, least=1)
+    page: int = option(
+        "entries per page of a row and head, where heads keep numbers of their own", 16, most=4096, least=1
+    )
 
     name: ClassVar[str] = "kvzip"
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -52,8 +56,12 @@ class KVzip(ContextCompression):
         return f"{self.sinks} sinks are always kept and count"
 
     @property
+    def pass_sinks(self) -> int:
+        return self.sinks
+
+    @property
     def page_size(self) -> int | None:
-        return None if self.division == "head" else self.page
+        return self.page if self.division in ("global", "layer") else None
 
     def parts(self, first: int, length: int) -> list[tuple[int, int]]:
         return [(start, min(start + self.chunk, length)) for start in range(first, length, self.chunk)]
@@ -86,15 +94,20 @@ class KVzip(ContextCompression):
         return view.cache_positions < self.sinks
 
     def select_all(self, views: Sequence[PromptView]) -> list[Tensor]:
-        if self.division != "global":
+        if self.division == "global":
+            return self._best([self.order(view) for view in views], views)
+        if self.division != "tokens":
             return super().select_all(views)
-        priorities = [self.order(view) for view in views]
-        totals = sum(
-            self._total(priority, view).to(priorities[0].device)
-            for priority, view in zip(priorities, views, strict=True)
-        )
-        assert isinstance(totals, Tensor)
-        return slots_of_all_layers(priorities, totals, views)
+        orders = [view.heads.max(self.order(view).amax(1, keepdim=True)) for view in views]
+        kept = self._best(orders, [replace(view, heads=WHOLE) for view in views])
+        return [slots.expand(-1, view.kv_heads, -1) for slots, view in zip(kept, views, strict=True)]
+
+    def _best(self, priorities: Sequence[Tensor], views: Sequence[PromptView]) -> list[Tensor]:
+        """What stays where the layers share what they all have."""
+        device = priorities[0].device
+        totals = [self._total(priority, view).to(device) for priority, view in zip(priorities, views, strict=True)]
+        total = torch.stack(totals).sum(0)
+        return slots_of_all_layers(priorities, lambda every: best_of_all(every, total), views)
 
     def allocate(self, priority: Tensor, view: PromptView) -> Tensor:
         if self.division == "head":
@@ -124,8 +137,11 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
     query's own; fp32 [B, kv_heads, last - first]."""
     query, key = view.query, view.key
     batch, query_heads, count, width = query.shape
-    context, key_heads, before = key.shape[2] - count, key.shape[1], min(sinks, view.first)
-    seen = [key[:, :, :before], key[:, :, view.first : view.last], key[:, :, context:]]
+    context, key_heads = key.shape[2] - count, key.shape[1]
+    seen, before = [key[:, :, view.first : view.last]], 0
+    if view.lse is None:  # the others count in the softmax alone
+        before = min(sinks, view.first)
+        seen = [key[:, :, :before], *seen, key[:, :, context:]]
     keys = torch.cat(seen, dim=2).float().transpose(2, 3)
     part = slice(before, before + view.last - view.first)
     most = torch.full((batch, view.kv_heads, view.last - view.first), float("-inf"), device=key.device)
@@ -136,9 +152,12 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
         logits = torch.matmul(rows, keys[..., : part.stop + last]).view(batch, query_heads, last - first, -1)
         if view.softcap is not None:
             logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
-        later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
-        logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
-        total = logits.logsumexp(-1, keepdim=True)
+        if view.lse is None:
+            later = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device).triu(1)
+            logits[..., part.stop + first :].masked_fill_(later, float("-inf"))
+            total = logits.logsumexp(-1, keepdim=True)
+        else:
+            total = view.lse[:, :, first:last, None]
         if view.learned_sinks is not None:
             total = torch.logaddexp(total, view.learned_sinks.float()[:, None, None])
         found = logits[..., part].sub_(total).amax(2).view(batch, view.kv_heads, -1, most.shape[-1]).amax(2)
@@ -149,25 +168,3 @@ def repeat_scores(view: PassView, sinks: int) -> Tensor:
 def _logits_at_once(device: torch.device) -> int:
     """How many logits are scored at once: as many as a core's cache holds, or as bound the memory of a GPU."""
     return _LOGITS_CPU if device.type == "cpu" else _LOGITS
-
-
-def slots_of_all_layers(priorities: Sequence[Tensor], totals: Tensor, views: Sequence[PromptView]) -> list[Tensor]:
-    """The ``totals[b]`` best entries of all layers and heads of row ``b``; equal ones by the lower index, then the
-    earlier layer and head.
-
-    Args:
-        priorities: of each layer the order of its entries, int64 [B, H, S], as of
-            :func:`~llm_accel.methods.selection.total_order`.
-        totals: int64 [B].
-        views: the layers; heads in other processes take part.
-
-    Returns:
-        slots of each layer, int64 [B, H, n], ascending, -1 first where a row or head keeps fewer than n.
-    """
-    device = totals.device
-    every = [of_all_heads(priority, view.heads).to(device) for priority, view in zip(priorities, views, strict=True)]
-    kept = best_of_all(torch.cat(every, dim=1), totals).split([priority.shape[1] for priority in every], dim=1)
-    return [
-        slots_of(view.heads.mine(mask)[..., -view.slots :].to(view.key.device))
-        for mask, view in zip(kept, views, strict=True)
-    ]

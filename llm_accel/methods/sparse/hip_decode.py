@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llm_accel.kernels.block_list import BlockList
-from llm_accel.kernels.hip_select import Keys, Search, StageSearch, listed, zero
+from llm_accel.kernels.hip_select import Keys, Search, StageSearch, listed
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def choose(
     search: Search,
     query: Tensor,
     keys: Keys,
-    position: Tensor,
+    end: Tensor,
     most: int,
     due: int,
     kept: Sequence[Tensor],
-    before: Tensor | None,
+    then: Tensor | None,
     moved: int,
 ) -> list[Tensor]:
     """The chunks that stage ``due`` and each later one keep for one query per row, int64 [B, H, 1, n]; of a search
@@ -81,16 +81,14 @@ def choose(
 
     Args:
         query: [B, Hq, 1, D].
-        position: of the query in its row, int64 [B or 1].
+        end: where the candidates end, int64 [B or 1, 1, 1, 1].
         most: candidate keys of the longest row, or more.
         kept: what each earlier stage kept.
-        before: position of the query for which the stage before chose, int64 [B or 1]; None if there is none.
+        then: where the candidates ended when the stage before chose, as ``end``; None if there is none.
         moved: tokens since then, or more.
     """
-    end = search.scope.end_at(position)
     if not isinstance(search, StageSearch):
         return [search.select_one(query, keys, end, most)]
-    then = None if before is None else search.scope.end_at(before)
     return search.refine(query, keys, end, most, due, kept, then, moved)
 
 
@@ -127,11 +125,12 @@ def decode_step(
         return None, DecodeMemory(slots, step)
     if due is None and memory.lists is not None:  # between two choices only the window grows, to its open end
         return memory.lists, DecodeMemory(slots, step, kept, seen, memory.lists)
-    first = zero(query.device) if start is None else start.to(query.device)
+    scope = search.scope
     if due is not None:
-        keys, most = Keys.of(key, start), search.scope.most(1, slots, 0)
-        before, moved = (seen[due - 1] - 1 - first, slots - seen[due - 1]) if due else (None, 0)
-        found = choose(search, query, keys, slots - 1 - first, most, due, kept, before, moved)
+        keys, most = Keys.of(key, start), scope.most(1, slots, 0)
+        then, moved = (scope.end_of(seen[due - 1], start, query.device), slots - seen[due - 1]) if due else (None, 0)
+        end = scope.end_of(slots, start, query.device)
+        found = choose(search, query, keys, end, most, due, kept, then, moved)
         kept, seen = (*kept[:due], *found), (*seen[:due], *[slots] * len(found))
-    lists = listed(kept[-1], search.scope, search.scope.end_at(seen[-1] - 1 - first)[:, 0, 0])
+    lists = listed(kept[-1], scope, scope.end_of(seen[-1], start, query.device)[:, 0, 0])
     return lists, DecodeMemory(slots, step, kept, seen, lists)

@@ -89,9 +89,9 @@ class FixedMemory:
             return None
         search, scope, capacity = replace(self._search, scaling=scaling), self._search.scope, keys.shape[2]
         if due is not None:
-            before, moved = (self._seen[due - 1] - 1, self._refresh[due - 1]) if due else (None, 0)
-            most = scope.most(1, capacity, 0)
-            found = choose(search, query, Keys.first(keys, lengths), lengths - 1, most, due, self._kept, before, moved)
+            then, moved = (scope.end_at(self._seen[due - 1] - 1), self._refresh[due - 1]) if due else (None, 0)
+            most, end = scope.most(1, capacity, 0), scope.end_at(lengths - 1)
+            found = choose(search, query, Keys.first(keys, lengths), end, most, due, self._kept, then, moved)
             for kept, seen, chunks in zip(self._kept[due:], self._seen[due:], found, strict=True):
                 kept.copy_(_padded(chunks, kept))
                 seen.copy_(lengths)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -21,6 +21,7 @@ from llm_accel.patches.vision.state import VisualState
 if TYPE_CHECKING:
     from llm_accel.patches.session import Session
 
+Build = Callable[[int, Any], FixedForm | None]  # the fixed form of a layer, by its index
 HEADROOM = 256  # decoded tokens for which there is headroom where nobody has said how many will come
 
 
@@ -34,21 +35,22 @@ class GraphCache(Cache):
         kind: a number for what is constant in its graphs, since that is long and is asked for at every step.
     """
 
-    def __init__(self, session: Session, buffers: Buffers, headroom: int, pool: Pool) -> None:
+    def __init__(self, session: Session, buffers: Buffers, headroom: int, pool: Pool, build: Build) -> None:
         super().__init__(layers=[*session.layers])
         self.headroom, self.kind = headroom, buffers.kind
-        self.seen, self.visual = buffers.seen, VisualState()
         self._buffers, self._pool = buffers, pool
         self._fixed: list[AccelLayer | LinearLayer] = []
         layers: list[Any] = session.layers
         try:
-            for layer, form in zip(layers, buffers.forms, strict=True):
+            for index, layer in enumerate(layers):
+                form = buffers.form(index, partial(build, index, layer))
                 if form is not None:
                     self._fixed.append(layer)
                     layer.fix(form)
         except BaseException:  # no session knows of this one yet, which could end it
-            self.end()
+            self._unfix()
             raise
+        self.seen, self.visual = buffers.seen, VisualState()
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The logical length as a tensor: a number would be a constant of the graph."""
@@ -79,9 +81,12 @@ class GraphCache(Cache):
 
     def end(self) -> None:
         """Ends the fixed form of all layers; the buffers may serve another cache."""
+        self._unfix()
+        self._pool.put(self._buffers)
+
+    def _unfix(self) -> None:
         for layer in self._fixed:
             layer.unfix()
-        self._pool.put(self._buffers)
 
     def attend(self, index: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, [B, 1, Hq, Dv]."""
@@ -104,8 +109,4 @@ def fixed(session: Session, decoder: Any, pool: Pool) -> GraphCache:
             return layer.allocate(specs[index][0])
         return layer.allocate() if isinstance(layer, LinearLayer) else None
 
-    def build() -> list[FixedForm | None]:
-        with torch.inference_mode(False), torch.no_grad():  # they go from calls in one mode to calls in another
-            return [form(index, layer) for index, layer in enumerate(session.layers)]
-
-    return GraphCache(session, pool.take(key, build), sizes.headroom, pool)
+    return GraphCache(session, pool.take(key), sizes.headroom, pool, form)

@@ -51,10 +51,10 @@ class Sizes:
         if method is not None and method.ratio is None:
             limit = method.layer_entries(_ENDLESS, self._plan.depth(index, later=False))
         if isinstance(layer, RaggedLayer) and layer.table is not None:
-            entries = _entries(layer.mean_length(), limit) + self.headroom
+            entries = self._entries(layer.mean_length(), limit)
             return FixedSpec(_shape(layer, entries), headroom=self.headroom)
         if count + self.headroom > capacity:
-            capacity = _entries(count, limit) + self.headroom
+            capacity = self._entries(count, limit)
         query_heads = int(self._config.num_attention_heads)
         group = None if self._latents else query_heads // kv_heads
         if isinstance(layer, SparseLayer):
@@ -62,6 +62,13 @@ class Sizes:
             return FixedSpec(shape, _has_kernel(shape, group), heads=query_heads if group is None else shape.heads)
         shape = _shape(layer, round_up(capacity))
         return FixedSpec(shape, _has_kernel(shape, group))
+
+    def _entries(self, count: int, limit: int | None) -> int:
+        """Entries that there must be place for, those to come among them, now that there are ``count``: as many after
+        every prompt, if possible, and not many times more than needed."""
+        if limit is not None and count <= limit and (limit <= _SMALL or count == limit):
+            return limit + self.headroom
+        return bucket(count + self.headroom)
 
     def _slots(self, index: int, layer: SlotLayer, method: StepEviction) -> FixedSpec:
         count, most = layer.physical_length(), layer.capacity
@@ -76,14 +83,6 @@ def _shape(layer: AccelLayer, capacity: int) -> Shape:
     keys, values = layer.keys, layer.values
     widths = (keys.shape[-1], values.shape[-1])
     return Shape(layer.rows, layer.kv_heads, capacity, *widths, keys.dtype, keys.device)
-
-
-def _entries(count: int, limit: int | None) -> int:
-    """Entries that there must be place for, now that there are ``count``: as many after every prompt, if possible, and
-    not many times more than needed."""
-    if limit is not None and count <= limit and (limit <= _SMALL or count == limit):
-        return limit
-    return bucket(count)
 
 
 def _has_kernel(shape: Shape, group: int | None) -> bool:

@@ -6,10 +6,11 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import llm_accel
 from llm_accel.common.bundled import needle_model_path
@@ -18,6 +19,17 @@ from llm_accel.integrations.vllm.blocks import Policy, Streaming, policy_of
 BLOCK = 32
 NEW = 32
 LENGTHS = (300, 400, 64, 352)
+TINY = {
+    "vocab_size": 1624,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
 QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -48,6 +60,19 @@ def engine(model: Any = None, method: str | None = None, processes: bool = False
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def restless(folder: Path) -> Path:
+    """A tiny model with wide random weights, whose replies never come to repeat themselves and hang on every entry."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(needle_model_path()).save_pretrained(folder)
+    return folder
 
 
 def prompts(lengths: Sequence[int] = LENGTHS, below: int = 1624) -> list[list[int]]:
@@ -101,8 +126,10 @@ def _reply(model: Any, prompt: list[int], policy: Policy | None, new: int) -> li
     more = {"attention_mask": torch.ones_like(ids)}
     if policy is not None:
         llm_accel.apply(model, policy.rounded(len(prompt)))
-        # what stands in the last block stays there
-        more["protect_mask"] = torch.arange(len(prompt))[None] >= len(prompt) // BLOCK * BLOCK
+        if policy.method.cuts_every is None:  # what stands in the last block stays there
+            more["protect_mask"] = torch.arange(len(prompt))[None] >= len(prompt) // BLOCK * BLOCK
+        else:  # transformers protects nothing from later cuts
+            assert policy.method.reserved >= BLOCK - 1
     out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
     llm_accel.remove(model)
     reply: list[int] = out[0, len(prompt) :].tolist()

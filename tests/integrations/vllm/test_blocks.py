@@ -8,7 +8,7 @@ import torch
 from llm_accel import ConfigError
 from llm_accel.integrations.vllm.blocks import policy_of
 from llm_accel.integrations.vllm.pages import SplitPages, VecPages
-from llm_accel.integrations.vllm.steps import Prefill, Requests, shorter
+from llm_accel.integrations.vllm.steps import ObservedRows, Requests, shorter
 
 
 @pytest.mark.parametrize("prompt", [1, 31, 32, 33, 100, 127, 128, 320, 1000])
@@ -35,6 +35,49 @@ def test_budgets_too_small_for_whole_blocks_are_refused(method, least):
     assert policy_of(f"{name}budget={least},{options.partition(',')[2]}".rstrip(","), 32)
 
 
+@pytest.mark.parametrize("prompt", [1, 64, 100, 101, 128, 300, 352])
+@pytest.mark.parametrize("every", [32, 64, 70])
+def test_cuts_while_decoding_come_after_whole_blocks_and_leave_as_much_each_time(prompt, every):
+    """As transformers cuts with the rounded numbers: when so many entries more than the budget are stored."""
+    policy = policy_of(f"snapkv:budget=100,window=32,recompress_every={every}", 32)
+    rounded = policy.rounded(prompt)
+    assert rounded.recompress_every == every // 32 * 32 and 68 < rounded.budget <= 100
+    stored, cuts, freed = prompt, 0, 0
+    if rounded.entries(prompt) < prompt:
+        stored = rounded.entries(prompt)
+    blocks = set(range(-(-prompt // 32)))
+    for computed in range(prompt, prompt + 300):
+        blocks.add(computed // 32)
+        first, last = policy.gap(prompt, computed)
+        due = stored - rounded.budget >= rounded.recompress_every
+        if due:
+            stored = rounded.budget
+        cut = policy.cut(prompt, computed)
+        assert (cut is not None) == (due or (computed == prompt and stored < prompt))
+        following = next(at for at in range(computed + 1, computed + 200) if policy.cut(prompt, at))
+        assert policy.looks_back(prompt, computed) == max(-1, 32 - (following - computed))
+        if cut is not None:
+            cuts += 1
+            assert set(cut.blocks) <= blocks and cut.at == computed and (first, last) == (cut.kept, computed // 32)
+            held = cut.kept * 32 + computed % 32
+            assert held == rounded.budget == stored and cut.entries > stored
+            assert -(-cut.entries // 32) == len(cut.blocks)
+        assert computed - max(0, last - first) * 32 == stored  # what the step reads, besides its own token
+        freed_first, freed_last = policy.freed(prompt, computed)
+        assert freed_last - freed_first <= max(0, last - first)
+        if cut is not None and computed > prompt:
+            assert (freed_first, freed_last) == policy.gap(prompt, computed - 1)  # not before they have moved
+        blocks -= set(range(freed_first, freed_last))
+        freed = max(freed, freed_last - freed_first)
+        stored += 1
+    assert cuts >= 3 and len(blocks) <= (100 + every) // 32 + 2 and freed > 3
+
+
+def test_cuts_closer_than_a_block_are_refused():
+    with pytest.raises(ConfigError, match="recompress_every here is at least 32"):
+        policy_of("snapkv:budget=100,recompress_every=31", 32)
+
+
 def test_a_stream_keeps_its_budget_at_every_step():
     policy = policy_of("streaming_llm:budget=192", 32)
     for computed in range(700, 1000):
@@ -55,17 +98,19 @@ def test_what_a_worker_notes_of_a_request():
     requests = Requests(policy_of("random:budget=80,window=8", 32), 32, limit=4)
     table = torch.tensor([[5, 6, 7, 8, 9]])
     step, gaps = requests.step(table, [0, 96], [96], [True])
-    assert step.prefills == [Prefill(5, True, 0, 96)] and not step.moves and gaps == [(0, 0)]
+    assert step.observed == [ObservedRows(5, True, 0, 96)] and not step.moves and gaps == [(0, 0)]
     step, gaps = requests.step(table, [0, 40], [136], [True])  # the second chunk ends the prompt
-    assert step.prefills == [Prefill(5, False, 0, 40)]
+    assert step.observed == [ObservedRows(5, False, 0, 40)]
     step, gaps = requests.step(table, [0, 1], [137], [False])
+    assert step.forgotten == [5] and not step.observed
     (move,) = step.moves
-    assert (move.name, move.prompt, move.blocks.tolist(), gaps) == (5, 136, [5, 6, 7, 8, 9], [(2, 4)])
+    assert (move.name, move.prompt, move.entries, move.kept) == (5, 136, 136, 2)
+    assert move.blocks.tolist() == [5, 6, 7, 8, 9] and gaps == [(2, 4)]
     step, gaps = requests.step(table, [0, 1], [170], [False])
-    assert not step.moves and gaps == [(2, 4)]
+    assert not step.moves and not step.forgotten and gaps == [(2, 4)]
     requests.step(table, [0, 20], [20], [True])  # another request in the same blocks, shorter than the budget
     step, gaps = requests.step(table, [0, 1], [21], [False])
-    assert not step.moves and gaps == [(0, 0)]
+    assert not step.moves and step.forgotten == [5] and gaps == [(0, 0)]  # its queries are of no use any more
     assert requests.step(table, [0, 0], [0], [False])[1] == [(0, 0)]  # a row that fills a graph
 
 

@@ -9,7 +9,10 @@ import tempfile
 
 import pytest
 
-from llm_accel.integrations.vllm.counters import Counters, Counts, Reader, name_run, path_of
+from llm_accel.integrations.vllm.counters import Counters, Reader, files, name_run
+from llm_accel.integrations.vllm.counts import Counts, Labels
+
+FIRST, SECOND = Labels("m", "0", "snapkv:budget=8"), Labels("m", "1", "snapkv:budget=8")
 
 
 @pytest.fixture(autouse=True)
@@ -19,44 +22,47 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ACCEL_VLLM_RUN", "abc")
 
 
-def _schedules(engine: int, folder: str, counted, end) -> None:
+def _schedules(folder: str, counted, end) -> None:
     tempfile.tempdir = folder
-    made = Counters(engine)
+    made = Counters(FIRST)
+    made.run(2)
     made.add(3, 4096)
     counted.set()
     end.wait(60)
     made.add(4, 4096)
+    made.run(0)
 
 
 @pytest.mark.parametrize("kind", ["spawn", "fork"])
-def test_counts_cross_processes_and_leave_nothing_behind(kind, tmp_path):
+@pytest.mark.parametrize("read", [True, False])
+def test_counts_cross_processes_and_leave_nothing_behind(kind, read, tmp_path):
     context = multiprocessing.get_context(kind)
     counted, end = context.Event(), context.Event()
-    reader = Reader(0)
-    assert reader.read() is None and path_of(0).stat().st_mode & 0o777 == 0o600
-    child = context.Process(target=_schedules, args=(0, str(tmp_path), counted, end))
+    child = context.Process(target=_schedules, args=(str(tmp_path), counted, end))
     child.start()
-    assert counted.wait(120) and reader.read() == Counts(3, 4096)
-    assert not path_of(0).exists()  # from here on a kill leaves nothing
+    assert counted.wait(120)
+    (path,) = files()
+    assert path.stat().st_mode & 0o777 == 0o600
+    reader = Reader(path) if read else None
+    assert path.exists() is not read  # once it is read, a kill leaves nothing
+    assert reader is None or (reader.labels, reader.read()) == (FIRST, Counts(3, 3 * 4096, 2))
     end.set()
     child.join(60)
-    assert child.exitcode == 0 and reader.read() == Counts(7, 4096)
-    assert not list(tmp_path.iterdir())
-
-
-def test_engines_that_nobody_asks_make_no_file(tmp_path):
-    Counters(0).add(3, 8)
+    assert child.exitcode == 0 and (reader is None or reader.read() == Counts(7, 7 * 4096, 0))
     assert not list(tmp_path.iterdir())
 
 
 def test_engines_of_one_server_and_servers_of_one_machine_have_counts_of_their_own(monkeypatch):
-    readers = Reader(0), Reader(1)
-    Counters(0).add(1, 8)
-    Counters(1).add(2, 8)
-    assert [one.read() for one in readers] == [Counts(1, 8), Counts(2, 8)]
-    idle, later = Reader(0), Reader(0)  # the next engines in this process, of which the first frees nothing
-    Counters(0).add(3, 8)
-    assert later.read() == Counts(3, 8) and idle.read() is None
+    made = Counters(FIRST), Counters(SECOND)
+    made[0].add(1, 8)
+    made[1].add(2, 8)
+    found = {one.labels: one.read() for one in map(Reader, files())}
+    assert found == {FIRST: Counts(1, 8), SECOND: Counts(2, 16)}
+    monkeypatch.setenv("LLM_ACCEL_VLLM_RUN", "another")
+    Counters(FIRST)
+    (other,) = files()
+    monkeypatch.setenv("LLM_ACCEL_VLLM_RUN", "abc")
+    assert not files() and other.exists()
     name_run()
     assert os.environ["LLM_ACCEL_VLLM_RUN"] == "abc"
     monkeypatch.delenv("LLM_ACCEL_VLLM_RUN")
@@ -64,35 +70,24 @@ def test_engines_of_one_server_and_servers_of_one_machine_have_counts_of_their_o
     assert len(os.environ["LLM_ACCEL_VLLM_RUN"]) == 16
 
 
-def test_several_servers_read_the_same_counts(tmp_path, monkeypatch):
-    """vLLM gives them a folder, which it removes."""
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
-    first, counters = Reader(0), Counters(0)
-    counters.add(5, 8)
-    assert path_of(0).parent == folder
-    assert first.read() == Reader(0).read() == Counts(5, 8)
-    counters.add(1, 8)
-    assert first.read() == Counts(6, 8)
-
-
 def test_a_file_that_cannot_be_made_costs_the_figures_alone(caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with caplog.at_level(logging.WARNING):
-        reader = Reader(0)
-    Counters(0).add(3, 8)
-    assert "/metrics will not show freed blocks" in caplog.text and reader.read() is None
+        Counters(FIRST).add(3, 8)
+    assert "/metrics will not show freed blocks" in caplog.text and not files()
 
 
 def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("somebody's")
-    path_of(0).symlink_to(victim)
-    Counters(0).add(3, 8)
-    assert victim.read_text() == "somebody's"
-    path_of(1).write_bytes(b"")
+    link = tmp_path / "llm_accel-vllm-abc-0-0"
+    link.symlink_to(victim)
+    with pytest.raises(OSError):
+        Reader(link)
+    Counters(FIRST)
+    theirs = next(path for path in files() if path != link)
     monkeypatch.setattr(os, "getuid", lambda: 12345)  # the file of another user
-    Counters(1).add(3, 8)
-    assert path_of(1).read_bytes() == b""
+    with pytest.raises(PermissionError):
+        Reader(theirs)
+    assert theirs.exists() and victim.read_text() == "somebody's"

@@ -30,6 +30,11 @@ def dense():
 
 
 @pytest.fixture(scope="module")
+def restless(tmp_path_factory):
+    return kit.restless(tmp_path_factory.mktemp("restless"))
+
+
+@pytest.fixture(scope="module")
 def snap():
     return kit.expected(kit.prompts(), SNAP)
 
@@ -68,21 +73,51 @@ def test_a_window_shorter_than_a_block_and_a_ratio():
         assert kit.answers(llm, kit.prompts()) == kit.expected(kit.prompts(), method)
 
 
-@pytest.mark.parametrize("method", [RANDOM, SNAP, STREAM])
-def test_requests_that_were_preempted_are_compressed_anew(method):
+@pytest.mark.parametrize(
+    "method",
+    [
+        "snapkv:budget=100,window=40,recompress_every=40",  # a cut looks at queries from before the last one
+        "snapkv:budget=100,recompress_every=70",
+        "random:budget=100,recompress_every=70",
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [{"async_scheduling": False, "enforce_eager": False}, {"max_num_batched_tokens": 96, "async_scheduling": True}],
+    ids=["compiled", "chunks and asynchronous"],
+)
+def test_replies_that_are_cut_while_they_are_decoded(method, options, restless):
+    """A prompt within the budget among them, whose reply grows out of it; each is cut several times."""
+    tokens, new = kit.prompts(), 150
+    wanted = kit.expected(tokens, method, new, restless)
+    once = kit.expected(tokens, method.partition(",")[0], new, restless)
+    assert all(a != b for a, b in zip(wanted, once, strict=True))
+    with kit.engine(restless, method, **options) as llm:
+        begin = kit.pool(llm).get_num_free_blocks()
+        assert kit.answers(llm, tokens, new) == wanted
+        manager = kit.manager(llm)
+        ends = [manager.kv_cache_spec.policy.freed(len(prompt), len(prompt) + new - 2) for prompt in tokens]
+        assert manager.freed == sum(last - first for first, last in ends) > 30
+        assert kit.pool(llm).get_num_free_blocks() == begin
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks"), [(RANDOM, 24), (SNAP, 24), (STREAM, 24), ("snapkv:budget=100,recompress_every=32", 18)]
+)
+def test_requests_that_were_preempted_are_compressed_anew(method, blocks, restless):
     """A pool for a third of the requests as they come, so that some lose their place on the way. Such a request begins
     anew with prompt and reply as its prompt, and so it does in transformers."""
     tokens = kit.prompts([200 + 8 * one for one in range(8)])
     # prefix caching would give a stream its old entries back
-    options = {"num_gpu_blocks_override": 24, "max_model_len": 512, "async_scheduling": False} | NO_PREFIXES
-    with kit.engine(method=method, **options) as llm:
+    options = {"num_gpu_blocks_override": blocks, "max_model_len": 512, "async_scheduling": False} | NO_PREFIXES
+    with kit.engine(restless, method, **options) as llm:
         begin = kit.pool(llm).get_num_free_blocks()
         with kit.preempted(llm) as lengths:
             found = kit.answers(llm, tokens, new=80)
         assert kit.pool(llm).get_num_free_blocks() == begin
     restarts = [lengths.get(tuple(prompt), []) for prompt in tokens]
     assert any(0 < one < 80 for some in restarts for one in some)
-    assert found == kit.expected(tokens, method, new=80, restarts=restarts)
+    assert found == kit.expected(tokens, method, 80, restless, restarts)
 
 
 def test_without_the_guard_a_second_turn_would_read_other_tokens(snap, monkeypatch):

@@ -95,10 +95,12 @@ def test_a_visual_method_on_a_model_that_we_do_not_know(monkeypatch):
 
 
 def test_a_request_that_goes_on_after_its_prompt_was_compressed():
+    from llm_accel.integrations.vllm.blocks import policy_of
     from llm_accel.integrations.vllm.scheduling import CompressedManager
 
     made = CompressedManager.__new__(CompressedManager)
-    made._begins, made._prompts, made.kv_cache_spec = {"a": 300}, {}, SimpleNamespace(method="snapkv")
+    made._begins, made._prompts = {"a": 300}, {}
+    made.kv_cache_spec = SimpleNamespace(method="snapkv", policy=policy_of("snapkv:budget=100", 32))
     made.remove_skipped_blocks("a", 250, 300)  # its last chunk is on the way
     assert made._prompts == {"a": 300}
     with pytest.raises(UnsupportedCallError, match="send it as a new request"):

@@ -32,7 +32,6 @@ REFUSED = {
     "downsample": "mm_processor_kwargs",
     "flowcut:llm_stage=on": "llm_stage=off",
     "snapkv:skip_layers=0+1": "whole layers",
-    "snapkv:recompress_every=64": "while decoding",
     "streaming_llm:positions=cache": "turns keys anew",
     "random:budget=100+snapkv": "several methods",
     "dense:capacity=64": "no place",

@@ -148,9 +148,26 @@ def test_each_division_keeps_the_best_of_those_that_share(lengths: tuple[int, ..
             assert found == expected
 
 
+@pytest.mark.parametrize("lengths", [(40,), (40, 22, 40)])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.7])
+def test_heads_keep_the_tokens_that_any_of_them_needs(lengths: tuple[int, ...], ratio: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    scores = [torch.rand(len(lengths), 2, 40, generator=generator) for _ in range(3)]
+    config = KVzip(ratio=ratio, sinks=2, division="tokens")
+    for row, (length, found) in enumerate(zip(lengths, kept_by(config, scores, lengths), strict=True)):
+        worth = {
+            (layer, place): (place < 2, float(scores[layer][row, :, 40 - length + place].max()))
+            for layer in range(3)
+            for place in range(length)
+        }
+        best = sorted(worth, key=worth.__getitem__, reverse=True)[: 3 * config.entries(length)]
+        assert found == {(layer, head, place) for layer, place in best for head in range(2)}
+
+
 def test_options_that_cannot_work() -> None:
     with pytest.raises(ConfigError, match="4 sinks are always kept"):
         KVzip(budget=4)
     with pytest.raises(ConfigError, match="division='layers' is not allowed"):
         KVzip(division="layers")  # type: ignore[arg-type]
-    assert KVzip(division="head").page_size is None and KVzip(page=8).page_size == 8
+    assert KVzip(division="head").page_size is None and KVzip(division="global", page=8).page_size == 8
+    assert KVzip().page_size is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm_accel.errors import ConfigError, LlmAccelError
-from llm_accel.methods import Dense, MethodConfig, RandomKV, StreamingLLM, list_methods
+from llm_accel.methods import Auto, Dense, MethodConfig, RandomKV, StreamingLLM, list_methods
 from llm_accel.methods.base import option_names
 from llm_accel.methods.budget import fraction
 from llm_accel.registry import parse
@@ -33,10 +34,14 @@ class BoardEntry:
         share = f"ratio={self.ratio:g}" if self.by_ratio else f"budget={100 * self.ratio:g}%"
         return f"{spec}{',' if ':' in spec else ':'}{share}"
 
-    def at(self, tokens: int) -> MethodConfig:
-        """The configuration for prompts of this length. Raises :class:`ConfigError`: the method cannot keep so few."""
+    def at(self, tokens: int, later: bool = False) -> MethodConfig:
+        """The configuration for prompts of this length, whose question may come later. Raises :class:`ConfigError`: the
+        method cannot keep so few."""
         share = {"ratio": self.ratio} if self.by_ratio else {"budget": fraction(self.ratio, tokens)}
-        return type(self.method)(**self.method.changed(), **share)
+        known: dict[str, Any] = {}
+        if isinstance(self.method, Auto):  # it is told what its user knows
+            known = {"context": tokens, "question": "later" if later else "in_prompt"}
+        return type(self.method)(**(known | self.method.changed()), **share)
 
 
 def unsuitable(cls: type[MethodConfig]) -> str | None:

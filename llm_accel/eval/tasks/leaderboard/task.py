@@ -55,7 +55,7 @@ class LeaderboardTask(RulerTask):
         self.entries, self.left_out = entries(settings.methods, settings.ratios, tokens, self.engine.try_method)
         placed = {name: entry.at(tokens[0]) for name, entry in self.entries.items()}
         self.configs = {DENSE: (), **{name: (config,) for name, config in placed.items()}}
-        self._budgeted = {placed[name]: entry for name, entry in self.entries.items() if not entry.by_ratio}
+        self._placed = {placed[name]: entry for name, entry in self.entries.items()}
 
     @property
     def wanted(self) -> int:
@@ -77,10 +77,10 @@ class LeaderboardTask(RulerTask):
         return super().alike(point), self.agnostic(point)
 
     def answer(self, prompts: Sequence[TextPrompt], configs: Sequence[MethodConfig]) -> TextOutcome:
-        """A method without a ratio gets its budget by the length of the prompts."""
-        at = len(prompts[0].ids)
-        fitted = [self._budgeted[c].at(at) if c in self._budgeted else c for c in configs]
-        return self.engines[self.agnostic(prompts[0].point)].run(prompts, fitted)
+        """Methods are fitted to the length of the prompts and to where their question stands."""
+        later = self.agnostic(prompts[0].point)
+        fitted = [self._placed[config].at(len(prompts[0].ids), later) for config in configs]
+        return self.engines[later].run(prompts, fitted)
 
     def column(self, records: Sequence[Record]) -> dict[str, Any]:
         return {**super().column(records), "ci95": _score(records)["ci95"], **prompt_bytes(records)}

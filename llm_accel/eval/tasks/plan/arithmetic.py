@@ -65,11 +65,7 @@ def prompt_bytes(shape: Geometry, plan: Plan, context: int) -> int:
     with a sliding window hold the whole prompt until the first decode step."""
     whole = {layer: context * nbytes for layer, nbytes in shape.entry_bytes.items()}
     kept = dict(whole)
-    if (
-        isinstance(plan.kv_method, ScoreAndKeep)
-        and not plan.kv_method.deferred
-        and not isinstance(plan.kv_method, ContextCompression)
-    ):
+    if isinstance(plan.kv_method, ScoreAndKeep) and not plan.kv_method.deferred and not plan.kv_method.layers_compete:
         for layer in whole.keys() - shape.windows.keys() - plan.skipped.keys():
             kept[layer] = round(held_entries(shape, plan, layer, Load(context, 1)) * shape.entry_bytes[layer])
     largest = max((n - kept[i] for i, n in whole.items()), default=0)
