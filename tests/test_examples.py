@@ -24,7 +24,7 @@ def test_the_container_starts_the_server_and_copies_what_its_build_needs() -> No
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
     (example,) = re.findall(r"llm-accel (--model .*)$", text, re.MULTILINE)
     settings = settings_of(json.loads(entry)[1:] + shlex.split(example))
-    assert settings.host == "0.0.0.0" and f"EXPOSE {settings.port}" in text and f":{settings.port}/health" in text
+    assert settings.host == "0.0.0.0" and f"EXPOSE {settings.port}" in text and f":{settings.port}/live" in text
     copied = [name for line in re.findall(r"^COPY (.*) /src\S*$", text, re.MULTILINE) for name in line.split()]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (licence,) = re.findall(r'license-files = \["(.*)"\]', project)
