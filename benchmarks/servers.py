@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -79,6 +80,14 @@ def commands(args: argparse.Namespace, model: str) -> dict[str, tuple[list[str],
     return found
 
 
+def written(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What is kept of a run: figures, and what was asked for; neither single requests nor folders."""
+    asked = {key: value for key, value in vars(args).items() if key not in ("out", "vllm", "load")}
+    load = {key: value for key, value in found["settings"].items() if key not in ("servers", "model")}
+    asked |= {"vllm": args.vllm is not None, "load": load}
+    return {**machine(), "asked": asked, "load_average": os.getloadavg(), "servers": found["servers"]}
+
+
 def main() -> None:
     """Starts the servers, sends the load, writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,8 +127,7 @@ def main() -> None:
             urls += ["--url", stack.enter_context(running(name, command, port, log))]
         if cli.main(["bench", "serve", *urls, "--model", model, "--out", str(args.out), *args.load]):
             raise SystemExit(2)
-    servers = {"method": args.method, "max_batch": args.max_batch, "transformers_memory": args.transformers_memory}
-    result = {**machine(), "servers": servers, **json.loads(args.out.read_text())}
+    result = written(json.loads(args.out.read_text()), args)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

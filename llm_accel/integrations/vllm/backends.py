@@ -17,7 +17,7 @@ from llm_accel.integrations.vllm.checks import check_engine
 from llm_accel.integrations.vllm.layer import CompressedImpl
 from llm_accel.integrations.vllm.pages import Pages, SplitPages, VecPages
 from llm_accel.integrations.vllm.registration import PARENTS
-from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, CompressedSpec, Engine, is_whole
+from llm_accel.integrations.vllm.scheduling import NOT_WHOLE, CompressedSpec, EngineFacts, is_whole
 from llm_accel.integrations.vllm.steps import CompressedBuilder
 
 PAGES: dict[str, Pages] = {"CPU_ATTN": VecPages(), "FLASH_ATTN": SplitPages(), "TRITON_ATTN": SplitPages()}
@@ -68,7 +68,7 @@ class Compressed:
     parts: tuple[Any, Any]
     # of the engine that was built last: no configuration is current where specs are asked for
     method: str | None = None
-    engine = Engine()
+    engine = EngineFacts()
 
     @classmethod
     def get_impl_cls(cls) -> Any:
@@ -95,10 +95,10 @@ class Compressed:
         return compressed
 
 
-def _engine(config: Any) -> Engine:
+def _engine(config: Any) -> EngineFacts:
     model, parallel = config.model_config, config.parallel_config
     copies = model.hf_text_config.num_hidden_layers * parallel.tensor_parallel_size
-    return Engine(parallel.data_parallel_index, str(model.served_model_name), copies)
+    return EngineFacts(parallel.data_parallel_index, str(model.served_model_name), copies)
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -15,7 +15,7 @@ from llm_accel.registry import parse
 
 
 @dataclass(frozen=True)
-class Cut:
+class BlockCut:
     """Entries of a request that move in one step.
 
     Attributes:
@@ -100,17 +100,17 @@ class Compaction:
         """The gap that may be free once so many tokens are processed: the step that cuts may still read every block."""
         return self.gap(prompt, processed - 1) if processed > prompt else (0, 0)
 
-    def cut(self, prompt: int, computed: int) -> Cut | None:
+    def cut(self, prompt: int, computed: int) -> BlockCut | None:
         """What moves in the step that begins behind ``computed`` tokens, or None."""
         stay, stop = self.gap(prompt, computed)
         if stop <= stay or computed != self._last_cut(prompt, computed):
             return None
         filled = -(-computed // self.block)
         if computed == self._first_cut(prompt):
-            return Cut(computed, tuple(range(filled)), computed, stay)
+            return BlockCut(computed, tuple(range(filled)), computed, stay)
         assert self.every is not None
         tail = (computed - self.every) // self.block
-        return Cut(computed, (*range(stay), *range(tail, filled)), self._budget(prompt) + self.every, stay)
+        return BlockCut(computed, (*range(stay), *range(tail, filled)), self._budget(prompt) + self.every, stay)
 
     def looks_back(self, prompt: int, computed: int) -> int:
         """How many queries of tokens before the one behind ``computed`` ones a later cut will look at; -1: not even at

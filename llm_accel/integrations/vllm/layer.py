@@ -14,7 +14,7 @@ from llm_accel.errors import ConfigError
 from llm_accel.integrations.vllm.blocks import Compaction, policy_of
 from llm_accel.integrations.vllm.checks import current_settings
 from llm_accel.integrations.vllm.pages import Pages
-from llm_accel.integrations.vllm.steps import Move, Observed, Step
+from llm_accel.integrations.vllm.steps import Move, ObservedRows, Step
 from llm_accel.methods import Depth, HeadShard, PromptView
 
 
@@ -60,7 +60,7 @@ class CompressedImpl:
                 self._observe(rows, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)  # type: ignore[misc]
 
-    def _observe(self, rows: Observed, query: Tensor) -> None:
+    def _observe(self, rows: ObservedRows, query: Tensor) -> None:
         width = 0 if self.kv is None else getattr(self.kv, "observed_queries", 0)
         if width == 0:
             return

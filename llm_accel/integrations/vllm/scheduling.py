@@ -31,7 +31,7 @@ def is_whole(spec: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFacts:
     """The engine to which a layer belongs, for what it counts.
 
     Attributes:
@@ -45,7 +45,7 @@ class Engine:
     copies: int = 1
 
 
-SINGLE = Engine()
+SINGLE = EngineFacts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,10 @@ class CompressedSpec(FullAttentionSpec):
     """
 
     method: str
-    engine: Engine = SINGLE
+    engine: EngineFacts = SINGLE
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, method: str, engine: Engine = SINGLE) -> CompressedSpec:
+    def of(cls, spec: FullAttentionSpec, method: str, engine: EngineFacts = SINGLE) -> CompressedSpec:
         """The spec of a layer with a method."""
         given = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
         return cls(**given, method=method, engine=engine)

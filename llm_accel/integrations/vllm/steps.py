@@ -15,7 +15,7 @@ from llm_accel.integrations.vllm.blocks import Compaction, Policy
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedRows:
     """Rows of a step whose queries a later cut of their request may look at.
 
     Attributes:
@@ -35,9 +35,9 @@ class Move:
     """A request that is cut: what stays of it moves in this step.
 
     Attributes:
-        name: see :class:`Observed`.
+        name: see :class:`ObservedRows`.
         prompt: tokens of the prompt.
-        entries: what it has stored, see :class:`~llm_accel.integrations.vllm.blocks.Cut`.
+        entries: what it has stored, see :class:`~llm_accel.integrations.vllm.blocks.BlockCut`.
         kept: full blocks of them that stay.
         blocks: the blocks that hold them, int64.
     """
@@ -54,7 +54,7 @@ class Step:
     """What the layers have to do in one step, beside attention: move entries, forget the queries seen of requests, by
     their names, and note those of this step."""
 
-    observed: list[Observed] = field(default_factory=list)
+    observed: list[ObservedRows] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
 
@@ -94,13 +94,13 @@ class Requests:
             gap = (0, 0)
             if end > begin and prefilling[row]:
                 self._prompts.pop(name, None)
-                found.observed.append(Observed(name, computed == 0, begin, end))
+                found.observed.append(ObservedRows(name, computed == 0, begin, end))
             elif end > begin:
-                gap = self._decoding(found, Observed(name, False, begin, end), computed, table[row])
+                gap = self._decoding(found, ObservedRows(name, False, begin, end), computed, table[row])
             gaps.append(gap)
         return found, gaps
 
-    def _decoding(self, found: Step, rows: Observed, computed: int, blocks: Tensor) -> tuple[int, int]:
+    def _decoding(self, found: Step, rows: ObservedRows, computed: int, blocks: Tensor) -> tuple[int, int]:
         name, first = rows.name, rows.name not in self._prompts
         prompt = self._prompts.setdefault(name, computed)
         self._prompts.move_to_end(name)

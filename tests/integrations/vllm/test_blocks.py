@@ -8,7 +8,7 @@ import torch
 from llm_accel import ConfigError
 from llm_accel.integrations.vllm.blocks import policy_of
 from llm_accel.integrations.vllm.pages import SplitPages, VecPages
-from llm_accel.integrations.vllm.steps import Observed, Requests, shorter
+from llm_accel.integrations.vllm.steps import ObservedRows, Requests, shorter
 
 
 @pytest.mark.parametrize("prompt", [1, 31, 32, 33, 100, 127, 128, 320, 1000])
@@ -98,9 +98,9 @@ def test_what_a_worker_notes_of_a_request():
     requests = Requests(policy_of("random:budget=80,window=8", 32), 32, limit=4)
     table = torch.tensor([[5, 6, 7, 8, 9]])
     step, gaps = requests.step(table, [0, 96], [96], [True])
-    assert step.observed == [Observed(5, True, 0, 96)] and not step.moves and gaps == [(0, 0)]
+    assert step.observed == [ObservedRows(5, True, 0, 96)] and not step.moves and gaps == [(0, 0)]
     step, gaps = requests.step(table, [0, 40], [136], [True])  # the second chunk ends the prompt
-    assert step.observed == [Observed(5, False, 0, 40)]
+    assert step.observed == [ObservedRows(5, False, 0, 40)]
     step, gaps = requests.step(table, [0, 1], [137], [False])
     assert step.forgotten == [5] and not step.observed
     (move,) = step.moves

@@ -73,7 +73,14 @@ def test_a_window_shorter_than_a_block_and_a_ratio():
         assert kit.answers(llm, kit.prompts()) == kit.expected(kit.prompts(), method)
 
 
-@pytest.mark.parametrize("method", ["snapkv:budget=100,recompress_every=40", "random:budget=100,recompress_every=70"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "snapkv:budget=100,window=40,recompress_every=40",  # a cut looks at queries from before the last one
+        "snapkv:budget=100,recompress_every=70",
+        "random:budget=100,recompress_every=70",
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [{"async_scheduling": False, "enforce_eager": False}, {"max_num_batched_tokens": 96, "async_scheduling": True}],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from llm_accel.integrations.vllm.blocks import policy_of
 from llm_accel.integrations.vllm.pages import SplitPages, VecPages
-from llm_accel.integrations.vllm.steps import Move, Observed
+from llm_accel.integrations.vllm.steps import Move, ObservedRows
 from llm_accel.methods import HeadShard, PromptView
 from llm_accel.registry import parse
 
@@ -54,7 +54,7 @@ def test_what_stays_is_what_the_method_chose_and_attention_over_fewer_blocks_see
     made = layer(pages, method)
     for begin in range(0, PROMPT, 50):  # the window comes from several chunks
         chunk = query[begin : begin + 50]
-        made._observe(Observed(7, begin == 0, 0, len(chunk)), chunk)
+        made._observe(ObservedRows(7, begin == 0, 0, len(chunk)), chunk)
     made._compact(Move(7, PROMPT, PROMPT, policy_of(method, BLOCK).kept(PROMPT), BLOCKS), cache, index=2)
 
     policy = policy_of(method, BLOCK)
@@ -81,10 +81,10 @@ def test_what_stays_is_what_the_method_chose_and_attention_over_fewer_blocks_see
 def test_a_request_that_ends_early_leaves_no_window_for_the_next_one():
     made = layer(SplitPages(), "snapkv:budget=60,window=20")
     for name in range(30):
-        made._observe(Observed(name, True, 0, 25), torch.randn(25, HEADS * GROUP, DIM))
+        made._observe(ObservedRows(name, True, 0, 25), torch.randn(25, HEADS * GROUP, DIM))
     assert len(made._windows) == made._limit
     later = torch.randn(5, HEADS * GROUP, DIM)
-    made._observe(Observed(29, True, 0, 5), later)  # another request in the same block
+    made._observe(ObservedRows(29, True, 0, 5), later)  # another request in the same block
     assert torch.equal(made._windows[29], later)
 
 
