@@ -168,7 +168,7 @@ class Rereading(DynamicCache):
 
 
 def compress_context(session: Session, decoder: Any) -> None:
-    """Scores the entries of a complete prompt by letting the model read it again, then evicts in all layers; does
+    """Scores the entries of a complete prompt by letting the model read it again, for all layers to evict together; does
     nothing where the prompt fits into the budget."""
     kv_method, context = session.plan.kv_method, session.context
     assert isinstance(kv_method, ContextCompression)
@@ -178,7 +178,7 @@ def compress_context(session: Session, decoder: Any) -> None:
     session.context = None
     if not acting:
         return
-    session.torn = True  # until all layers have evicted
+    session.torn = True  # until all entries are scored: the context is not told twice
     groups = _rows_alike(next(iter(acting.values())))
     if _over_budget(session, kv_method, groups, acting):
         reading = replace(kv_method, budget=None, ratio=None), session.plan.lead

@@ -11,6 +11,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.integrations.vllm.kit import TINY
+
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
 QWEN = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
 INTERNVL = {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": START, "</img>": END}
@@ -21,20 +23,7 @@ SIZES = ((112, 112), (168, 112), (112, 196), (224, 140), (140, 224), (56, 280))
 TILED_SIZES = ((56, 28), (28, 56), (56, 50), (112, 112), (100, 60), (28, 28))
 """Of 28 pixels a tile; the fourth is so large that LLaVA-OneVision makes it smaller behind the projector."""
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [112, 56], [112, 112]]
-TEXT: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT: dict[str, Any] = TINY | {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOWER: dict[str, Any] = {
     "depth": 4,
     "hidden_size": 64,
