@@ -168,8 +168,8 @@ class Rereading(DynamicCache):
 
 
 def compress_context(session: Session, decoder: Any) -> None:
-    """Scores the entries of a complete prompt by letting the model read it again, for all layers to evict together; does
-    nothing where the prompt fits into the budget."""
+    """Scores the entries of a complete prompt by letting the model read it again, for all layers to evict together;
+    does nothing where the prompt fits into the budget."""
     kv_method, context = session.plan.kv_method, session.context
     assert isinstance(kv_method, ContextCompression)
     if context is None or not context.parts:
