@@ -68,6 +68,17 @@ class TowerTokens(VisualTokens):
 class TowerCut(TowerTokens):
     """Role: may cut patches inside the tower, so that its later layers are cheaper."""
 
+    @property
+    def inside(self) -> bool:
+        """Whether they leave inside it, where it allows; else they are scored there and leave behind it."""
+        return True
+
+    @property
+    def depth(self) -> float:
+        """The share of the tower's layers that are scored, in (0, 1]; after the last of them all patches above the
+        budget leave."""
+        return 1.0
+
     @abstractmethod
     def survivors(self, view: TowerView, sizes: Tensor, budgets: Tensor) -> Tensor:
         """How many patches each image keeps after this layer, int64 [B] on the CPU, from ``budgets`` to ``sizes``, both
