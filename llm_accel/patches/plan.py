@@ -145,6 +145,11 @@ class Plan:
         return self.tokens is not None or self.entrance is not None or self.cut is not None
 
     @property
+    def renumbers(self) -> bool:
+        """Whether tokens that stay of images are counted without gaps."""
+        return self.tokens is not None and self.tokens.compact_on(1 if self.family is None else self.family.axes)
+
+    @property
     def grounds(self) -> bool:
         """Whether outputs of attention are changed so that they rest more on the image."""
         return self.head_scaling is not None or self.weight_shift is not None

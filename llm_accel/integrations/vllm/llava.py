@@ -122,6 +122,7 @@ class AccelLlava(LlavaForConditionalGeneration):
             parts=None,
             layers=None,
             keeps_class=self.config.vision_feature_select_strategy == "full",
+            renumbers=True,
         )
         hidden = running.through(tower, pixel_values)
         rows = hidden if running.keeps_class else hidden[:, 1:]

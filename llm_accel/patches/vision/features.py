@@ -62,7 +62,7 @@ class FeatureProxy:
         with nullcontext() if tower is None else tower.running():
             output = original(self.model, **call)
         if tower is not None and tower.watch is not None:
-            self._mark(family, call, tower.watch.values(), output)
+            self._mark(family, call, tower.watched(), output)
         if method is None:
             return output
         assert isinstance(method, VisualTokens)
@@ -119,6 +119,7 @@ class FeatureProxy:
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
             layers=family.full_blocks(self.model),
             keeps_class=family.keeps_class(self.model, call),
+            renumbers=plan.renumbers,
             watcher=plan.weight_shift.name if plan.weight_shift is not None and plan.reads_tower else None,
         )
 

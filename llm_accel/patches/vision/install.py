@@ -84,7 +84,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if cut is not None:
         check_layers(model, names)
     for config in visual:
-        if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
+        if isinstance(config, VisualInput) and config.compact_on(family.axes) and family.axes > 1:
             raise ConfigError(
                 f"{config.spec()} renumbers positions, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."

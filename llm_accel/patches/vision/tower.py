@@ -46,6 +46,7 @@ class TowerPass:
         parts: for each tile, the tiles of its image, which share a budget; None: each tile is an image.
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
+        renumbers: whether tokens that stay are counted without gaps, so that places mean nothing but their order.
         watcher: name of the method for which attention of two layers is noted, or None.
     """
 
@@ -59,6 +60,7 @@ class TowerPass:
         parts: Sequence[int] | None,
         layers: Sequence[int] | None,
         keeps_class: bool,
+        renumbers: bool = False,
         watcher: str | None = None,
     ) -> None:
         self.method = method
@@ -70,6 +72,8 @@ class TowerPass:
         self.layers = self._looked_at(whole)
         self.last_cut = self.layers[-1] if self.layers else last
         self.keeps_class = keeps_class
+        self._renumbers = renumbers
+        self._moved: list[Tensor] = []  # of each tile, which patch stands in each place, int64; -1: the class token
         self._name = watcher if method is None else method.name
         self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
         self.scores: list[Tensor] = []
@@ -192,15 +196,25 @@ class TowerPass:
 
     def _merge(self, method: TowerMerge, budgets: list[int], hidden: Tensor) -> Tensor:
         offset, rows = int(self.class_token), []
+        own = int(method.takes_class and self.class_token and not self.keeps_class)
         self._stayed = torch.ones_like(self.scores[0])
         for tile, kept in enumerate(budgets):
             merged = hidden[tile, offset:]
+            moved = torch.arange(self._patches, device=hidden.device)
             if kept < self._patches:
-                parts = method.split(self.scores[0][tile], kept)
+                parts = method.split(self.scores[0][tile], kept, own)
                 merged = method.merge(merged, parts, self._metric[0][tile])
                 self._stayed[tile] = 0
                 self._stayed[tile, torch.cat(parts)] = 1
-            rows.append(torch.cat([hidden[tile, :offset], merged]))
+                spare = (self._stayed[tile] == 0).nonzero()[:own, 0]  # the class token needs a place among the patches
+                self._stayed[tile, spare] = 1
+                places = torch.cat([spare, *parts])
+                if self._renumbers and method.takes_class:
+                    places = places.sort().values
+                moved = moved.index_copy(0, places, torch.cat([torch.full_like(spare, -1), *parts]))
+            self._moved.append(moved)
+            full = torch.cat([hidden[tile, :offset], merged])
+            rows.append(torch.cat([hidden[tile, :offset], full[moved + offset]]))
         return torch.stack(rows)
 
     def _cut(self, view: TowerView, hidden: Tensor, sizes: Tensor) -> Tensor:
@@ -226,6 +240,17 @@ class TowerPass:
         full = full.scatter(1, rows, hidden[:, offset:])[:, : self._patches]
         self._valid = None
         return torch.cat([hidden[:, :offset], full], dim=1)
+
+    def watched(self) -> list[Tensor]:
+        """Per tile, what was noted of the patch in each place, fp32 [patches, 3]; of a class token nothing is."""
+        assert self.watch is not None
+        noted, own = self.watch.values(), int(self.keeps_class)
+        if not self._moved:
+            return noted
+        return [
+            torch.cat([one[:own], one[own:][moved.clamp(min=0)].masked_fill(moved[:, None] < 0, 0.0)])
+            for one, moved in zip(noted, self._moved, strict=True)
+        ]
 
     def values(self) -> list[Tensor]:
         """Per tile, fp32 [patches, c]: where they were chosen inside, 1 if a patch stayed and 0 if it left; else its
