@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llm_accel.methods import Downsample
@@ -108,6 +109,15 @@ def pixels_of(call: dict[str, Any]) -> str:
 def shows_video(call: dict[str, Any]) -> bool:
     """Whether it is a call of ``get_video_features``."""
     return pixels_of(call) == "pixel_values_videos"
+
+
+def video_lengths(call: dict[str, Any], features: Any, total: int) -> list[int]:
+    """Rows of each video among the ``total`` rows of ``features``, which a call of ``get_video_features`` returned."""
+    grids, pixels = call.get("video_grid_thw"), call[pixels_of(call)]
+    shares = [1] * len(pixels) if grids is None else [int(size) for size in grids.prod(-1)]
+    if not (torch.is_tensor(features) and features.ndim == 2) and len(features) == len(shares):
+        return [len(one) for one in features]
+    return [share * total // sum(shares) for share in shares]
 
 
 def attribute(model: Any, path: str) -> Any:
