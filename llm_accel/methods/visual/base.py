@@ -61,6 +61,10 @@ class VisualInput(VisualBudget):
     def claims(self) -> Mapping[Claim, str]:
         return {Claim.VISUAL_TOKENS: ""} | ({Claim.LAYER_CUT: ""} if self.always_cuts else {})
 
+    def compact_on(self, axes: int) -> bool:
+        """Whether tokens are renumbered in a model whose positions have so many axes."""
+        return self.positions == "compact"
+
     def second_stage(self, model: CutModel) -> Cut | None:
         """The cut inside the language model that takes out what was let through beyond the budget; None: there is none.
 

@@ -48,6 +48,17 @@ class FlowCut(TowerCut):
         f"{STATIC_ENTROPY}, without device synchronization",
         "adaptive",
     )
+    tower_stage: Literal["inside", "behind"] = option(
+        "inside: patches leave between the layers of the tower, where it allows; behind: they are scored there, and "
+        "all leave after it, so that only the language model gets cheaper",
+        "inside",
+    )
+    tower_depth: float = option(
+        "share of the tower's layers after which all patches above the budget have left, in (0, 1]; 1: as late as "
+        "published; less makes the tower cheaper and chooses by fewer layers",
+        1.0,
+        share="(0, 1]",
+    )
     llm_stage: Literal["auto", "on", "off"] = option(
         f"second stage inside the language model; auto: for images of more than {MANY} tokens, unless another method "
         "drops visual tokens between layers",
@@ -72,6 +83,14 @@ class FlowCut(TowerCut):
         if self.vision_factor <= 1.0:
             self.fail("vision_factor", "a number above 1")
         super().validate()
+
+    @property
+    def inside(self) -> bool:
+        return self.tower_stage == "inside"
+
+    @property
+    def depth(self) -> float:
+        return self.tower_depth
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
         assert scores is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_accel.methods import Downsample
 from llm_accel.patches.families.resizing import Places
@@ -25,6 +25,9 @@ class VisionFamily:
         blocks: path of its layers, from the tower.
         class_token: whether the tower puts a class token first.
         prunable: whether the tower may lose patches half-way, which leaves the number of its outputs to be restored.
+        packed_rows: whether the patches of all images stand in one row, those of a token next to each other, in whose
+            layers an argument says where images or windows end; then whole tokens may leave half-way.
+        mergers: paths of the modules, from the tower, that turn the patches of a token into one; ``packed_rows`` only.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
         resizable: whether the tower takes images of other sizes than that of its position embeddings.
@@ -38,6 +41,8 @@ class VisionFamily:
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
+    packed_rows: bool = False
+    mergers: tuple[str, ...] = ()
     merge: int = 1
     token_ids: tuple[str, ...] = ("image_token_id",)
     resizable: bool = False
@@ -48,6 +53,11 @@ class VisionFamily:
     def towers(self) -> tuple[str, ...]:
         """Paths of all vision towers."""
         return (self.tower,) if self.video_tower is None else (self.tower, self.video_tower)
+
+    def merging(self, tower: Any) -> list[Any]:
+        """The modules of ``mergers``, those of a list one by one."""
+        found = [attribute(tower, path) for path in self.mergers]
+        return [one for module in found for one in (module if isinstance(module, nn.ModuleList) else [module])]
 
     def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
         """Tiles that each image of a call is cut into; None: one each."""

@@ -36,6 +36,7 @@ from llm_accel.patches.vision.features import FeatureProxy
 from llm_accel.patches.vision.grounding import plan_grounding
 from llm_accel.patches.vision.head_scaling import BlindEntry, BlindExit, install_blind_pass
 from llm_accel.patches.vision.hooks import LabelsHook, VisualMaskHook
+from llm_accel.patches.vision.packed import PACKED_HOOKS, install_packed
 from llm_accel.patches.vision.tower import TowerHook, register_tower, tower_name
 from llm_accel.patches.vision.watch import FEATURES
 from llm_accel.patches.vision.weight_shift import StatesHook, install_states
@@ -84,7 +85,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if cut is not None:
         check_layers(model, names)
     for config in visual:
-        if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
+        if isinstance(config, VisualInput) and config.compact_on(family.axes) and family.axes > 1:
             raise ConfigError(
                 f"{config.spec()} renumbers positions, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."
@@ -169,8 +170,11 @@ def install_vision(model: Any, hook: DecoderHook) -> None:
     for path in family.towers if isinstance(plan.tokens, TowerTokens) or plan.reads_tower else ():
         tower = attribute(holder, path)
         tower.config._attn_implementation_internal = register_tower(_tower_base(tower))
-        for index, block in enumerate(attribute(tower, family.blocks)):
+        blocks = attribute(tower, family.blocks)
+        for index, block in enumerate(blocks):
             block.register_forward_hook(TowerHook(index), prepend=True)
+        if family.packed_rows:
+            install_packed(blocks, family.merging(tower))
     if plan.head_scaling is not None:
         install_blind_pass(model.get_decoder())
     if plan.weight_shift is not None and plan.weight_shift.reads_states:
@@ -191,7 +195,7 @@ def uninstall_vision(model: Any, plan: Plan) -> None:
     if plan.family is None:
         return
     for part in model.modules():
-        drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook)
+        drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook, *PACKED_HOOKS)
         drop_hooks(part, BlindEntry, BlindExit, StatesHook)
         for name in FEATURES:
             if isinstance(part.__dict__.get(name), FeatureProxy):
