@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llm_accel.common.checkpoints import resolve_model
+from llm_accel.common.cpu_linear import use_faster_linear
 from llm_accel.common.loading import bundled, find_device, pretrained, short_name
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.serve.settings import ServeSettings
@@ -39,6 +40,12 @@ def load(settings: ServeSettings) -> Served:
     Raises:
         ConfigError: no such device, model or attention implementation; no Pillow for the bundled vision model.
     """
+    served = _load(settings)
+    use_faster_linear(served.model)
+    return served
+
+
+def _load(settings: ServeSettings) -> Served:
     device = find_device(settings.device)
     wanted = settings.model or BUNDLED[0]
     if wanted.startswith(_OURS):

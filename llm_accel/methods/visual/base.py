@@ -113,6 +113,25 @@ class VisualTokens(VisualInput):
 
 
 @dataclass(frozen=True)
+class VideoTokens(VisualInput):
+    """Role: decides which tokens of a video reach the language model, from its frames side by side. A budget is the
+    mean over the frames; images keep all their tokens."""
+
+    def total(self, frames: int, count: int) -> int:
+        """How many tokens of a video of ``frames`` frames with ``count`` tokens each stay."""
+        return frames * self.tokens(count)
+
+    @abstractmethod
+    def keep(self, frames: Tensor) -> Tensor:
+        """Which tokens of one video stay, bool [T, n], ``total(T, n)`` of them.
+
+        Args:
+            frames: the features of its frames, or of what the tower makes of two frames, fp32 [T, n, C]; a place in n
+                is the same place of the picture in all of them.
+        """
+
+
+@dataclass(frozen=True)
 class EntranceTokens(VisualBudget):
     """Role: decides, before the language model runs, which of the visual tokens of a prompt enter it, from what they
     and the text look like there. All images of a prompt count together; those that stay keep their positions."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llm_accel.methods import Downsample
@@ -27,6 +28,7 @@ class VisionFamily:
         packed_rows: whether the patches of all images stand in one row, those of a token next to each other, in whose
             layers an argument says where images or windows end; then whole tokens may leave half-way.
         mergers: paths of the modules, from the tower, that turn the patches of a token into one; ``packed_rows`` only.
+        pads: whether the tower fills up smaller images with rows that no other row sees, which ``packed`` leaves out.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
         two_stages: whether FlowCut was released for such models with a second stage for images of any size.
@@ -41,6 +43,7 @@ class VisionFamily:
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
+    pads: bool = False
     packed_rows: bool = False
     mergers: tuple[str, ...] = ()
     merge: int = 1
@@ -110,6 +113,15 @@ def pixels_of(call: dict[str, Any]) -> str:
 def shows_video(call: dict[str, Any]) -> bool:
     """Whether it is a call of ``get_video_features``."""
     return pixels_of(call) == "pixel_values_videos"
+
+
+def video_lengths(call: dict[str, Any], features: Any, total: int) -> list[int]:
+    """Rows of each video among the ``total`` rows of ``features``, which a call of ``get_video_features`` returned."""
+    grids, pixels = call.get("video_grid_thw"), call[pixels_of(call)]
+    shares = [1] * len(pixels) if grids is None else [int(size) for size in grids.prod(-1)]
+    if not (torch.is_tensor(features) and features.ndim == 2) and len(features) == len(shares):
+        return [len(one) for one in features]
+    return [share * total // sum(shares) for share in shares]
 
 
 def attribute(model: Any, path: str) -> Any:

@@ -20,11 +20,12 @@ from llm_accel.methods import (
     StepEviction,
     TowerTokens,
     VASparse,
+    VideoTokens,
     VisualInput,
     WeightShift,
 )
 from llm_accel.patches.base_attention import SUPPORTED
-from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, attribute, family_of
+from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, VisionFamily, attribute, family_of
 from llm_accel.patches.hook import DecoderHook
 from llm_accel.patches.plan import ForImages, Plan
 from llm_accel.patches.ranks import splits_heads
@@ -92,6 +93,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     marking = [config for config in visual if isinstance(config, VisualInput)]
     if marking:
         check_features(model, ", ".join(config.name for config in marking))
+    if any(isinstance(config, VideoTokens) for config in visual):
+        _check_videos(model, family, names)
     watching = [config for config in visual if isinstance(config, WeightShift) and config.reads_tower and config.acts]
     looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample) or config in watching]
     if looking and not family.declared:
@@ -125,6 +128,18 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     grounding = plan_grounding(model, configs, recurrent)
     backends |= grounding.pop("backends", {})
     return {"family": family, "cut": cut, "backends": backends, **grounding}
+
+
+def _check_videos(model: Any, family: VisionFamily, names: str) -> None:
+    """Raises :class:`UnsupportedModelError` for models of whose videos nobody knows the frames."""
+    shown = hasattr(model.base_model, "get_video_features") and "video_token_id" in family.token_ids
+    if not shown or not family.declared:
+        reason = f"whose family is {UNTESTED}" if shown else "which has no videos, or sees their frames as images"
+        known = ", ".join(name for name, one in FAMILIES.items() if "video_token_id" in one.token_ids)
+        raise UnsupportedModelError(
+            f"{names} compares the frames of a video, not in {family.model_type}, {reason}. Supported: {known}; for "
+            "images and single frames: flowcut, visionzip, divprune."
+        )
 
 
 def _recurrent_layers(model: Any) -> frozenset[int]:
