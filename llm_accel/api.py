@@ -62,8 +62,8 @@ class Handle:
         visual = self._hook.visual_report()
         if layers and plan.visual and visual.before == 0:
             warnings.append("no visual token was taken out: the prompt has none")
-        if layers and plan.reply is not None and not visual.before:
-            warnings.append(f"{plan.reply.name} left this call alone: its prompt has no image")
+        if layers and plan.decoding is not None and not visual.before:
+            warnings.append(f"{plan.decoding.name} left this call alone: its prompt has no image")
         for config in plan.configs:
             warnings.extend(config.cautions)
             if layers and isinstance(config, Grounding) and config.acts and not visual.before:

@@ -119,6 +119,13 @@ def hallucination(file: Path) -> str:
     return "\n".join(parts)
 
 
+def video(file: Path) -> str:
+    """Which patches of drawn videos each method keeps, and the time to the first token."""
+    from benchmarks.video_tokens import table
+
+    return markdown(*table(json.loads(file.read_text(encoding="utf-8"))))
+
+
 def device(hardware: dict[str, Any]) -> str:
     """The GPU, or threads and cores, in words."""
     threads = hardware["torch_threads"]
@@ -203,6 +210,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "hip_needle": hip_needle,
     "vision": vision,
     "hallucination": hallucination,
+    "video": video,
     "bench": bench,
     "leaderboard": leaderboard,
     "prefill": prefill,

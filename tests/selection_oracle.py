@@ -1,7 +1,11 @@
-"""DivPrune, CDPruner and DART written down a second time, in float64: every candidate of every step is tried."""
+"""DivPrune, CDPruner, PruneSID, DART and what compares frames written down a second time, in float64 and token by
+token."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,3 +60,55 @@ def dart(states: Tensor, norms: Tensor, visual: Tensor, kept: int, pivots: int, 
         rest = sorted((t for t in tokens if t not in taken), key=lambda t: (cosine(states[pivot], states[t]), t))
         taken += rest[:count]
     return sorted(taken)
+
+
+def prunesid(features: Tensor, kept: int, per_direction: int = 4) -> list[int]:
+    """Directions are eigenvectors of the covariance here; the best of all candidates is looked for at each step."""
+    rows = features.double().numpy()
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    count = len(rows)
+    _, vectors = np.linalg.eigh(np.cov(rows.T))
+    wide = min(max(1, kept // per_direction), *rows.shape)
+    reach = np.abs((rows - rows.mean(0)) @ vectors[:, ::-1][:, :wide])
+    group, importance = reach.argmax(1), reach.max(1).round(8)
+    others = [float(rows[i] @ rows[j]) for i in range(count) for j in range(count) if i != j]
+    limit = (1 + sum(others) / max(1, len(others))) / 2
+    queues = []
+    for own in range(wide):
+        left = sorted((i for i in range(count) if group[i] == own), key=lambda i: (-importance[i], i))
+        taken: list[int] = []
+        for token in left:
+            if all(float(rows[token] @ rows[other]) <= limit for other in taken):
+                taken.append(token)
+        queues.append(taken + [token for token in left if token not in taken])
+    chosen: list[int] = []
+    turn = 0
+    while len(chosen) < kept:
+        here = sorted((queue[turn] for queue in queues if turn < len(queue)), key=lambda i: (-importance[i], i))
+        chosen, turn = chosen + here[: kept - len(chosen)], turn + 1
+    return sorted(chosen)
+
+
+def evs(frames: Tensor, kept: int) -> list[tuple[int, int]]:
+    """Frame and place of the tokens of [T, n, C] that stay: the first frame, then what changed most."""
+    times, places = frames.shape[:2]
+    later = [(t, i) for t in range(1, times) for i in range(places)]
+    later.sort(key=lambda at: (-(1 - cosine(frames[at].double(), frames[at[0] - 1, at[1]].double())), at))
+    return sorted([(0, i) for i in range(places)] + later[: max(0, kept - places)])
+
+
+def vidcom2(frames: Tensor, kept: int, tau: float) -> tuple[list[float], list[list[int]]]:
+    """What each frame wants, and the tokens of each in the order in which they are kept."""
+    rows = frames.double()
+    times, places = rows.shape[:2]
+    whole = sum(rows[t, i] for t in range(times) for i in range(places)) / (times * places)
+    unlike = [[-cosine(rows[t, i], whole) for i in range(places)] for t in range(times)]
+    frame = [sum(line) / places for line in unlike]
+    weights = [math.exp((own - max(frame)) / tau) for own in frame]
+    share = kept / (times * places)
+    wanted = [share * (1 + weight / (sum(weights) + 1e-8) - 1 / times) * places for weight in weights]
+    order = []
+    for t in range(times):
+        own = sum(rows[t, i] for i in range(places)) / places
+        order.append(sorted(range(places), key=lambda i: (-(unlike[t][i] - cosine(rows[t, i], own)), i)))
+    return wanted, order

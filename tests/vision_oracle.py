@@ -163,11 +163,10 @@ def last_query(model: PreTrainedModel, given: dict[str, Any], visual: Tensor, la
     return (relation + semantics) * value[visual].mean(1).abs().sum(-1)
 
 
-def visionzip(model: PreTrainedModel, image: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
-    """Features [kept, C] of one LLaVA image [3, H, W] and which patches they stand for, ascending; the grouping in
-    float64, from the input of the layer whose output is used."""
-    holder = model.base_model
-    tower = holder.vision_tower
+def zipped_layer(model: PreTrainedModel, image: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Of the layer whose output a LLaVA uses, class token first: its output [1 + n, C], query and key [1 + n, h, d] in
+    float64, and the scale of its attention."""
+    tower = model.base_model.vision_tower
     hidden = tower.pre_layrnorm(tower.embeddings(image[None]))
     for layer in tower.encoder.layers[:-2]:
         hidden = layer(hidden, None)
@@ -175,8 +174,38 @@ def visionzip(model: PreTrainedModel, image: Tensor, dominant: int, contextual: 
     attention, inside = layer.self_attn, layer.layer_norm1(hidden)[0]
     heads = (len(inside), attention.num_heads, attention.head_dim)
     query, key = (project(inside).view(heads).double() for project in (attention.q_proj, attention.k_proj))
-    rows = layer(hidden, None)[0, 1:].double()
-    paid = [float(x) for x in torch.einsum("hd,nhd->hn", query[0] * attention.scale, key).softmax(-1).mean(0)[1:]]
+    return layer(hidden, None)[0].double(), query, key, attention.scale
+
+
+def published_visionzip(
+    model: PreTrainedModel, image: Tensor, dominant: int, contextual: int
+) -> tuple[Tensor, list[int], list[int]]:
+    """The released procedure on one LLaVA image [3, H, W]: features [kept, C] in the order in which the language model
+    gets them, and the dominant and contextual ones among the rows of the tower, whose first is the class token."""
+    rows, query, key, scale = zipped_layer(model, image)
+    attention = torch.einsum("hd,nhd->hn", scale * query[0], key).softmax(-1)
+    best = attention[:, 1:].sum(0).topk(dominant - 1).indices + 1
+    taken = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, torch.cat([torch.tensor([0]), best]), True)
+    rest = (~taken).nonzero()[:, 0]
+    metric = torch.nn.functional.normalize(key.mean(1)[rest], dim=-1)
+    targets = torch.arange(0, len(rest), max(1, len(rest) // contextual))[:contextual]
+    others = torch.tensor([place for place in range(len(rest)) if place not in targets.tolist()])
+    joins = (metric[others] @ metric[targets].T).argmax(-1)
+    merged = []
+    for number, target in enumerate(targets.tolist()):
+        mine = rows[rest[others[joins == number]]]
+        merged.append(rows[rest[target]] + mine.sum(0) / max(1, len(mine)))
+    features = torch.cat([rows[taken], torch.stack(merged)]).to(image.dtype)
+    return model.base_model.multi_modal_projector(features), taken.nonzero()[:, 0].tolist(), rest[targets].tolist()
+
+
+def visionzip(model: PreTrainedModel, image: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """Features [kept, C] of one LLaVA image [3, H, W] and which patches they stand for, ascending, of the variant
+    without a class token; the grouping in float64, from the input of the layer whose output is used."""
+    holder = model.base_model
+    rows, query, key, scale = zipped_layer(model, image)
+    rows = rows[1:]
+    paid = [float(x) for x in torch.einsum("hd,nhd->hn", query[0] * scale, key).softmax(-1).mean(0)[1:]]
     order = sorted(range(len(paid)), key=lambda patch: -paid[patch])
     best, rest = sorted(order[:dominant]), sorted(order[dominant:])
     stretch = len(rest) / contextual

@@ -25,7 +25,7 @@ class SlotLayer(AccelLayer):
 
     Attributes:
         capacity: slots at which overwriting begins; None while the prompt is incomplete or nothing is ever evicted.
-        vacancies: slots beyond the budget that are allocated empty, for methods that see budget + 1 entries.
+        empty_slots: slots beyond the budget that are allocated empty, for methods that see budget + 1 entries.
         scores: attention that each entry has received, fp32 [B, Hk, P], for methods that rank by it, else None.
         spare: slot that the next token overwrites, int64 [B, Hk]; None while the layer still grows.
         vacant: upper bound of empty slots in any row, so that ``start`` can be dropped without a synchronisation.
@@ -39,8 +39,8 @@ class SlotLayer(AccelLayer):
     scores: Tensor | None = held("scores")
     spare: Tensor | None = held("spare")
 
-    def __init__(self, vacancies: int = 0) -> None:
-        self.vacancies = vacancies
+    def __init__(self, empty_slots: int = 0) -> None:
+        self.empty_slots = empty_slots
         super().__init__()
 
     def _clear(self) -> None:
@@ -119,9 +119,9 @@ class SlotLayer(AccelLayer):
         return self.positions.masked_fill(empty, -1)
 
     def keep(self, indices: Tensor, trace: bool) -> None:
-        """Evicts everything but ``indices`` and allocates the vacancies on the left."""
-        indices = F.pad(indices, (self.vacancies, 0), value=-1)
-        if self.vacancies and self.start is None:
+        """Evicts everything but ``indices`` and allocates the empty_slots on the left."""
+        indices = F.pad(indices, (self.empty_slots, 0), value=-1)
+        if self.empty_slots and self.start is None:
             self.start = torch.zeros(indices.shape[0], dtype=torch.long, device=indices.device)
         super().keep(indices, trace=True)
         self.kept = None
@@ -135,7 +135,7 @@ class SlotLayer(AccelLayer):
         if self.positions is None:
             return None
         positions = self.seen_positions()
-        if self.vacancies and self.spare is not None:
+        if self.empty_slots and self.spare is not None:
             positions = positions.scatter(2, self.spare[..., None], -1)
         ordered = positions.sort(-1).values
         return ordered[..., min(int((ordered < 0).sum(-1).min()), ordered.shape[-1]) :]
@@ -144,12 +144,12 @@ class SlotLayer(AccelLayer):
         """Oldest first again, so that several tokens can be appended; an evicted spare becomes an empty slot."""
         assert self.positions is not None and self.spare is not None
         positions = self.seen_positions()
-        if self.vacancies:
+        if self.empty_slots:
             positions = positions.scatter(2, self.spare[..., None], -1)
         order = positions.argsort(stable=True, dim=-1)
         self.positions = positions.gather(2, order)
         self._gather(order)
-        if self.start is not None or self.vacancies:
+        if self.start is not None or self.empty_slots:
             self.start = (self.positions[:, 0] < 0).sum(-1)
         self.spare = None
 

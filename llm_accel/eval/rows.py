@@ -1,7 +1,8 @@
-"""Rows of a JSON file, of JSON lines, or of a ``datasets`` dataset; and the word lists of the package."""
+"""Rows of a JSON file, of JSON lines, of CSV, or of a ``datasets`` dataset; and the word lists of the package."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 from collections.abc import Iterator, Mapping
@@ -25,20 +26,26 @@ def read_rows(source: str, option: str, split: str = "test") -> Iterator[Any]:
 
 
 def read_file(path: Path, option: str, forms: str = FORMS) -> Iterator[Any]:
-    """Rows of a file as :func:`read_rows` gives them; ``forms``: what ``option`` takes, for the error."""
+    """Rows of a file as :func:`read_rows` gives them, those of a ``.csv`` file by the names in its first line;
+    ``forms``: what ``option`` takes, for the error."""
     if not path.is_file():
         raise ConfigError(f"{option} {str(path)!r}: no such file; give {forms}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line]
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be read as JSON lines: {error}.") from error
+        rows = _parse(path.read_text(encoding="utf-8-sig"), path.suffix == ".csv")
+    except (OSError, ValueError, csv.Error) as error:
+        kind = "CSV" if path.suffix == ".csv" else "JSON lines"
+        raise ConfigError(f"{option} {str(path)!r} cannot be read as {kind}: {error}.") from error
     for row in rows:
         yield from row["data"] if isinstance(row, dict) and isinstance(row.get("data"), list) else (row,)
+
+
+def _parse(text: str, is_csv: bool) -> list[Any]:
+    if is_csv:
+        return list(csv.DictReader(text.splitlines(keepends=True), restkey="(no name)", restval="", strict=True))
+    if text.lstrip().startswith("["):
+        rows: list[Any] = json.loads(text)
+        return rows
+    return [json.loads(line) for line in text.splitlines() if line]
 
 
 def read_word_lists(file: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from llm_accel.registry import parse_all, spec_of
 logger = logging.getLogger(__name__)
 
 WRAPPERS = {
+    "InternVLHf": ("internvl_hf", "lmms_eval.models.chat.internvl_hf", "InternVLHf"),
     "LlavaHf": ("llava_hf", "lmms_eval.models.chat.llava_hf", "LlavaHf"),
     "Qwen25VL": ("qwen2_5_vl", "lmms_eval.models.chat.qwen2_5_vl", "Qwen2_5_VL"),
     "Qwen3VL": ("qwen3_vl", "lmms_eval.models.chat.qwen3_vl", "Qwen3_VL"),

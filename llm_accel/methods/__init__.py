@@ -29,6 +29,7 @@ from llm_accel.methods.visual.base import CutView as CutView
 from llm_accel.methods.visual.base import EntranceTokens as EntranceTokens
 from llm_accel.methods.visual.base import LastQuery as LastQuery
 from llm_accel.methods.visual.base import LayerCut as LayerCut
+from llm_accel.methods.visual.base import VideoTokens as VideoTokens
 from llm_accel.methods.visual.base import VisualInput as VisualInput
 from llm_accel.methods.visual.base import VisualTokens as VisualTokens
 from llm_accel.methods.visual.exit_profile import ExitProfile as ExitProfile
@@ -61,7 +62,10 @@ from llm_accel.methods.visual.visionzip import VisionZip as VisionZip
 from llm_accel.methods.visual.fastv import FastV as FastV
 from llm_accel.methods.visual.divprune import DivPrune as DivPrune
 from llm_accel.methods.visual.cdpruner import CDPruner as CDPruner
+from llm_accel.methods.visual.prunesid import PruneSID as PruneSID
 from llm_accel.methods.visual.dart import DART as DART
+from llm_accel.methods.visual.evs import EVS as EVS
+from llm_accel.methods.visual.vidcom2 import VidCom2 as VidCom2
 from llm_accel.methods.visual.dyvte import DyVTE as DyVTE
 from llm_accel.methods.visual.vasparse import VASparse as VASparse
 from llm_accel.methods.visual.vhr import VHR as VHR

@@ -255,7 +255,7 @@ class StepEviction(ScoreAndKeep):
         return False
 
     @property
-    def vacancies(self) -> int:
+    def empty_slots(self) -> int:
         """Slots beyond the budget: 1 where the new token joins a full budget and an entry is evicted afterwards."""
         return 0
 
@@ -275,7 +275,7 @@ class StepEviction(ScoreAndKeep):
         if self.ratio is not None and self.entries(seen) == seen:
             return None
         limit = self.entries(seen) if self.ratio is not None else self.entries(2**62)
-        return limit + self.vacancies
+        return limit + self.empty_slots
 
     def backends(self, problem: Problem) -> dict[str, tuple[str, str]]:
         """Operation -> (backend, reason) for the scores and decode steps of one model."""

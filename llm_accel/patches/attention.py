@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from llm_accel.cache import AccelLayer, GroupedLayer, MarkedLayer, ReplyLayer
+from llm_accel.cache import AccelLayer, GeneratedLayer, GroupedLayer, MarkedLayer
 from llm_accel.cache.layer import CallStage
 from llm_accel.errors import UnsupportedCallError, UnsupportedModelError
 from llm_accel.methods import ContextCompression
 from llm_accel.patches.base_attention import ModelAttention, base_function
 from llm_accel.patches.compiled.cache import GraphCache
 from llm_accel.patches.context import Rereading
+from llm_accel.patches.contrast import ContrastStep
 from llm_accel.patches.eviction import Eviction
 from llm_accel.patches.head_groups import GroupedAttention
 from llm_accel.patches.head_mask import attend_window, attend_without, masked_rows
@@ -23,7 +24,6 @@ from llm_accel.patches.phase import Phase
 from llm_accel.patches.ranks import check_heads
 from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay
-from llm_accel.patches.reply import ReplyStep
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.cuts import record_scores
 from llm_accel.patches.vision.head_scaling import BlindPass, scale_heads
@@ -139,9 +139,9 @@ def over_entries(
     if isinstance(layer, MarkedLayer):
         mark_entries(session, layer)
         attention = ShiftedAttention(attention, session, layer)
-    reply = session.plan.reply
-    if reply is not None and isinstance(layer, ReplyLayer):
-        return ReplyStep(session, reply, layer, attention).attend(query, key, value)
+    decoding = session.plan.decoding
+    if decoding is not None and isinstance(layer, GeneratedLayer):
+        return ContrastStep(session, decoding, layer, attention).attend(query, key, value)
     kv_method = session.plan.kv_method if index not in session.plan.skipped else None
     if kv_method is None or isinstance(kv_method, ContextCompression):  # such a method evicts after the call
         output = layer.attend(attention, query, key, value)

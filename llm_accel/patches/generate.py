@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicCache
 from llm_accel.cache.fixed import round_up
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.patches.cache_name import CACHE, named, named_cache
+from llm_accel.patches.contrast import ContrastProcessor
 from llm_accel.patches.hook import DecoderHook, attach_session
 from llm_accel.patches.replay import is_waiting
-from llm_accel.patches.reply import ContrastProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +59,9 @@ class GenerateProxy:
         kwargs[CACHE] = cache
         if self._setting("cache_implementation", kwargs):
             kwargs["cache_implementation"] = None  # transformers takes either a cache or a kind of cache
-        reply = self.hook.plan.reply
-        if reply is not None and reply.contrasts:
-            contrast = ContrastProcessor(session, reply, self.model.get_output_embeddings())
+        decoding = self.hook.plan.decoding
+        if decoding is not None and decoding.contrasts:
+            contrast = ContrastProcessor(session, decoding, self.model.get_output_embeddings())
             kwargs["logits_processor"] = LogitsProcessorList([contrast, *(kwargs.get("logits_processor") or ())])
         output = generate(self.model, **kwargs)
         session.end_graph()
@@ -88,7 +88,7 @@ class GenerateProxy:
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         plan = self.hook.plan
-        in_steps = plan.reply is not None or plan.grounds
+        in_steps = plan.decoding is not None or plan.grounds
         if in_steps and self._setting("use_cache", kwargs) is False:
             raise UnsupportedCallError(
                 f"{plan.title} acts on decode steps, of which there are none with use_cache=False; leave it out."

@@ -17,13 +17,13 @@ from llm_accel.patches.attention import accel_name, register
 from llm_accel.patches.cache_name import CACHE, named, named_cache
 from llm_accel.patches.compiled.call import arm
 from llm_accel.patches.context import compress_context
+from llm_accel.patches.contrast import note_call
 from llm_accel.patches.eviction import evict_together
 from llm_accel.patches.mlp_chunks import arm_mlps
 from llm_accel.patches.phase import Phase
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.recording import Recording
 from llm_accel.patches.replay import Replay, is_waiting, replayed, wants
-from llm_accel.patches.reply import look
 from llm_accel.patches.session import Session
 from llm_accel.patches.vision.head_scaling import begin_blind_pass
 from llm_accel.patches.vision.rows import begin_call
@@ -104,8 +104,8 @@ class DecoderHook:
             kwargs = begin_call(session, kwargs, visual, past, marks)
             check_marks(session)
             begin_blind_pass(session, decoder, kwargs)
-        if self.plan.reply is not None:
-            look(session, self.plan.reply, kwargs)
+        if self.plan.decoding is not None:
+            note_call(session, self.plan.decoding, kwargs)
         self._latest = weakref.ref(session)
         session.unfinished = True
         kwargs["llm_accel"] = session

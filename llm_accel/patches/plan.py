@@ -10,12 +10,12 @@ from torch import Tensor
 
 from llm_accel.cache import (
     AccelLayer,
+    GeneratedLayer,
     GroupedLayer,
     HidingLayer,
     MarkedLayer,
     RaggedLayer,
     RelativeSlotLayer,
-    ReplyLayer,
     SlotLayer,
     SparseLayer,
 )
@@ -83,7 +83,7 @@ class Plan:
         tokens: the method that decides what of an image reaches the decoder, if any; worked out from ``configs``.
         entrance: the method that decides at the entrance of the decoder which visual tokens enter it, if any; worked
             out from ``configs``.
-        reply: the method that changes how a reply is decoded, if any; worked out from ``configs``.
+        decoding: the method that changes how tokens are generated, if any; worked out from ``configs``.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -112,7 +112,7 @@ class Plan:
     attention_method: AttentionMethod | None = field(init=False, compare=False)
     tokens: VisualInput | None = field(init=False, compare=False)
     entrance: EntranceTokens | None = field(init=False, compare=False)
-    reply: VASparse | None = field(init=False, compare=False)
+    decoding: VASparse | None = field(init=False, compare=False)
     _depths: Mapping[int, tuple[Depth, Depth]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,11 +123,13 @@ class Plan:
         tokens = _first(self.configs, VisualInput)
         if tokens is not None and (self.cut is None or any(isinstance(config, LayerCut) for config in self.configs)):
             tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
+        elif tokens is not None and self.family is not None and self.family.two_stages:
+            tokens = tokens.two_stages()
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "kv_method", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))
         object.__setattr__(self, "entrance", _first(self.configs, EntranceTokens))
-        object.__setattr__(self, "reply", _first(self.configs, VASparse))
+        object.__setattr__(self, "decoding", _first(self.configs, VASparse))
         object.__setattr__(self, "_depths", dict(zip(acting, places, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
@@ -143,6 +145,11 @@ class Plan:
     def visual(self) -> bool:
         """Whether visual tokens are taken out."""
         return self.tokens is not None or self.entrance is not None or self.cut is not None
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether tokens that stay of images are counted without gaps."""
+        return self.tokens is not None and self.tokens.compact_on(1 if self.family is None else self.family.axes)
 
     @property
     def grounds(self) -> bool:
@@ -199,8 +206,8 @@ class Plan:
             return SparseLayer(SparseAttention(self.attention_method, index, self.layers, self.heads))
         if self.split is not None and index not in self.skipped:
             return GroupedLayer(self.split.full[index], self.kv_heads)
-        if self.reply is not None and self.reply.attends:
-            return ReplyLayer()
+        if self.decoding is not None and self.decoding.attends:
+            return GeneratedLayer()
         plain = MarkedLayer if index in self.shifted_layers else AccelLayer
         if self.kv_method is None or index in self.skipped:
             return plain()
@@ -208,7 +215,7 @@ class Plan:
             if self.kv_method.hides:
                 return HidingLayer()
             kind = RelativeSlotLayer if self.kv_method.relative_positions else SlotLayer
-            return kind(self.kv_method.vacancies)
+            return kind(self.kv_method.empty_slots)
         return plain() if self.kv_method.page_size is None else RaggedLayer(self.kv_method.page_size, self.heads)
 
     def reader_count(self, index: int) -> int:

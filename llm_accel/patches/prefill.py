@@ -138,7 +138,7 @@ def why_kept(plan: Plan) -> str | None:
 
 def why_whole(plan: Plan, config: Any) -> str | None:
     """Why prompts of a batch must be read in one call on a model of this configuration, or None."""
-    if plan.visual or plan.grounds or plan.reply is not None:
+    if plan.visual or plan.grounds or plan.decoding is not None:
         return "it acts on visual tokens, and images cannot be divided among calls here"
     if plan.attention_method is not None:
         return "it keeps the whole cache and looks at the length of the whole batch"

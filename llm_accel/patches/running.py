@@ -12,10 +12,10 @@ from llm_accel.cache.fixed import round_up
 from llm_accel.cache.linear import state_bytes
 from llm_accel.cache.stock import has_linear_state
 from llm_accel.patches.cache_name import CACHE
+from llm_accel.patches.contrast import ContrastProcessor
 from llm_accel.patches.forward import Forward, Given
 from llm_accel.patches.hook import session_of
 from llm_accel.patches.prefill import padded
-from llm_accel.patches.reply import ContrastProcessor
 from llm_accel.patches.rows import join_running, keep_rows, keeps_turns, kind_of
 from llm_accel.report import LayerReport
 
@@ -111,9 +111,9 @@ class RunningRows:
     def contrast(self) -> Callable[[Any, Any], Tensor] | None:
         """What a method does to the logits, if it does anything."""
         session = session_of(self.cache)
-        if session is None or session.plan.reply is None or not session.plan.reply.contrasts:
+        if session is None or session.plan.decoding is None or not session.plan.decoding.contrasts:
             return None
-        return ContrastProcessor(session, session.plan.reply, self._forward.model.get_output_embeddings())
+        return ContrastProcessor(session, session.plan.decoding, self._forward.model.get_output_embeddings())
 
     def join(self, other: RunningRows) -> None:
         """Takes in the rows of ``other``, behind its own; nothing is left of ``other``."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llm_accel.common.checkpoints import resolve_model
+from llm_accel.common.cpu_linear import use_faster_linear
 from llm_accel.common.loading import bundled, find_device, pretrained, short_name
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.serve.settings import ServeSettings
@@ -56,6 +57,7 @@ def load(settings: ServeSettings) -> Served:
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=True,
     )
+    use_faster_linear(model)
     name = settings.name or short_name(wanted)
     return Served(model.eval(), reader.tokenizer if sees else reader, reader if sees else None, name)
 

@@ -51,6 +51,9 @@ VISUAL = (
     "visionzip",
     "divprune",
     "cdpruner",
+    "prunesid",
+    "evs",
+    "vidcom2",
     "dart",
     "fastv",
     "dyvte",
@@ -105,7 +108,7 @@ def stored_after(method: str, decoded: int, depth: Depth, lengths: tuple[int, ..
     of the row that stores most."""
     config = METHODS[method]()
     kept = max(config.layer_entries(length, depth) for length in lengths)
-    return kept + (config.vacancies if isinstance(config, StepEviction) else decoded)
+    return kept + (config.empty_slots if isinstance(config, StepEviction) else decoded)
 
 
 def check_stored(method: str, layer: LayerReport, entries: int) -> None:

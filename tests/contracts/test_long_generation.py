@@ -57,7 +57,7 @@ def test_300_steps_hold_what_one_step_holds(method: str) -> None:
                 traced.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
     assert len(held) == 1
-    assert lengths == {BUDGET + getattr(CONSTANT[method](), "vacancies", 0)}
+    assert lengths == {BUDGET + getattr(CONSTANT[method](), "empty_slots", 0)}
     assert alive[0] == alive[1]
     assert traced[1] - traced[0] < 64 * 1024  # what Python allocates on the side is no list of steps
 

@@ -89,7 +89,7 @@ def test_short_prompts_grow_to_the_budget_and_stop_there(method: str, shape: str
     with llm_accel.apply(model, config, trace=True) as handle:
         tokens, logits = generate(model, batch, max_new_tokens=40)
         layers = handle.report().layers
-    assert all(layer.physical_length == BUDGET + config.vacancies for layer in layers)
+    assert all(layer.physical_length == BUDGET + config.empty_slots for layer in layers)
     with compacted(model, CompactionOracle(config, batch.lengths, (0, 1, 2))):
         oracle_tokens, oracle_logits = generate(model, batch, max_new_tokens=40)
     assert torch.equal(tokens, oracle_tokens)
@@ -138,7 +138,7 @@ def test_a_second_turn_evicts_down_to_the_budget(method: str, shape: str) -> Non
         model.generate(history, attention_mask=history_mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
         config = METHODS[method]()
         for layer in handle.report().layers:
-            assert layer.physical_length == BUDGET + config.vacancies
+            assert layer.physical_length == BUDGET + config.empty_slots
             assert layer.logical_length == history.shape[1] + 3
             last = batch.lengths[0] + first.shape[1] + 9 + 3 - 1
             assert layer.kept[0, 0, -1] == last

@@ -54,7 +54,7 @@ def test_pope_by_hand():
 def test_chair_of_one_caption():
     objects = frozenset({"red circle", "blue square", "green star"})
     text = "a red circle, a red circle, a blue circle, two blue squares."
-    scores = score("caption", text, "a red circle, a blue square, a green star.", objects, pairs)
+    scores = score("caption", text, ["a red circle, a blue square, a green star."], objects, pairs)
     assert scores["named"] == ["red circle", "red circle", "blue circle", "blue square"]
     assert scores["invented"] == ["blue circle"] and (scores["found"], scores["there"]) == (2, 3)
     assert scores["exact"] == 0 and scores["words"] == 12

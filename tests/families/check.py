@@ -238,5 +238,5 @@ def _shown(config: MethodConfig, kept: list[Kept], call: int, batch: Prompt) -> 
     if not isinstance(config, StepEviction):
         return PromptKept(kept[call - 1], batch.width, batch.lengths)
     one_token = call != NEW  # the question of the second turn comes in one call
-    before_attention = config.vacancies == 0 and one_token
+    before_attention = config.empty_slots == 0 and one_token
     return StepKept(kept[call - 1], kept[call] if before_attention else None, batch.width, batch.lengths)

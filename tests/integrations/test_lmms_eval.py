@@ -60,7 +60,7 @@ def test_the_entry_point_names_classes_that_exist(harness):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["entry-points"]["lmms_eval.models"]["llm_accel"].partition(":")
     found = {m.model_id: m.chat_class_path for m in getattr(importlib.import_module(module), function)()}
-    assert list(found) == ["llm_accel_llava_hf", "llm_accel_qwen2_5_vl", "llm_accel_qwen3_vl"]
+    assert list(found) == ["llm_accel_internvl_hf", "llm_accel_llava_hf", "llm_accel_qwen2_5_vl", "llm_accel_qwen3_vl"]
     module, _, name = found["llm_accel_llava_hf"].rpartition(".")
     made = getattr(importlib.import_module(module), name)
     assert issubclass(made, Wrapper) and made.is_simple is False

@@ -16,7 +16,10 @@ from llm_accel.registry import parse_all
 
 KV = ("snapkv", "pyramidkv", "random", "auto")  # append, as many entries in each head, or may choose to
 MOVING = ("adakv", "h2o", "streaming_llm", "h2o:semantics=sim")
-TOKENS = ("flowcut", "visionzip", "divprune", "cdpruner", "downsample", "stride_tokens", "random_tokens")
+TOKENS = (
+    *("flowcut", "visionzip", "divprune", "cdpruner", "prunesid", "evs", "vidcom2"),
+    *("downsample", "stride_tokens", "random_tokens"),
+)
 CUTS = ("fastv", "dart", "dyvte")
 SHIFTING = ("paint", "var")
 CONTRAST = "vasparse:beta=0,keep=1"

@@ -24,7 +24,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llm_accel.errors import ConfigError
 from llm_accel.integrations.vllm.visual import PLAIN_TOWER, check_items, check_tower, pruning, visual_method
-from llm_accel.methods import TowerTokens
+from llm_accel.methods import TowerCut, TowerTokens
 from llm_accel.patches.vision.tower import TowerPass
 
 
@@ -101,6 +101,8 @@ class AccelLlava(LlavaForConditionalGeneration):
             {
                 "only the attention of CLIP towers is known": not isinstance(self.vision_tower, CLIPVisionModel),
                 "the features come from several layers of the tower": not isinstance(layers, int),
+                "patches leave inside this tower; leave out tower_stage=behind": isinstance(self.method, TowerCut)
+                and not self.method.inside,
             },
         )
 
@@ -120,6 +122,7 @@ class AccelLlava(LlavaForConditionalGeneration):
             parts=None,
             layers=None,
             keeps_class=self.config.vision_feature_select_strategy == "full",
+            renumbers=True,
         )
         hidden = running.through(tower, pixel_values)
         rows = hidden if running.keeps_class else hidden[:, 1:]

@@ -25,6 +25,7 @@ from llm_accel.methods import (
     StepEviction,
     StreamingLLM,
     VASparse,
+    VideoTokens,
     VisualTokens,
 )
 from llm_accel.registry import parse_all, spec_of
@@ -111,6 +112,8 @@ def refusal(method: MethodConfig) -> str | None:
         return "it needs a second forward pass for each token of the reply"
     if isinstance(method, EntranceTokens):
         return "it compares the tokens of a whole prompt, but vLLM embeds images one by one and keeps them for others"
+    if isinstance(method, VideoTokens):
+        return "it compares the frames of a video; vLLM has such methods of its own, see its video_pruning_rate"
     if isinstance(method, Grounding):
         return "it changes what attention gives within each layer, which vLLM's own kernels compute and hand on"
     return "vLLM has no place for what it does"

@@ -92,7 +92,7 @@ class H2O(StepEviction):
         return self.semantics == "sim"
 
     @property
-    def vacancies(self) -> int:
+    def empty_slots(self) -> int:
         return 0 if self.hides else 1
 
     @property

@@ -61,6 +61,10 @@ class VisualInput(VisualBudget):
     def claims(self) -> Mapping[Claim, str]:
         return {Claim.VISUAL_TOKENS: ""} | ({Claim.LAYER_CUT: ""} if self.always_cuts else {})
 
+    def compact_on(self, axes: int) -> bool:
+        """Whether tokens are renumbered in a model whose positions have so many axes."""
+        return self.positions == "compact"
+
     def second_stage(self, model: CutModel) -> Cut | None:
         """The cut inside the language model that takes out what was let through beyond the budget; None: there is none.
 
@@ -73,6 +77,10 @@ class VisualInput(VisualBudget):
     def always_cuts(self) -> bool:
         """Whether a second stage was asked for, so that no other method can let tokens leave between layers."""
         return False
+
+    def two_stages(self) -> Self:
+        """The method on models for which it was released with a second stage for images of any size."""
+        return self
 
     def one_stage(self) -> Self:
         """The method without a second stage."""
@@ -101,6 +109,25 @@ class VisualTokens(VisualInput):
             count: visual tokens of the image, in raster order, newline rows left out.
             scores: fp32 of each token, [count], for methods that look at the vision tower; None otherwise.
             device: where the result is wanted.
+        """
+
+
+@dataclass(frozen=True)
+class VideoTokens(VisualInput):
+    """Role: decides which tokens of a video reach the language model, from its frames side by side. A budget is the
+    mean over the frames; images keep all their tokens."""
+
+    def total(self, frames: int, count: int) -> int:
+        """How many tokens of a video of ``frames`` frames with ``count`` tokens each stay."""
+        return frames * self.tokens(count)
+
+    @abstractmethod
+    def keep(self, frames: Tensor) -> Tensor:
+        """Which tokens of one video stay, bool [T, n], ``total(T, n)`` of them.
+
+        Args:
+            frames: the features of its frames, or of what the tower makes of two frames, fp32 [T, n, C]; a place in n
+                is the same place of the picture in all of them.
         """
 
 

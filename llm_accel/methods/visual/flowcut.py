@@ -11,9 +11,10 @@ Scores are accumulated, A = (1 - ema) * A + ema * S. After every second layer, c
 lowest patches leave: all of them above the budget T at the last cut, (N - T) / sqrt(layers to go) * (1 - H^2) of N
 before it, where H is the entropy of R over ln N. A tower without a class token is scored by its mean query, R * I.
 
-Images of many tokens get a second stage (``llm_stage``): ``vision_factor`` times the budget enters the language model,
-and after layer ``llm_layer`` the last query of the prompt chooses as many as the budget allows by (R + M) * I, where R
-is the softmax of its products with the keys of visual tokens alone, M that of its value with theirs, both scaled.
+Images of many tokens, and as released all images of Qwen, get a second stage (``llm_stage``): ``vision_factor`` times
+the budget enters the language model, and after layer ``llm_layer`` the last query of the prompt chooses as many as the
+budget allows by (R + M) * I, where R is the softmax of its products with the keys of visual tokens alone, M that of its
+value with theirs, both scaled.
 """
 
 from __future__ import annotations
@@ -48,9 +49,20 @@ class FlowCut(TowerCut):
         f"{STATIC_ENTROPY}, without device synchronization",
         "adaptive",
     )
+    tower_stage: Literal["inside", "behind"] = option(
+        "inside: patches leave between the layers of the tower, where it allows; behind: they are scored there, and "
+        "all leave after it, so that only the language model gets cheaper",
+        "inside",
+    )
+    tower_depth: float = option(
+        "share of the tower's layers after which all patches above the budget have left, in (0, 1]; 1: as late as "
+        "published; less makes the tower cheaper and chooses by fewer layers",
+        1.0,
+        share="(0, 1]",
+    )
     llm_stage: Literal["auto", "on", "off"] = option(
-        f"second stage inside the language model; auto: for images of more than {MANY} tokens, unless another method "
-        "drops visual tokens between layers",
+        f"second stage inside the language model; auto: for images of more than {MANY} tokens, and on Qwen and models "
+        "built like it for all, unless another method drops visual tokens between layers",
         "auto",
     )
     llm_layer: int = option(
@@ -72,6 +84,14 @@ class FlowCut(TowerCut):
         if self.vision_factor <= 1.0:
             self.fail("vision_factor", "a number above 1")
         super().validate()
+
+    @property
+    def inside(self) -> bool:
+        return self.tower_stage == "inside"
+
+    @property
+    def depth(self) -> float:
+        return self.tower_depth
 
     def choose(self, count: int, scores: Tensor | None, device: torch.device) -> Tensor:
         assert scores is not None
@@ -98,6 +118,9 @@ class FlowCut(TowerCut):
     @property
     def always_cuts(self) -> bool:
         return self.llm_stage == "on"
+
+    def two_stages(self) -> FlowCut:
+        return replace(self, llm_stage="on") if self.llm_stage == "auto" else self
 
     def one_stage(self) -> FlowCut:
         return replace(self, llm_stage="off")

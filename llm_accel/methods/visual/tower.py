@@ -68,6 +68,17 @@ class TowerTokens(VisualTokens):
 class TowerCut(TowerTokens):
     """Role: may cut patches inside the tower, so that its later layers are cheaper."""
 
+    @property
+    def inside(self) -> bool:
+        """Whether they leave inside it, where it allows; else they are scored there and leave behind it."""
+        return True
+
+    @property
+    def depth(self) -> float:
+        """The share of the tower's layers that are scored, in (0, 1]; after the last of them all patches above the
+        budget leave."""
+        return 1.0
+
     @abstractmethod
     def survivors(self, view: TowerView, sizes: Tensor, budgets: Tensor) -> Tensor:
         """How many patches each image keeps after this layer, int64 [B] on the CPU, from ``budgets`` to ``sizes``, both
@@ -82,10 +93,17 @@ class TowerMerge(TowerTokens):
     def metric(self, view: TowerView) -> Tensor:
         """What tells how much patches resemble each other, fp32 [B, N, c]."""
 
+    @property
+    def takes_class(self) -> bool:
+        """Whether the class token is one of the tokens that stay, and the first of them, where it can be one; the two
+        parts of :meth:`split` follow it one after the other, where positions do not say where a token stood."""
+        return False
+
     @abstractmethod
-    def split(self, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    def split(self, scores: Tensor, kept: int, others: int = 0) -> tuple[Tensor, Tensor]:
         """The tokens of one image that stay, ``kept`` of them, in two parts, int64, each ascending: those that keep
-        their features, and those that take others in. ``scores``: fp32 [n]."""
+        their features, and those that take others in. ``scores``: fp32 [n]; ``others``: how many of the ``kept`` are
+        none of the n."""
 
     @abstractmethod
     def merge(self, features: Tensor, parts: tuple[Tensor, Tensor], metric: Tensor) -> Tensor:

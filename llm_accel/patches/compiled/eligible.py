@@ -19,8 +19,8 @@ def why_eager(plan: Plan, decoder: Any, problem: Problem) -> str | None:
     kv_method = plan.kv_method
     if plan.attention_method is not None and type(plan.attention_method).fixed_step is AttentionMethod.fixed_step:
         return f"{plan.attention_method.name} reads as many entries as it selects"
-    if plan.reply is not None:
-        return f"{plan.reply.name} looks at each token of the reply"
+    if plan.decoding is not None:
+        return f"{plan.decoding.name} looks at each generated token"
     if plan.weight_shift is not None:
         return f"{plan.weight_shift.name} looks up the entries it has marked, of which each prompt has its own number"
     if plan.mask is not None:

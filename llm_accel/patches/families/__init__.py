@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_accel.errors import UnsupportedModelError
 from llm_accel.patches.families.anyres import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
-from llm_accel.patches.families.base import VisionFamily, attribute
+from llm_accel.patches.families.base import VisionFamily, attribute, video_lengths
 from llm_accel.patches.families.generic import UNTESTED, generic_family
 from llm_accel.patches.families.internvl import INTERNVL
 from llm_accel.patches.families.llava import LLAVA, VIDEO_LLAVA, VIPLLAVA
@@ -63,4 +63,4 @@ def family_of(model: Any, methods: str) -> VisionFamily:
     return family
 
 
-__all__ = ["FAMILIES", "REFUSED", "UNTESTED", "Places", "VisionFamily", "attribute", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "UNTESTED", "Places", "VisionFamily", "attribute", "family_of", "video_lengths"]

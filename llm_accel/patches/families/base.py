@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from llm_accel.methods import Downsample
 from llm_accel.patches.families.resizing import Places
@@ -24,8 +25,12 @@ class VisionFamily:
         blocks: path of its layers, from the tower.
         class_token: whether the tower puts a class token first.
         prunable: whether the tower may lose patches half-way, which leaves the number of its outputs to be restored.
+        packed_rows: whether the patches of all images stand in one row, those of a token next to each other, in whose
+            layers an argument says where images or windows end; then whole tokens may leave half-way.
+        mergers: paths of the modules, from the tower, that turn the patches of a token into one; ``packed_rows`` only.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
+        two_stages: whether FlowCut was released for such models with a second stage for images of any size.
         resizable: whether the tower takes images of other sizes than that of its position embeddings.
         axes: of a position in the language model.
         declared: whether the family is declared here; otherwise only methods that need no tower work.
@@ -37,8 +42,11 @@ class VisionFamily:
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
+    packed_rows: bool = False
+    mergers: tuple[str, ...] = ()
     merge: int = 1
     token_ids: tuple[str, ...] = ("image_token_id",)
+    two_stages: bool = False
     resizable: bool = False
     axes: int = 1
     declared: bool = True
@@ -47,6 +55,11 @@ class VisionFamily:
     def towers(self) -> tuple[str, ...]:
         """Paths of all vision towers."""
         return (self.tower,) if self.video_tower is None else (self.tower, self.video_tower)
+
+    def merging(self, tower: Any) -> list[Any]:
+        """The modules of ``mergers``, those of a list one by one."""
+        found = [attribute(tower, path) for path in self.mergers]
+        return [one for module in found for one in (module if isinstance(module, nn.ModuleList) else [module])]
 
     def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
         """Tiles that each image of a call is cut into; None: one each."""
@@ -98,6 +111,15 @@ def pixels_of(call: dict[str, Any]) -> str:
 def shows_video(call: dict[str, Any]) -> bool:
     """Whether it is a call of ``get_video_features``."""
     return pixels_of(call) == "pixel_values_videos"
+
+
+def video_lengths(call: dict[str, Any], features: Any, total: int) -> list[int]:
+    """Rows of each video among the ``total`` rows of ``features``, which a call of ``get_video_features`` returned."""
+    grids, pixels = call.get("video_grid_thw"), call[pixels_of(call)]
+    shares = [1] * len(pixels) if grids is None else [int(size) for size in grids.prod(-1)]
+    if not (torch.is_tensor(features) and features.ndim == 2) and len(features) == len(shares):
+        return [len(one) for one in features]
+    return [share * total // sum(shares) for share in shares]
 
 
 def attribute(model: Any, path: str) -> Any:

@@ -23,8 +23,11 @@ class Qwen(VisionFamily):
     blocks: str = "blocks"
     class_token: bool = False
     prunable: bool = False
+    packed_rows: bool = True
+    mergers: tuple[str, ...] = ("merger",)
     merge: int = 4
     token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    two_stages: bool = True
     resizable: bool = True
     axes: int = 3
 
@@ -63,6 +66,7 @@ class PairedFrames(Qwen):
     """ERNIE 4.5 VL: two frames of a video are one visual token each; an image is its own second frame."""
 
     tower: str = "vision_tower"
+    packed_rows: bool = False
     resizable: bool = False
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
@@ -82,6 +86,7 @@ class MergedBySize(Qwen):
 
     tower: str = "vision_model"
     blocks: str = "encoder.layers"
+    packed_rows: bool = False
     resizable: bool = False
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
@@ -96,6 +101,7 @@ class RasterQwen(Qwen):
     """PaddleOCR-VL: patches stand line by line, and blocks of them are merged behind the tower."""
 
     blocks: str = "vision_model.encoder.layers"
+    packed_rows: bool = False
     resizable: bool = False
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
@@ -115,13 +121,14 @@ def _grids(call: dict[str, Any]) -> str:
     return "video_grid_thw" if shows_video(call) else "image_grid_thw"
 
 
+_DEEPSTACK = ("merger", "deepstack_merger_list")
 QWEN2_VL = Qwen("qwen2_vl")
 QWEN2_5_VL = WindowedQwen("qwen2_5_vl")
-QWEN3_VL = Qwen("qwen3_vl")
-QWEN3_VL_MOE = Qwen("qwen3_vl_moe")
-GLM4V = Qwen("glm4v")
-GLM4V_MOE = Qwen("glm4v_moe")
-GLM_OCR = Qwen("glm_ocr")
+QWEN3_VL = Qwen("qwen3_vl", mergers=_DEEPSTACK)
+QWEN3_VL_MOE = Qwen("qwen3_vl_moe", mergers=_DEEPSTACK)
+GLM4V = Qwen("glm4v", mergers=())  # a convolution has merged the patches before
+GLM4V_MOE = Qwen("glm4v_moe", mergers=())
+GLM_OCR = Qwen("glm_ocr", mergers=())
 ERNIE4_5_VL_MOE = PairedFrames("ernie4_5_vl_moe")
 VIDEO_LLAMA_3 = MergedBySize("video_llama_3")
 PADDLEOCR_VL = RasterQwen("paddleocr_vl")

@@ -6,16 +6,27 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_accel.methods import Downsample, TowerMerge, TowerTokens, VisualInput, VisualTokens
+from llm_accel.methods import (
+    Downsample,
+    TowerCut,
+    TowerMerge,
+    TowerTokens,
+    VideoTokens,
+    VisualInput,
+    VisualTokens,
+)
 from llm_accel.patches.cache_name import named
-from llm_accel.patches.families import VisionFamily, attribute
+from llm_accel.patches.families import VisionFamily, attribute, video_lengths
 from llm_accel.patches.hook import DecoderHook
-from llm_accel.patches.vision.per_image import features_of, map_images, place_features
+from llm_accel.patches.vision.packed import PackedPass
+from llm_accel.patches.vision.per_image import features_of, map_images, place_features, thinned_videos
 from llm_accel.patches.vision.tombstones import buried
 from llm_accel.patches.vision.tower import TowerPass
 from llm_accel.patches.vision.watch import MARKS, SHOWN
@@ -59,25 +70,39 @@ class FeatureProxy:
         with nullcontext() if tower is None else tower.running():
             output = original(self.model, **call)
         if tower is not None and tower.watch is not None:
-            self._mark(family, call, tower.watch.values(), output)
+            self._mark(family, call, tower.watched(), output)
         if method is None:
+            return output
+        if isinstance(method, VideoTokens):
+            self._thin(method, family, call, output)
             return output
         assert isinstance(method, VisualTokens)
         tower = tower if isinstance(method, TowerTokens) else None
         features = features_of(output)
-        if tower is None:
-            device = features[0].device
-            values = [torch.zeros(count, 1, device=device) for count in family.patches(self.model, call, features)]
-        else:
-            values = tower.values()
+        values = self._nothing_known(family, call, features) if tower is None else tower.values()
         marks = family.packed(self.model, call, values)
-        tiles = family.tiles(self.model, call) or [1] * len(marks)
+        tiles = iter([len(one) // family.merge for one in values])
+        totals = [sum(islice(tiles, count)) for count in family.tiles(self.model, call) or [1] * len(marks)]
 
         def pruned(index: int, rows: Tensor) -> Tensor:
-            return _pruned(method, tower, rows, marks[index], len(values[0]) * tiles[index])
+            return _pruned(method, tower, rows, marks[index], totals[index])
 
         output.pooler_output = map_images(features, [len(mark) for mark in marks], pruned)
         return output
+
+    def _nothing_known(self, family: VisionFamily, call: dict[str, Any], features: Any) -> list[Tensor]:
+        """Values for the patches of each tile or frame where no tower was looked at, fp32 [patches, 1]."""
+        counts = family.patches(self.model, call, features)
+        return [torch.zeros(count, 1, device=features[0].device) for count in counts]
+
+    def _thin(self, method: VideoTokens, family: VisionFamily, call: dict[str, Any], output: Any) -> None:
+        """Takes tokens out of the videos in ``output``; images stay as they are."""
+        if self.name != "get_video_features":
+            return
+        features = features_of(output)
+        marks = family.packed(self.model, call, self._nothing_known(family, call, features))
+        lengths = video_lengths(call, features, sum(map(len, marks)))
+        output.pooler_output = thinned_videos(features, marks, lengths, method.keep)
 
     def _mark(self, family: VisionFamily, call: dict[str, Any], values: list[Tensor], output: Any) -> None:
         """Tells the running call of the model what the tower attended to, or a later one by what lies beside the
@@ -105,14 +130,17 @@ class FeatureProxy:
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
         last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
         tiles = family.tiles(self.model, call)
-        return TowerPass(
+        kind = partial(PackedPass, unit=family.merge) if family.packed_rows else TowerPass
+        prunable = family.packed_rows if isinstance(method, TowerCut) and not family.prunable else family.prunable
+        return kind(
             method,
             class_token=family.class_token,
             last=last,
-            inside=family.prunable and len(chosen) == 1,
+            inside=prunable and len(chosen) == 1,
             parts=None if tiles is None else [count for count in tiles for _ in range(count)],
             layers=family.full_blocks(self.model),
             keeps_class=family.keeps_class(self.model, call),
+            renumbers=plan.renumbers,
             watcher=plan.weight_shift.name if plan.weight_shift is not None and plan.reads_tower else None,
         )
 
@@ -124,7 +152,7 @@ class FeatureProxy:
 def _pruned(method: VisualTokens, tower: TowerPass | None, features: Tensor, marks: Tensor, total: int) -> Tensor:
     """Features [n, C] of one image or frame with tombstones for what the method does not keep. ``marks``, fp32 [n, c],
     is NaN for rows that are no patch; else it says what the tower has kept, or what it knows of each. ``total``:
-    patches of all tiles of the image, which shared its budget where the tower has chosen."""
+    tokens of all tiles of the image, which shared its budget where the tower has chosen."""
     newline = marks[:, 0].isnan()
     patches = (~newline).nonzero()[:, 0]
     if tower is not None and tower.inside:

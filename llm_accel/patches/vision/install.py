@@ -20,11 +20,12 @@ from llm_accel.methods import (
     StepEviction,
     TowerTokens,
     VASparse,
+    VideoTokens,
     VisualInput,
     WeightShift,
 )
 from llm_accel.patches.base_attention import SUPPORTED
-from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, attribute, family_of
+from llm_accel.patches.families import FAMILIES, REFUSED, UNTESTED, VisionFamily, attribute, family_of
 from llm_accel.patches.hook import DecoderHook
 from llm_accel.patches.plan import ForImages, Plan
 from llm_accel.patches.ranks import splits_heads
@@ -35,6 +36,7 @@ from llm_accel.patches.vision.features import FeatureProxy
 from llm_accel.patches.vision.grounding import plan_grounding
 from llm_accel.patches.vision.head_scaling import BlindEntry, BlindExit, install_blind_pass
 from llm_accel.patches.vision.hooks import LabelsHook, VisualMaskHook
+from llm_accel.patches.vision.packed import PACKED_HOOKS, install_packed
 from llm_accel.patches.vision.tower import TowerHook, register_tower, tower_name
 from llm_accel.patches.vision.watch import FEATURES
 from llm_accel.patches.vision.weight_shift import StatesHook, install_states
@@ -83,7 +85,7 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     if cut is not None:
         check_layers(model, names)
     for config in visual:
-        if isinstance(config, VisualInput) and config.positions == "compact" and family.axes > 1:
+        if isinstance(config, VisualInput) and config.compact_on(family.axes) and family.axes > 1:
             raise ConfigError(
                 f"{config.spec()} renumbers positions, but those of {family.model_type} say where in the image a "
                 "token stands; use positions='original'."
@@ -91,6 +93,8 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     marking = [config for config in visual if isinstance(config, VisualInput)]
     if marking:
         check_features(model, ", ".join(config.name for config in marking))
+    if any(isinstance(config, VideoTokens) for config in visual):
+        _check_videos(model, family, names)
     watching = [config for config in visual if isinstance(config, WeightShift) and config.reads_tower and config.acts]
     looking = [config.name for config in visual if isinstance(config, TowerTokens | Downsample) or config in watching]
     if looking and not family.declared:
@@ -126,6 +130,18 @@ def plan_visual(model: Any, configs: Sequence[MethodConfig], skipped: Mapping[in
     return {"family": family, "cut": cut, "backends": backends, **grounding}
 
 
+def _check_videos(model: Any, family: VisionFamily, names: str) -> None:
+    """Raises :class:`UnsupportedModelError` for models of whose videos nobody knows the frames."""
+    shown = hasattr(model.base_model, "get_video_features") and "video_token_id" in family.token_ids
+    if not shown or not family.declared:
+        reason = f"whose family is {UNTESTED}" if shown else "which has no videos, or sees their frames as images"
+        known = ", ".join(name for name, one in FAMILIES.items() if "video_token_id" in one.token_ids)
+        raise UnsupportedModelError(
+            f"{names} compares the frames of a video, not in {family.model_type}, {reason}. Supported: {known}; for "
+            "images and single frames: flowcut, visionzip, divprune."
+        )
+
+
 def _recurrent_layers(model: Any) -> frozenset[int]:
     """Layers that keep a state of fixed size and no keys. Rows that do not come to them never were."""
     layers = DynamicCache(config=model.get_decoder().config).layers
@@ -154,8 +170,11 @@ def install_vision(model: Any, hook: DecoderHook) -> None:
     for path in family.towers if isinstance(plan.tokens, TowerTokens) or plan.reads_tower else ():
         tower = attribute(holder, path)
         tower.config._attn_implementation_internal = register_tower(_tower_base(tower))
-        for index, block in enumerate(attribute(tower, family.blocks)):
+        blocks = attribute(tower, family.blocks)
+        for index, block in enumerate(blocks):
             block.register_forward_hook(TowerHook(index), prepend=True)
+        if family.packed_rows:
+            install_packed(blocks, family.merging(tower))
     if plan.head_scaling is not None:
         install_blind_pass(model.get_decoder())
     if plan.weight_shift is not None and plan.weight_shift.reads_states:
@@ -176,7 +195,7 @@ def uninstall_vision(model: Any, plan: Plan) -> None:
     if plan.family is None:
         return
     for part in model.modules():
-        drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook)
+        drop_hooks(part, VisualMaskHook, LabelsHook, CutHook, BehindCutHook, TowerHook, *PACKED_HOOKS)
         drop_hooks(part, BlindEntry, BlindExit, StatesHook)
         for name in FEATURES:
             if isinstance(part.__dict__.get(name), FeatureProxy):

@@ -42,6 +42,41 @@ def map_images(features: Any, sizes: Sequence[int], change: Callable[[int, Tenso
     return type(features)(done)
 
 
+def thinned_videos(
+    features: Any, marks: Sequence[Tensor], lengths: Sequence[int], keep: Callable[[Tensor], Tensor]
+) -> Any:
+    """``features`` as in :func:`map_images`, with tombstones for the tokens of each video that do not stay.
+
+    Args:
+        marks: [n, c] of each frame of all videos, NaN in rows that are no patches; these stay.
+        lengths: rows of each video.
+        keep: from the patches of the frames of one video, fp32 [T, n, C], to which of them stay, bool [T, n].
+
+    Raises:
+        UnsupportedCallError: frames do not add up to videos, or frames of a video differ in size.
+    """
+    rows = torch.cat([one.flatten(0, -2) for one in features]) if not torch.is_tensor(features) else features
+    rows, patch = rows.flatten(0, -2), ~torch.cat([one[:, 0].isnan() for one in marks])
+    stay, start, frame = torch.ones_like(patch), 0, 0
+    for length in lengths:
+        first, end = frame, start
+        while end < start + length and frame < len(marks):
+            end, frame = end + len(marks[frame]), frame + 1
+        sizes = {int((~one[:, 0].isnan()).sum()) for one in marks[first:frame]}
+        if end != start + length or len(sizes) != 1:
+            raise UnsupportedCallError(
+                f"the frames of a video of {length} tokens cannot be told apart, or differ in size; use a method that "
+                "looks at each frame alone, such as flowcut."
+            )
+        own = torch.arange(start, end, device=patch.device)[patch[start:end]]
+        stay[own] = keep(rows[own].detach().float().view(frame - first, sizes.pop(), -1)).flatten()
+        start = end
+    kept = stay.split([len(one) for one in marks])
+    return map_images(
+        features, [len(one) for one in marks], lambda index, own: own if kept[index].all() else buried(own, kept[index])
+    )
+
+
 def place_features(output: Any, where: Sequence[Places]) -> Any:
     """The output of a call with smaller images, their features in their places and tombstones in all others."""
     sizes = [len(place.rows) for place in where]

@@ -123,7 +123,7 @@ def begin_call(
         index, surplus = rows.take(~gone), surplus_of(embeddings, gone)
         rows.surplus = surplus if bool(surplus.any()) else None
         positions = _positions(kwargs, past, embeddings)
-        if session.plan.tokens is not None and session.plan.tokens.positions == "compact":
+        if session.plan.renumbers:
             skipped = gone.sum(-1)
             positions = positions - gone.cumsum(-1).to(positions.device)
             session.visual.skipped = skipped if session.visual.skipped is None else session.visual.skipped + skipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,14 @@ from llm_accel.patches.vision.watch import TowerWatch
 _TOWER = PREFIX + "tower_"
 _RUNNING: ContextVar[TowerPass | None] = ContextVar("llm_accel_tower", default=None)
 
+Call = tuple[Tensor, Tensor, Tensor, float]
+"""Query, key and value of one attention call, [B, h, S, d] each, and its scale."""
+
+
+def running_pass() -> TowerPass | None:
+    """The pass of this thread's call, if there is one."""
+    return _RUNNING.get()
+
 
 class TowerPass:
     """Lives for one call, in the context of its thread: some towers hand no keyword arguments down to their attention.
@@ -37,6 +46,7 @@ class TowerPass:
         parts: for each tile, the tiles of its image, which share a budget; None: each tile is an image.
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
+        renumbers: whether tokens that stay are counted without gaps, so that places mean nothing but their order.
         watcher: name of the method for which attention of two layers is noted, or None.
     """
 
@@ -50,24 +60,27 @@ class TowerPass:
         parts: Sequence[int] | None,
         layers: Sequence[int] | None,
         keeps_class: bool,
+        renumbers: bool = False,
         watcher: str | None = None,
     ) -> None:
         self.method = method
         self.class_token = class_token
         self.last = last
-        self.inside = inside
+        self.inside = inside and (method.inside if isinstance(method, TowerCut) else True)
         self.parts = parts
-        self.last_cut = max(last - 1, 0)
         whole = [layer for layer in (range(last + 1) if layers is None else layers) if layer <= last]
         self.layers = self._looked_at(whole)
+        self.last_cut = self.layers[-1] if self.layers else last
         self.keeps_class = keeps_class
+        self._renumbers = renumbers
+        self._moved: list[Tensor] = []  # of each tile, which patch stands in each place, int64; -1: the class token
         self._name = watcher if method is None else method.name
         self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
         self.scores: list[Tensor] = []
         self._metric: list[Tensor] = []
         self._budgets: Tensor | None = None
         self._stayed: Tensor | None = None
-        self._calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self._calls: list[Call] = []
         self._valid: Tensor | None = None
         self._kept: Tensor | None = None
         self._sizes: Tensor | None = None
@@ -76,9 +89,19 @@ class TowerPass:
     def _looked_at(self, layers: Sequence[int]) -> Sequence[int]:
         if self.method is None:
             return ()
-        cuts = self.inside and isinstance(self.method, TowerCut)
-        layers = [layer for layer in layers if layer <= (self.last_cut if cuts else self.last)]
+        if isinstance(self.method, TowerCut):
+            latest = min(self._latest_cut if self.inside else self.last, self._depth(self.method.depth))
+            layers = [layer for layer in layers if layer <= latest] or layers[:1]
         return layers[-1:] if self.method.last_layer_only else layers
+
+    def _depth(self, share: float) -> int:
+        """The last of the first ``share`` of the layers."""
+        return max(math.ceil(share * (self.last + 1)) - 1, 0)
+
+    @property
+    def _latest_cut(self) -> int:
+        """The last layer after which patches may be cut: one more layer mixes what is left."""
+        return max(self.last - 1, 0)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -133,22 +156,32 @@ class TowerPass:
                 )
             views = [
                 TowerView(*tensors, class_token=self.class_token, valid=self._valid, layer=layer, last=self.last_cut)
-                for tensors in calls
+                for tensors in self._images(calls)
             ]
             if watching and self.watch is not None:
-                self.watch.see(layer, views, self._kept, self._patches)
+                self.watch.see(layer, views, self._known(len(views)))
         if layer in self.layers and self.method is not None:
             before: Sequence[Tensor | None] = self.scores or [None] * len(views)
             self.scores = [self.method.score(view, old) for view, old in zip(views, before, strict=True)]
             if isinstance(self.method, TowerMerge):
                 self._metric = [self.method.metric(view) for view in views]
             if self.inside:
-                hidden = self._chosen(views[0], hidden)
+                hidden = self._chosen(views, hidden)
         return self._restored(hidden) if layer == self.last else hidden
 
-    def _chosen(self, view: TowerView, hidden: Tensor) -> Tensor:
-        """The layer's output once the method has chosen among the patches of ``view``, which holds all tiles."""
+    def _images(self, calls: list[Call]) -> list[Call]:
+        """The attention calls of one layer, none of which holds images that do not see each other."""
+        return calls
+
+    def _known(self, views: int) -> Sequence[tuple[Tensor, int] | None]:
+        """For each of the ``views`` which patches its rows are, int64 [B, n], -1 for padding, and of how many, where
+        some have left; None: all are there."""
+        return [None if self._kept is None else (self._kept, self._patches)] * views
+
+    def _chosen(self, views: Sequence[TowerView], hidden: Tensor) -> Tensor:
+        """The layer's output once the method has chosen among the patches of the only view, which holds all tiles."""
         assert self.method is not None
+        view = views[0]
         if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
             own = int(self.keeps_class)
@@ -163,15 +196,25 @@ class TowerPass:
 
     def _merge(self, method: TowerMerge, budgets: list[int], hidden: Tensor) -> Tensor:
         offset, rows = int(self.class_token), []
+        own = int(method.takes_class and self.class_token and not self.keeps_class)
         self._stayed = torch.ones_like(self.scores[0])
         for tile, kept in enumerate(budgets):
             merged = hidden[tile, offset:]
+            moved = torch.arange(self._patches, device=hidden.device)
             if kept < self._patches:
-                parts = method.split(self.scores[0][tile], kept)
+                parts = method.split(self.scores[0][tile], kept, own)
                 merged = method.merge(merged, parts, self._metric[0][tile])
                 self._stayed[tile] = 0
                 self._stayed[tile, torch.cat(parts)] = 1
-            rows.append(torch.cat([hidden[tile, :offset], merged]))
+                spare = (self._stayed[tile] == 0).nonzero()[:own, 0]  # the class token needs a place among the patches
+                self._stayed[tile, spare] = 1
+                places = torch.cat([spare, *parts])
+                if self._renumbers and method.takes_class:
+                    places = places.sort().values
+                moved = moved.index_copy(0, places, torch.cat([torch.full_like(spare, -1), *parts]))
+            self._moved.append(moved)
+            full = torch.cat([hidden[tile, :offset], merged])
+            rows.append(torch.cat([hidden[tile, :offset], full[moved + offset]]))
         return torch.stack(rows)
 
     def _cut(self, view: TowerView, hidden: Tensor, sizes: Tensor) -> Tensor:
@@ -198,6 +241,17 @@ class TowerPass:
         self._valid = None
         return torch.cat([hidden[:, :offset], full], dim=1)
 
+    def watched(self) -> list[Tensor]:
+        """Per tile, what was noted of the patch in each place, fp32 [patches, 3]; of a class token nothing is."""
+        assert self.watch is not None
+        noted, own = self.watch.values(), int(self.keeps_class)
+        if not self._moved:
+            return noted
+        return [
+            torch.cat([one[:own], one[own:][moved.clamp(min=0)].masked_fill(moved[:, None] < 0, 0.0)])
+            for one, moved in zip(noted, self._moved, strict=True)
+        ]
+
     def values(self) -> list[Tensor]:
         """Per tile, fp32 [patches, c]: where they were chosen inside, 1 if a patch stayed and 0 if it left; else its
         score and what tells its likeness to others, for methods that merge."""
@@ -222,7 +276,7 @@ class TowerHook:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replaces the output of the layer."""
-        tower = _RUNNING.get()
+        tower = running_pass()
         if tower is None:
             return None
         if isinstance(output, tuple):
@@ -246,7 +300,7 @@ class TowerAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Same arguments as the attention functions of transformers."""
-        tower = _RUNNING.get()
+        tower = running_pass()
         if tower is None:
             return base_function(module, self.base)(module, query, key, value, attention_mask, **kwargs)
         return tower.attend(self.base, module, (query, key, value), attention_mask, **kwargs), None

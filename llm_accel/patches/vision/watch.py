@@ -86,18 +86,19 @@ class TowerWatch:
         """Whether a layer is looked at."""
         return layer in (self.first, self.last)
 
-    def see(self, layer: int, views: Sequence[TowerView], kept: Tensor | None, patches: int) -> None:
+    def see(self, layer: int, views: Sequence[TowerView], left: Sequence[tuple[Tensor, int] | None]) -> None:
         """One layer, of which ``views`` are the attention calls.
 
         Args:
-            kept: which patches the rows are, int64 [B, n], -1 for padding, where some have left; None: all.
-            patches: how many there were before.
+            left: for each of them which patches its rows are, int64 [B, n], -1 for padding, and how many there were
+                before some left; None: all are there.
         """
         found: list[Tensor] = []
-        for view in views:
+        for view, still in zip(views, left, strict=True):
             paid = relation(view)[:, 1:] if view.class_token else received(view)
             known = torch.stack([paid, torch.ones_like(paid)], -1)
-            if kept is not None:
+            if still is not None:
+                kept, patches = still
                 rows = torch.where(kept < 0, patches, kept)[..., None].expand(-1, -1, 2)
                 full = known.new_zeros(known.shape[0], patches + 1, 2)
                 known = full.scatter(1, rows, known)[:, :patches]

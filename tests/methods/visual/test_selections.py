@@ -1,4 +1,4 @@
-"""DivPrune, CDPruner and DART against versions in float64 that try every candidate."""
+"""DivPrune, CDPruner, PruneSID and DART against versions in float64 that try every candidate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_accel import DART, CDPruner, ConfigError, DivPrune
+from llm_accel import DART, CDPruner, ConfigError, DivPrune, PruneSID
 from llm_accel.methods import CutView
 from tests import selection_oracle
 
@@ -21,6 +21,16 @@ def test_tokens_of_divprune_and_cdpruner(seed: int, count: int) -> None:
         assert DivPrune().pick(features, text, kept).tolist() == selection_oracle.divprune(features, kept)
         if kept < count - 1:  # the least relevant token makes the kernel all but singular
             assert CDPruner().pick(features, text, kept).tolist() == selection_oracle.cdpruner(features, text, kept)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 24), st.integers(1, 6))
+def test_tokens_of_prunesid(seed: int, count: int, per_direction: int) -> None:
+    features = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
+    features += 2 * features[: 1 + count // 3].repeat(3, 1)[:count]  # some resemble each other
+    for kept in range(1, count):
+        found = PruneSID(per_direction=per_direction).pick(features, features[:0], kept).tolist()
+        assert found == selection_oracle.prunesid(features, kept, per_direction)
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,7 +52,7 @@ def test_duplicates_leave_first() -> None:
     """Three copies of one token and two others: one of each stays."""
     base = torch.eye(3, 8)
     features = torch.stack([base[0], base[0] * 2, base[1], base[0] * 3, base[2]])
-    for method in (DivPrune(), CDPruner()):
+    for method in (DivPrune(), CDPruner(), PruneSID(per_direction=1)):
         kept = set(method.pick(features, torch.ones(1, 8), 3).tolist())
         assert {2, 4} < kept
     assert CDPruner().pick(features, torch.zeros(0, 8), 3).tolist() == [0, 2, 4]

@@ -39,15 +39,17 @@ def test_tiles_share_a_target_and_few_tokens_stay() -> None:
 
 
 @settings(max_examples=30)
-@given(st.integers(2, 40), st.integers(1, 30), st.integers(0, 9), st.integers(0, 99))
-def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: int) -> None:
+@given(
+    st.integers(2, 40), st.integers(1, 30), st.integers(0, 9), st.integers(0, 99), st.sampled_from(["paper", "spread"])
+)
+def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: int, variant: str) -> None:
     """Every token is in one group: those of dominant tokens have one member."""
     if dominant + contextual >= count:
         return
     draw = torch.Generator().manual_seed(seed)
     scores = torch.rand(count, generator=draw)
     metric, features = (torch.randn(count, width, generator=draw, dtype=torch.float64) for width in (3, 4))
-    method = VisionZip(dominant=dominant, contextual=contextual)
+    method = VisionZip(dominant=dominant, contextual=contextual, variant=variant)
     best, centres = method.split(scores, dominant + contextual)
     merged = method.merge(features, (best, centres), metric)
     assert best.tolist() == sorted(sorted(range(count), key=lambda i: (-float(scores[i]), i))[:dominant])
@@ -59,15 +61,22 @@ def test_groups_and_averages(count: int, dominant: int, contextual: int, seed: i
             groups[max(groups, key=lambda centre: alike[centre])].append(token)
     assert set(groups) <= set(rest) and len(groups) == contextual
     for token in range(count):
-        assert torch.allclose(merged[token], features[groups.get(token, [token])].mean(0), atol=1e-5)
+        expected = features[groups.get(token, [token])].mean(0)
+        if variant == "paper" and token in groups:
+            joined = [other for other in groups[token] if other != token]
+            expected = features[token] + (features[joined].mean(0) if joined else 0.0)
+        assert torch.allclose(merged[token], expected, atol=1e-5)
 
 
 def test_contextual_tokens_are_spread_over_what_is_left() -> None:
     scores = torch.zeros(24)
     scores[2:6] = torch.arange(4.0) + 1
-    best, centres = VisionZip(dominant=4, contextual=4).split(scores, 8)
+    best, centres = VisionZip(dominant=4, contextual=4, variant="spread").split(scores, 8)
     assert best.tolist() == [2, 3, 4, 5]
     assert centres.tolist() == [6, 11, 16, 21]  # the rest is 0, 1, 6, 7, ...: its places 2, 7, 12, 17
+    best, centres = VisionZip(dominant=4, contextual=4).split(scores, 8, others=1)
+    assert best.tolist() == [3, 4, 5]
+    assert centres.tolist() == [0, 8, 13, 18]  # the rest is 0, 1, 2, 6, ...: every fifth of its 21
 
 
 def test_scores_with_and_without_class_token(monkeypatch: pytest.MonkeyPatch) -> None:

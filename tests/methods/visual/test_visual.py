@@ -99,5 +99,5 @@ def test_scores_of_any_sign_are_ordered() -> None:
     assert kept.tolist() == [[True, True, False, True, False, True]]
     scores = attention[0, 1:5]
     assert FlowCut(budget=2).choose(4, scores, CPU).tolist() == [0, 2]
-    dominant, contextual = VisionZip(dominant=2, contextual=1).split(scores, 3)
+    dominant, contextual = VisionZip(dominant=2, contextual=1, variant="spread").split(scores, 3)
     assert dominant.tolist() == [0, 2] and contextual.tolist() == [3]

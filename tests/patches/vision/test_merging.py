@@ -8,8 +8,8 @@ import torch
 import llm_accel
 from llm_accel import VisionZip
 from tests.patches.calls import Outside
-from tests.tiny_vlm import FAMILIES, ONE, UNEQUAL, decode, inputs, pixels, tiny_vlm
-from tests.vision_oracle import visionzip
+from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, decode, inputs, pixels, tiny_vlm
+from tests.vision_oracle import published_visionzip, removed, visionzip
 
 EXACT = 2e-4
 
@@ -24,10 +24,61 @@ def test_features_equal_the_oracle(dominant: int, contextual: int, attention: st
     model = tiny_vlm(attention=attention)
     images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     wanted = [visionzip(model, image, dominant, contextual) for image in images]
-    with llm_accel.apply(model, "visionzip", dominant=dominant, contextual=contextual):
+    method = VisionZip(dominant=dominant, contextual=contextual, variant="spread")
+    with llm_accel.apply(model, method):
         for features, (merged, kept) in zip(features_of(model, {"pixel_values": images}), wanted, strict=True):
             assert (~features[:, -1].isnan()).nonzero()[:, 0].tolist() == kept.tolist()
             assert torch.allclose(features[kept], merged, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("dominant", "contextual"), [(5, 3), (2, 1), (9, 6)])
+def test_the_published_form_is_the_default(dominant: int, contextual: int, attention: str) -> None:
+    """Class token, dominant, then contextual tokens, as many as the budget; the language model counts them without
+    gaps, and each row of a batch gets what it would get alone."""
+    model = tiny_vlm(attention=attention)
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    wanted = [published_visionzip(model, image, dominant, contextual)[0] for image in images]
+    method = VisionZip(dominant=dominant, contextual=contextual)
+    with llm_accel.apply(model, method):
+        found = features_of(model, {"pixel_values": images})
+        for features, published in zip(found, wanted, strict=True):
+            assert torch.allclose(features[~features[:, -1].isnan()], published, atol=1e-5)
+        logits = decode(model, inputs(model, UNEQUAL))[1]
+    for row, scene in enumerate(UNEQUAL):
+        alone = inputs(model, [scene])
+        visual = alone["input_ids"][0] == IMAGE
+        published = [published_visionzip(model, one, dominant, contextual)[0] for one in alone["pixel_values"]]
+        filled = [torch.nn.functional.pad(one, (0, 0, 0, 16 - len(one))) for one in published]
+        dropped = visual.clone()
+        dropped[visual] = torch.cat([torch.arange(16) >= len(one) for one in published])
+        genuine = model.base_model.get_image_features
+
+        def replaced(*args, filled=filled, genuine=genuine, **kwargs):
+            output = genuine(*args, **kwargs)
+            output.pooler_output = filled
+            return output
+
+        model.base_model.get_image_features = replaced
+        try:
+            assert torch.allclose(logits[row], removed(model, alone, dropped, compact=True), atol=EXACT)
+        finally:
+            del model.base_model.get_image_features
+
+
+def test_places_of_the_published_tokens() -> None:
+    """Where positions are kept, dominant and contextual tokens stand in their own places, and the class token in the
+    first one that is free."""
+    model = tiny_vlm()
+    image = pixels("llava", 0)
+    with torch.no_grad():
+        published, dominant, contextual = published_visionzip(model, image["pixel_values"][0], 4, 3)
+    with llm_accel.apply(model, VisionZip(dominant=4, contextual=3, positions="original")):
+        features = features_of(model, image)[0]
+    places = [row - 1 for row in (*dominant[1:], *contextual)]
+    spare = min(set(range(16)) - set(places))
+    assert (~features[:, -1].isnan()).nonzero()[:, 0].tolist() == sorted([spare, *places])
+    assert torch.allclose(features[[spare, *places]], published, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +97,7 @@ def test_families(family: str) -> None:
             kept = ~features[:, -1].isnan()
             same = (features == before).all(-1)
             assert 0 < int(kept.sum()) <= 5 and int(same.sum()) <= int(kept.sum())
-            if family not in ("llava", "llava_next"):  # those merge before the projector, tile by tile
+            if family not in ("llava", "llava_next", "video_llava"):  # those merge before the projector, tile by tile
                 assert (int(kept.sum()), int(same.sum())) == (3, 2)
     assert Outside.of(model) == outside
     assert torch.equal(decode(model, batch)[1], dense)

@@ -1,5 +1,5 @@
-"""DivPrune, CDPruner and DART on whole models: what stays is what the oracle keeps, and the rest equals rows that were
-taken out, or keys that were hidden, by hand."""
+"""DivPrune, CDPruner, PruneSID and DART on whole models: what stays is what the oracle keeps, and the rest equals rows
+that were taken out, or keys that were hidden, by hand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llm_accel
-from llm_accel import DART, CDPruner, DivPrune, SnapKV, UnsupportedCallError
+from llm_accel import DART, CDPruner, DivPrune, PruneSID, SnapKV, UnsupportedCallError
 from llm_accel.methods import MethodConfig
 from tests.patches.calls import Outside
-from tests.selection_oracle import cdpruner, dart, divprune
+from tests.selection_oracle import cdpruner, dart, divprune, prunesid
 from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, decode, inputs, require_mode, tiny_vlm
 from tests.vision_oracle import decoder_inputs, hidden, layers_of, removed
 
 EXACT = 2e-4
 RATIO = 0.4
 every_family = pytest.mark.parametrize("family", FAMILIES)
-METHODS = (DivPrune(ratio=RATIO), CDPruner(budget=6), DART(ratio=RATIO, layer=1, visual_pivots=2, text_pivots=2))
+METHODS = (
+    DivPrune(ratio=RATIO),
+    CDPruner(budget=6),
+    PruneSID(ratio=RATIO),
+    DART(ratio=RATIO, layer=1, visual_pivots=2, text_pivots=2),
+)
 
 
 def wanted(model: PreTrainedModel, batch: dict[str, Tensor], method: MethodConfig) -> Tensor:
@@ -34,6 +39,8 @@ def wanted(model: PreTrainedModel, batch: dict[str, Tensor], method: MethodConfi
         stay = tokens[divprune(rows[tokens], kept)]
     elif isinstance(method, CDPruner):
         stay = tokens[cdpruner(rows[tokens], rows[~visual], kept)]
+    elif isinstance(method, PruneSID):
+        stay = tokens[prunesid(rows[tokens], kept)]
     else:
         states, norms = behind_first(model, given)
         stay = torch.tensor(dart(states, norms, visual, kept, 2, 2))
@@ -80,7 +87,7 @@ def test_rows_equal_the_oracle(family: str, method: MethodConfig) -> None:
     assert report.visual_tokens_after == left < report.visual_tokens_before
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "dart:layer=2"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "prunesid", "dart:layer=2"])
 @every_family
 def test_nothing_to_drop_and_exact_undo(family: str, name: str) -> None:
     model = tiny_vlm(family)
@@ -112,7 +119,7 @@ def test_later_turns_and_entries_that_are_evicted(method: MethodConfig) -> None:
     assert all(layer.evicted for layer in report.layers)
 
 
-@pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda method: method.name)
 def test_chunks_are_refused(method: MethodConfig) -> None:
     model, batch = tiny_vlm(), inputs(tiny_vlm(), ONE)
     require_mode(model, batch, {"prefill_chunk_size": 7}, {})

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import ConfigError, DyVTE, FlowCut, HiP, RetrievalHeads, SnapKV, UnsupportedCallError, VASparse
-from llm_accel.cache import ReplyLayer
+from llm_accel.cache import GeneratedLayer
 from tests.patches.calls import Outside, failing_once
 from tests.tiny_vlm import FAMILIES, IMAGE, ONE, UNEQUAL, Scene, decode, inputs, require_mode, tiny_vlm
 from tests.vasparse_oracle import replies
@@ -175,7 +175,7 @@ def test_contrast_alone_changes_scores_only() -> None:
     with llm_accel.apply(model, [SnapKV(budget=15, window=4, compress="deferred"), contrast]) as handle:
         cache = handle.new_cache()
         output = spoken(model, batch, past_key_values=cache, max_new_tokens=3)
-        assert not any(isinstance(layer, ReplyLayer) for layer in cache.layers)
+        assert not any(isinstance(layer, GeneratedLayer) for layer in cache.layers)
         assert {layer.physical_length for layer in handle.report().layers} == {15 + 2}
     ids = torch.cat([batch["input_ids"][:, -1:], output.sequences[:, -3:-1]], dim=1)
     second = model.lm_head(model.get_input_embeddings()(ids))[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_accel.eval.tasks.vision.questions import TASKS, Task, questions
 from llm_accel.eval.tasks.vision.scenes import SPLITS, SplitName, draw_scene
+from llm_accel.eval.tasks.vision.scoring import Mentions, pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,35 @@ class Example:
     answer: str  # the expected answer
     objects: frozenset[str] | None = None  # what is in the image, for captions; None where that is unknown
     patches: npt.NDArray[np.bool_] | None = None  # bool [rows, columns], covered by objects; None: unknown
+    others: tuple[str, ...] = ()  # further answers that are right
 
     @property
     def key(self) -> tuple[int, str, int]:
         """The values that identify its records."""
         return self.sample, self.task, self.number
+
+
+class Source(Protocol):
+    """Where a run's examples come from; a sample is an image."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """What the longest answer needs."""
+
+    @property
+    def mentions(self) -> Mentions:
+        """Finds the objects that a caption names."""
+
+    def examples(self, sample: int) -> list[Example]:
+        """All questions about one image."""
+
+    def keys(self, sample: int) -> list[tuple[int, str, int]]:
+        """Keys of the questions about an image, without opening it where it is a file."""
+
+    def digest(self) -> tuple[int, str]:
+        """The number of examples, and a hash over them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,11 @@ class SceneSource:
     def max_new_tokens(self) -> int:
         """A caption takes five tokens per thing."""
         return 8 + 6 * SPLITS[self.split][1] if "caption" in self.tasks else 8
+
+    @property
+    def mentions(self) -> Mentions:
+        """Finds colours with shapes."""
+        return pairs
 
     def examples(self, sample: int) -> list[Example]:
         """One question per task, for existence one yes and one no for each of POPE's splits."""

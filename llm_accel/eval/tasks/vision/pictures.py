@@ -45,7 +45,7 @@ def draw(method: str, shown: Sequence[tuple[Example, Record]]) -> Any:
             axes.set_axis_off()
             axes.imshow(example.image if row == 0 else faded(example.image, kept), interpolation="nearest")
             if row:
-                _frame(axes, example.patches, example.image.shape[0] / len(example.patches))
+                _frame(axes, example.patches, *np.divide(example.image.shape[:2], example.patches.shape))
         asked = f"{example.question} {record['answer']}"
         recall = "" if record["patch_recall"] is None else f"{record['patch_recall']:.0%} of framed kept"
         text = f"{kept.sum():.0f} of {kept.size} kept, {recall}\n{textwrap.shorten(asked, 60)}"
@@ -62,22 +62,22 @@ def draw(method: str, shown: Sequence[tuple[Example, Record]]) -> Any:
 
 def faded(image: Any, kept: Any) -> Any:
     """``image``, uint8 [H, W, 3], white where the share ``kept`` of a patch, [rows, columns], is 0."""
-    rows, columns = kept.shape
-    share = np.kron(kept, np.ones((image.shape[0] // rows, image.shape[1] // columns)))[..., None]
+    y, x = (np.arange(size) * n // size for size, n in zip(image.shape, kept.shape, strict=False))
+    share = kept[np.ix_(y, x)][..., None]
     share = 0.08 + 0.92 * share
     return np.round(image * share + 255 * (1 - share)).astype(np.uint8)
 
 
-def _frame(axes: Any, covered: Any, size: float) -> None:
-    """A line around the covered patches."""
+def _frame(axes: Any, covered: Any, height: float, width: float) -> None:
+    """A line around the covered patches; the size of one is in pixels."""
     wide = np.pad(covered, 1)
     for row, column in np.argwhere(covered):
-        top, left = row * size - 0.5, column * size - 0.5
+        top, left = row * height - 0.5, column * width - 0.5
         sides = {
-            (-1, 0): ([left, left + size], [top, top]),
-            (1, 0): ([left, left + size], [top + size, top + size]),
-            (0, -1): ([left, left], [top, top + size]),
-            (0, 1): ([left + size, left + size], [top, top + size]),
+            (-1, 0): ([left, left + width], [top, top]),
+            (1, 0): ([left, left + width], [top + height, top + height]),
+            (0, -1): ([left, left], [top, top + height]),
+            (0, 1): ([left + width, left + width], [top, top + height]),
         }
         for (down, right), (x, y) in sides.items():
             if not wide[row + 1 + down, column + 1 + right]:

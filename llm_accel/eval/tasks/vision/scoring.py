@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llm_accel.eval.tasks.vision.scenes import COLOURS, SHAPES
@@ -19,9 +19,9 @@ def normalized(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-def exact(answer: str, expected: str) -> float:
-    """Whether an answer is the expected one, 0 or 1."""
-    return float(normalized(answer) == normalized(expected))
+def exact(answer: str, *expected: str) -> float:
+    """Whether an answer is one of the expected ones, 0 or 1."""
+    return float(normalized(answer) in map(normalized, expected))
 
 
 def yes_no(answer: str) -> str | None:
@@ -35,17 +35,33 @@ def pairs(text: str) -> list[str]:
     return [" ".join(match) for match in _PAIR.findall(text.lower())]
 
 
-def score(task: str, answer: str, expected: str, objects: frozenset[str] | None, mentions: Mentions) -> dict[str, Any]:
+def naming(names: Collection[str]) -> Mentions:
+    """Finds these names in a text, in order and with repetitions: whole words of any case, singular or with an s. Where
+    several fit, the longest one counts."""
+    known = {normalized(name): name for name in names}
+    longest_first = sorted(map(re.escape, known), key=len, reverse=True)
+    pattern = re.compile(rf"\b({'|'.join(longest_first)})s?\b") if known else None
+
+    def mentions(text: str) -> list[str]:
+        return [] if pattern is None else [known[name] for name in pattern.findall(normalized(text))]
+
+    return mentions
+
+
+def score(
+    task: str, answer: str, expected: Sequence[str], objects: frozenset[str] | None, mentions: Mentions
+) -> dict[str, Any]:
     """The scores of a record: ``exact``; ``said`` for existence; what CHAIR counts for captions.
 
-    ``mentions`` finds the objects that a caption names. ``named`` has every mention, ``invented`` those that are not in
-    the image, ``found`` counts the different objects of the image that are named, ``there`` all that it has.
+    ``expected`` has the right answers, of which one is enough; of a caption the first may be empty. ``mentions`` finds
+    the objects that a caption names. ``named`` has every mention, ``invented`` those that are not in the image,
+    ``found`` counts the different objects of the image that are named, ``there`` all that it has.
     """
     if task == "existence":
         said = yes_no(answer)
-        return {"exact": float(said == normalized(expected)), "said": said}
+        return {"exact": float(said == normalized(expected[0])), "said": said}
     if task != "caption":
-        return {"exact": exact(answer, expected)}
+        return {"exact": exact(answer, *expected)}
     assert objects is not None
     named = mentions(answer)
     scores: dict[str, Any] = {
@@ -55,7 +71,7 @@ def score(task: str, answer: str, expected: str, objects: frozenset[str] | None,
         "there": len(objects),
         "words": len(answer.split()),
     }
-    return {"exact": exact(answer, expected) if expected else float(objects == set(named))} | scores
+    return {"exact": exact(answer, *expected) if any(expected) else float(objects == set(named))} | scores
 
 
 def pope_scores(answers: Sequence[tuple[str | None, str]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from llm_accel.common.arguments import ModelOptions, canonical_methods
-from llm_accel.common.options import option
+from llm_accel.common.options import one_of, option
 from llm_accel.errors import ConfigError
 from llm_accel.eval.lengths import comma_list
 from llm_accel.eval.task import RunOptions
@@ -19,8 +19,8 @@ from llm_accel.methods import MethodConfig
 from llm_accel.methods.visual.base import VisualBudget
 from llm_accel.registry import parse_all, spec_of
 
-SCENES = "scenes"
-KINDS = ("pope", "chair")
+SCENES, QUESTIONS = "scenes", "questions"
+PUBLISHED = ("pope", "chair")  # with questions of their own kind
 DEFAULT_METHODS = ("dense", "flowcut", "stride_tokens", "random_tokens")
 DEFAULT_SAMPLES = 100
 PLACEHOLDER, QUESTION = "<image>", "{question}"
@@ -42,7 +42,8 @@ class VisionSettings(ModelOptions):
     """Everything that determines the records of a vision run. Runs with equal settings may share a directory.
 
     ``methods`` are specifications in canonical form, ``dense``, ``blind`` and ``blank`` included, no two alike;
-    ``samples`` None: all images that the data has; ``max_new_tokens`` None: as many as the longest answer needs.
+    ``samples`` None: all images that the data has; ``tasks`` None: all that the data asks;
+    ``max_new_tokens`` None: as many as the longest answer needs.
     """
 
     model: str | None = option("HuggingFace model (default: the bundled vision model)", None, metavar="ID|PATH")
@@ -56,9 +57,11 @@ class VisionSettings(ModelOptions):
         repeated=True,
     )
     data: str = option(
-        "generated scenes, or POPE or CHAIR on the rows of a .jsonl file or a dataset NAME[,split=test,config=NAME]",
+        "generated scenes, also of a generator of yours, NAME, MODULE:FUNCTION or FILE.py:FUNCTION; your images, a "
+        "folder with questions.jsonl or .csv; POPE or CHAIR on the rows of a .jsonl file or a dataset "
+        "NAME[,split=test,config=NAME]",
         SCENES,
-        metavar="scenes|pope:SOURCE|chair:SOURCE",
+        metavar="scenes[:GENERATOR]|questions:PATH|pope:SOURCE|chair:SOURCE",
         group="data",
     )
     samples: int | None = option(
@@ -68,13 +71,11 @@ class VisionSettings(ModelOptions):
         group="data",
     )
     split: str = option("scenes with 1 to 4 objects, or 8 to 12", "standard", choices=tuple(SPLITS), group="data")
-    tasks: tuple[str, ...] = option(
-        "questions about scenes",
-        TASKS,
+    tasks: tuple[str, ...] | None = option(
+        f"questions to ask (default: all; of generated scenes {','.join(TASKS)})",
+        None,
         metavar="LIST",
-        choices=TASKS,
         parse=lambda text: tuple(comma_list(text)),
-        shown=",".join(TASKS),
         group="data",
     )
     seed: int = option("seed of the scenes", 0, least=0, group="data")
@@ -89,23 +90,31 @@ class VisionSettings(ModelOptions):
     max_new_tokens: int | None = option("default: what the longest answer needs", None, least=1, group="run")
 
     def validate(self) -> None:
-        if not self.tasks:
+        if self.data == SCENES:
+            self.resolve(tasks=TASKS)
+            for task in self.tasks or ():
+                one_of(TASKS, tasks=task)
+        if self.tasks == ():
             raise ConfigError(f"--tasks is empty; give some of {', '.join(TASKS)}.")
         if self.model is not None and not self.gaps:
             raise ConfigError("--no-gaps chooses weights of the bundled model; leave --model or --no-gaps out.")
-        kind, colon, place = self.data.partition(":")
-        if self.data != SCENES and not (colon and place and kind in KINDS):
-            raise ConfigError(f"--data {self.data!r} is not allowed; give scenes, pope:SOURCE or chair:SOURCE.")
+        kind, _, place = self.data.partition(":")
+        if self.data != SCENES and not (place and kind in (SCENES, QUESTIONS, *PUBLISHED)):
+            raise ConfigError(
+                f"--data {self.data!r} is not allowed; give scenes, scenes:GENERATOR, questions:PATH, pope:SOURCE or "
+                "chair:SOURCE."
+            )
         if self.prompt is not None and not (self.prompt.count(PLACEHOLDER) == self.prompt.count(QUESTION) == 1):
             raise ConfigError(f"--prompt {self.prompt!r}: it must have {PLACEHOLDER} and {QUESTION}, each once.")
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **more: Any) -> Self:
         """With the rows of ``--keep`` and ``--blind``, and all rows of a file or dataset."""
-        if args.data not in (None, SCENES):
-            for name in ("split", "tasks"):
-                if getattr(args, name) is not None:
-                    raise ConfigError(f"--{name} belongs to generated scenes, not --data {args.data!r}; leave it out.")
+        kind = (args.data or SCENES).partition(":")[0]
+        for name, fits in (("split", args.data in (None, SCENES)), ("tasks", kind not in PUBLISHED)):
+            if getattr(args, name) is not None and not fits:
+                raise ConfigError(f"--{name} belongs to generated scenes, not --data {args.data!r}; leave it out.")
+        if kind != SCENES:
             more["samples"] = args.samples
         methods: Sequence[str] = args.methods or DEFAULT_METHODS
         if args.keep is not None:

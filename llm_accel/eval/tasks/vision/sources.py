@@ -12,8 +12,9 @@ from typing import Any
 from llm_accel.errors import ConfigError
 from llm_accel.eval.rows import FORMS, read_rows
 from llm_accel.eval.tasks.vision.coco import categories, objects_in
-from llm_accel.eval.tasks.vision.examples import Example, SceneSource
+from llm_accel.eval.tasks.vision.examples import Example
 from llm_accel.eval.tasks.vision.questions import POPE_SPLITS
+from llm_accel.eval.tasks.vision.scoring import Mentions
 
 YES_NO_SUFFIX = "\nAnswer the question using a single word or phrase."
 DESCRIBE = "Please describe this image in detail."
@@ -36,6 +37,11 @@ class RowSource:
     def max_new_tokens(self) -> int:
         """64 for captions, as in the published comparisons; CHAIR grows with the length that is allowed."""
         return 16 if self.kind == "pope" else 64
+
+    @property
+    def mentions(self) -> Mentions:
+        """Finds COCO categories."""
+        return objects_in
 
     def examples(self, sample: int) -> list[Example]:
         """All questions about one image."""
@@ -60,9 +66,6 @@ class RowSource:
         every = [row for group in self.groups for row in group]
         plain = [[(key, value) for key, value in row.items() if isinstance(value, str | list)] for row in every]
         return len(every), hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
-
-
-Source = SceneSource | RowSource
 
 
 def load_rows(data: str, limit: int | None) -> RowSource:

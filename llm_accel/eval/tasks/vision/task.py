@@ -13,16 +13,17 @@ from llm_accel.eval.plots import save
 from llm_accel.eval.records import Record
 from llm_accel.eval.task import Task as EvalTask
 from llm_accel.eval.tasks.vision import curves, pictures, table
-from llm_accel.eval.tasks.vision.coco import objects_in
 from llm_accel.eval.tasks.vision.controls import InputControl
 from llm_accel.eval.tasks.vision.engine import VisionEngine, VisionOutcome
-from llm_accel.eval.tasks.vision.examples import Example, SceneSource
+from llm_accel.eval.tasks.vision.examples import Example, SceneSource, Source
+from llm_accel.eval.tasks.vision.generated import GeneratedSource
 from llm_accel.eval.tasks.vision.processor import VisionProcessor
+from llm_accel.eval.tasks.vision.question_file import QuestionFile
 from llm_accel.eval.tasks.vision.questions import Task
 from llm_accel.eval.tasks.vision.scenes import SplitName
-from llm_accel.eval.tasks.vision.scoring import pairs, score
-from llm_accel.eval.tasks.vision.settings import SCENES, VisionSettings, parse_method
-from llm_accel.eval.tasks.vision.sources import Source, load_rows
+from llm_accel.eval.tasks.vision.scoring import score
+from llm_accel.eval.tasks.vision.settings import QUESTIONS, SCENES, VisionSettings, parse_method
+from llm_accel.eval.tasks.vision.sources import load_rows
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.methods import DyVTE, MethodConfig
 
@@ -37,10 +38,15 @@ def model_name(model: str | None, gaps: bool = True) -> str:
 
 
 def make_source(settings: VisionSettings) -> Source:
-    """Where images and questions come from; raises :class:`ConfigError` for files that cannot be read."""
-    if settings.data != SCENES:
+    """Where images and questions come from; raises :class:`ConfigError` for what cannot be read or drawn."""
+    kind, _, place = settings.data.partition(":")
+    if kind == QUESTIONS:
+        return QuestionFile.load(place, settings.samples, settings.tasks)
+    if kind != SCENES:
         return load_rows(settings.data, settings.samples)
     assert settings.samples is not None
+    if place:
+        return GeneratedSource.load(place, settings.samples, settings.seed, settings.tasks)
     tasks = cast(tuple[Task, ...], settings.tasks)
     return SceneSource(settings.samples, settings.seed, cast(SplitName, settings.split), tasks)
 
@@ -59,7 +65,6 @@ class VisionTask(EvalTask[int, Example, VisionOutcome]):
         self.settings, self.model, self.engine, self.source = settings, model, engine, source
         self.configs = {method: parse_method(method) for method in settings.methods}
         self.name = model_name(settings.model, settings.gaps)
-        self.mentions = pairs if settings.data == SCENES else objects_in
         self._questions, self._digest = source.digest()
 
     @classmethod
@@ -103,7 +108,7 @@ class VisionTask(EvalTask[int, Example, VisionOutcome]):
         record: Record = {
             **dict(zip(self.fields[1:], prompt.key, strict=True)),
             "split": prompt.split,
-            **score(prompt.task, answer, prompt.answer, prompt.objects, self.mentions),
+            **score(prompt.task, answer, (prompt.answer, *prompt.others), prompt.objects, self.source.mentions),
             "question": prompt.question,
             "expected": prompt.answer,
             "answer": answer,

@@ -1,4 +1,4 @@
-"""A cache layer that knows which entries belong to the reply, and what they looked at."""
+"""A cache layer that knows which entries belong to generated tokens, and what those looked at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_accel.cache.layer import AccelLayer
 from llm_accel.errors import UnsupportedCallError
 
 
-class ReplyLayer(AccelLayer):
+class GeneratedLayer(AccelLayer):
     """Keys and values as in the base. The last ``held`` entries of every row are generated tokens, or sums of some.
 
     Attributes:
@@ -18,8 +18,8 @@ class ReplyLayer(AccelLayer):
         received: attention that each entry got from the watched queries and from decode steps, fp32 [B, Hq, P]; None
             where nobody asks or the prompt has no image.
         saliency: attention that each generated token paid to the image, fp32 [B, Hk, P]; None before the first.
-        generated: tokens of the reply so far.
-        held: entries of the reply.
+        generated: tokens generated so far.
+        held: entries of these.
     """
 
     row_tensors = (*AccelLayer.row_tensors, "visual", "received", "saliency")
@@ -49,7 +49,7 @@ class ReplyLayer(AccelLayer):
         """Adds the attention of some queries to all entries, fp32 [B, Hq, P]."""
         self.received = votes if self.received is None else self.received + votes
 
-    def begin_reply(self) -> None:
+    def begin_generated(self) -> None:
         """The prompt is complete: what was generated before belongs to it from now on."""
         self.generated = self.held = 0
 
@@ -61,13 +61,13 @@ class ReplyLayer(AccelLayer):
             self.saliency = torch.zeros(self.keys.shape[:3], device=self.keys.device)
         self.saliency[..., -1] = saliency[:, None]
 
-    def reply(self, tensor: Tensor) -> Tensor:
-        """The part [B, H, held, ...] of [B, H, P, ...] that belongs to the reply."""
+    def part_generated(self, tensor: Tensor) -> Tensor:
+        """The part [B, H, held, ...] of [B, H, P, ...] that belongs to generated tokens."""
         return tensor[:, :, tensor.shape[2] - self.held :]
 
     def prune(self, into: Tensor, trace: bool) -> None:
-        """Lets entries of the reply go where ``into``, int64 [B, Hk, held], tells: to themselves, to another one that
-        they are added to, or nowhere (-1). As many stay in every row and head."""
+        """Lets entries of generated tokens go where ``into``, int64 [B, Hk, held], tells: to themselves, to another one
+        that they are added to, or nowhere (-1). As many stay in every row and head."""
         own = torch.arange(self.held, device=into.device)
         kept = (into == own).nonzero()[:, -1].view(*into.shape[:2], -1)
         if kept.shape[-1] == self.held:
@@ -86,13 +86,13 @@ class ReplyLayer(AccelLayer):
         self.held = kept.shape[-1]
 
     def _summed(self, tensor: Tensor, into: Tensor, moving: Tensor) -> Tensor:
-        """[B, H, P, D] after the ``moving`` entries of the reply were added to those that they go to."""
+        """[B, H, P, D] after the ``moving`` entries of the generated tokens were added to those that they go to."""
         groups = tensor.shape[1] // into.shape[1]
         into, moving = (one.repeat_interleave(groups, 1)[..., None] for one in (into, moving))
-        reply = self.reply(tensor)
-        added = reply.masked_fill(~moving, 0)
-        reply = reply.scatter_add(2, into.clamp(min=0).expand_as(added), added)
-        return torch.cat([tensor[:, :, : tensor.shape[2] - self.held], reply], dim=2)
+        part = self.part_generated(tensor)
+        added = part.masked_fill(~moving, 0)
+        part = part.scatter_add(2, into.clamp(min=0).expand_as(added), added)
+        return torch.cat([tensor[:, :, : tensor.shape[2] - self.held], part], dim=2)
 
     def _gather(self, indices: Tensor) -> None:
         super()._gather(indices)

@@ -1,4 +1,4 @@
-"""What a method on replies does within one attention call, and to the logits of ``generate``."""
+"""What a method that contrasts two views of an image does in one attention call, and to the logits of ``generate``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from llm_accel.cache import ReplyLayer
+from llm_accel.cache import GeneratedLayer
 from llm_accel.cache.attention import Attention
 from llm_accel.errors import UnsupportedCallError
 from llm_accel.kernels.column_votes import column_votes
@@ -20,7 +20,7 @@ from llm_accel.patches.phase import Phase
 from llm_accel.patches.session import Session
 
 
-def look(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
+def note_call(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
     """Notes what the running call of the decoder shows, before its layers: whether there is an image, and the embedding
     of the newest token for the second path.
 
@@ -50,17 +50,17 @@ def look(session: Session, method: VASparse, kwargs: dict[str, Any]) -> None:
         state.newest = newest
 
 
-class ReplyStep:
+class ContrastStep:
     """The work on one layer in the running call.
 
     Args:
         session: state of the cache.
-        method: the method on replies.
+        method: the method that contrasts.
         layer: the layer's entries, the new ones included.
         attention: what the model would have computed.
     """
 
-    def __init__(self, session: Session, method: VASparse, layer: ReplyLayer, attention: Attention) -> None:
+    def __init__(self, session: Session, method: VASparse, layer: GeneratedLayer, attention: Attention) -> None:
         self.session, self.method, self.layer, self.attention = session, method, layer, attention
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class ReplyStep:
             layer.observe(query, width)
         if self.session.phase is Phase.PREFILL_END:
             layer.own_storage()
-            layer.begin_reply()
+            layer.begin_generated()
         if self.method.penalises and (width is None or (self.session.phase is Phase.PREFILL_END and layer.pictured)):
             watched = query if layer.window is None else layer.window
             softmax = self.attention.softmax(key.shape[-1])
@@ -102,7 +102,7 @@ class ReplyStep:
             layer.received = layer.received if layer.pictured else None
 
     def _spoke(self, weights: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-        """A token of the reply: what it looked at, and every so often where the entries of the reply go, int64
+        """A generated token: what it looked at, and every so often where the entries of the generated tokens go, int64
         [B, Hk, held]."""
         layer, method = self.layer, self.method
         if method.penalises:
@@ -115,8 +115,9 @@ class ReplyStep:
         if count == layer.held:
             return None
         assert layer.saliency is not None
-        products = self._products(query, layer.reply(layer.all_keys(key)))
-        return method.destinations(products, layer.reply(layer.saliency), layer.reply(layer.keys), count)
+        products = self._products(query, layer.part_generated(layer.all_keys(key)))
+        saliency, keys = layer.part_generated(layer.saliency), layer.part_generated(layer.keys)
+        return method.destinations(products, saliency, keys, count)
 
     def _products(self, query: Tensor, key: Tensor) -> Tensor:
         """Inner products of one query per row with keys [B, H, n, D], fp32 [B, Hq, n]."""

@@ -1,0 +1,72 @@
+"""Linear layers by oneDNN: right, only where they can be, and only where they are faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llm_accel.common import cpu_linear
+from llm_accel.common.cpu_linear import LEAST_WEIGHTS, OneDnnLinear, use_faster_linear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+class Own(nn.Linear):
+    """A layer with a reason to be its own class."""
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 77), (0,)])
+@torch.no_grad()
+def test_large_layers_give_the_same_product(faster: None, bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(320, 448, bias=bias)
+    rows = torch.randn(*shape, 320)
+    exact = torch.nn.functional.linear(rows.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert use_faster_linear(layer) == 1 and type(layer) is OneDnnLinear
+    assert layer(rows).dtype == torch.float32
+    torch.testing.assert_close(layer(rows).double(), exact, rtol=1e-5, atol=1e-5)
+    strided = torch.cat([rows, rows], -1)[..., :320]
+    torch.testing.assert_close(layer(strided), layer(rows))
+
+
+def test_other_layers_stay(faster: None) -> None:
+    small = nn.Linear(16, LEAST_WEIGHTS // 16 - 1)
+    model = nn.ModuleList([small, Own(512, 512), nn.Linear(512, 512, dtype=torch.bfloat16), nn.Embedding(512, 512)])
+    kinds = [type(layer) for layer in model]
+    assert use_faster_linear(model) == 0
+    assert [type(layer) for layer in model] == kinds
+
+
+def test_nothing_changes_where_onednn_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: False)
+    layer = nn.Linear(512, 512)
+    assert use_faster_linear(layer) == 0 and type(layer) is nn.Linear
+
+
+def test_the_trial_compares_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for times, expected in (((2.0, 1.0), True), ((1.1, 1.0), False), ((1.0, 2.0), False)):
+        taken = iter(times)
+        monkeypatch.setattr(cpu_linear, "_seconds", lambda work, taken=taken: next(taken))
+        assert cpu_linear.onednn_is_faster.__wrapped__() is expected
+
+
+@torch.no_grad()
+def test_a_compiler_sees_a_plain_layer(faster: None) -> None:
+    layer, rows, seen = nn.Linear(320, 448), torch.randn(2, 1, 320), list[str]()
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    use_faster_linear(layer)
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(rows), layer(rows))
+    assert len(seen) == 1 and "linear" in seen[0] and "mkldnn" not in seen[0]
