@@ -1,10 +1,10 @@
-"""Scenes that share no drawing code with the package or its training, for a look at the bundled vision model from outside.
+"""Scenes that share no drawing code with the package or its training: a look at the bundled vision model from outside.
 
     llm-accel vision --data scenes:benchmarks.foreign_scenes:draw --samples 240 --method dense --out DIR
 
 The same words, drawn by Pillow's ``ImageDraw`` in the colours that CSS calls so, on a canvas of 80, 160 or 320 pixels,
-with a gradient, a texture or both behind them, small or of usual size, upright or turned a little, and saved as a JPEG of
-quality 40. Asked are existence, colour, shape, count and what is left of or above what; no caption, since things lie
+with a gradient, a texture or both behind them, small or of usual size, upright or turned a little, and saved as a JPEG
+of quality 40. Asked are existence, colour, shape, count and what is left of or above what; no caption, since things lie
 anywhere. The look was settled before a model saw any of it, and training uses none of it.
 """
 
@@ -15,8 +15,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from llm_accel.eval.tasks.vision.generators import GeneratedScene, Question, covered
 from PIL import Image, ImageDraw, ImageFilter
+
+from llm_accel.eval.tasks.vision.generators import GeneratedScene, Question, covered
 
 NAMES = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 FORMS = ("circle", "square", "triangle", "cross", "star")

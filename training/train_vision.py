@@ -110,6 +110,21 @@ CURRICULUM: tuple[Stage, ...] = (
         edges=0.6,
         few=0.2,
     ),
+    Stage(
+        "J settle",
+        550,
+        16,
+        6e-4,
+        _SHORT,
+        dense=0.35,
+        world=0.4,
+        tower=0.0,
+        hide=0.75,
+        inside=0.5,
+        broken=0.1,
+        edges=0.6,
+        few=0.1,
+    ),
 )
 PLAIN = "T class token"  # the model after this stage is kept as well
 HOLD = PLAIN  # this stage is :func:`~training.vision_hold.hold`, which follows the weights after that one
