@@ -126,6 +126,7 @@ clients: $(VENV)/.ready
 	$(BIN)/python -m venv build/clients
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
 	build/clients/bin/python $(PIP) litellm langchain-openai llama-index-llms-openai-like "lm-eval[api]"
+	if command -v npm >/dev/null; then npm install --no-fund --no-audit --prefix build/clients openai; fi
 	PYTHONPATH=$(CURDIR) build/clients/bin/python scripts/clients.py
 
 # kvpress on the same token ids, in an environment of its own over that of the tests: it needs an older transformers. Needs

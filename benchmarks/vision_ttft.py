@@ -70,7 +70,7 @@ def first_token(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None
 
 def counted(model: PreTrainedModel, prompt: dict[str, torch.Tensor], budget: int | None) -> dict[str, int]:
     """Floating-point operations until the first token: of the decoder, of the tower, of everything."""
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention})
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
     with applied(model, budget), counter:
         first_token(model, prompt)
     modules = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
@@ -82,6 +82,10 @@ def counted(model: PreTrainedModel, prompt: dict[str, torch.Tensor], budget: int
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Operations of one attention call, from shapes, as the counter has them for its other kernels."""
     return sdpa_flop_count(query, key, value)
+
+
+COUNTED = {_CPU_ATTENTION: _attention}
+"""What the counter must be told."""
 
 
 def shares(decoder_layers: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 `make clients` makes an environment of their own and runs this.
 A line per client says what came; the exit status is 1 where one failed, and a client that is not installed is skipped.
+`python scripts/clients.py openai` asks in the way of some of them only.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 KEY = "key-of-a-client"
+NODE = "../build/clients/node_modules/openai"  # from this folder
 MESSAGES: Any = [{"role": "user", "content": "The dog watched the old river."}]
 PROMPTS = [f"The dog {number}" for number in range(20)]
 
@@ -42,16 +47,31 @@ def of_openai(url: str) -> str:
     return f"answers {whole!r}"
 
 
+def of_node(url: str) -> str:
+    """openai for JavaScript: a chat, a stream, and errors."""
+    asked = ["node", str(Path(__file__).with_name("clients.mjs")), url, KEY, json.dumps(MESSAGES)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout.strip()
+
+
 def of_litellm(url: str) -> str:
-    """A chat, and the fallback to another model where the context is too short."""
+    """A chat, and a router that goes on to a model of longer context where that of the first is too short."""
     import litellm
 
-    short: dict[str, Any] = {"model": "openai/needle", "api_base": url, "api_key": KEY, "max_tokens": 8}
-    said = litellm.completion(messages=MESSAGES, **short).choices[0].message.content
-    try:
-        litellm.completion(messages=[{"role": "user", "content": "dog " * 99_999}], **short)
-    except litellm.ContextWindowExceededError:
-        return f"answers {said!r}, and knows a context that is too short"
+    def model(name: str, base: str) -> dict[str, Any]:
+        return {"model_name": name, "litellm_params": {"model": "openai/needle", "api_base": base, "api_key": KEY}}
+
+    long = [{"role": "user", "content": "dog " * 99}]
+    with serving("--max-model-len", "64") as short:
+        router = litellm.Router([model("short", short), model("long", url)], num_retries=0)
+        said = router.completion("short", MESSAGES, max_tokens=8).choices[0].message.content
+        try:
+            router.completion("short", long, max_tokens=8)
+        except litellm.ContextWindowExceededError:
+            falls = litellm.Router(router.model_list, num_retries=0, context_window_fallbacks=[{"short": ["long"]}])
+            longer = falls.completion("short", long, max_tokens=8).choices[0].message.content
+            return f"answers {said!r}, and {longer!r} by the model of longer context"
     raise AssertionError("litellm takes a context that is too short for something else")
 
 
@@ -112,19 +132,40 @@ CLIENTS: dict[str, tuple[str, Callable[[str], str]]] = {
     "LangChain": ("langchain_openai", of_langchain),
     "LlamaIndex": ("llama_index.llms.openai_like", of_llama_index),
     "lm-eval": ("lm_eval", of_lm_eval),
+    "node": (NODE, of_node),
 }
+
+
+def installed(module: str) -> bool:
+    """Whether there is such a package of Python, or openai for node."""
+    if module != NODE:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    return shutil.which("node") is not None and (Path(__file__).parent / NODE).is_dir()
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[str]:
+    """A server on the bundled model until the end of the block: its URL."""
+    command = [sys.executable, "-m", "llm_accel", "serve", "--port", "0", "--method", "snapkv:budget=128", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield json.loads(server.stdout.readline())["url"]
+        finally:
+            server.terminate()
 
 
 def main() -> int:
     """Starts a server, and asks it in the way of each client."""
     os.environ["OPENAI_API_KEY"] = KEY  # lm-eval reads it
-    command = [sys.executable, "-m", "llm_accel", "serve", "--port", "0", "--method", "snapkv:budget=128"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
-        failed = 0
-        for name, (module, ask) in CLIENTS.items():
-            if importlib.util.find_spec(module.partition(".")[0]) is None:
+    wanted, failed = sys.argv[1:] or list(CLIENTS), 0
+    others = [name for name in wanted if name not in CLIENTS]
+    if others:
+        raise SystemExit(f"no such client: {', '.join(others)}; there are {', '.join(CLIENTS)}.")
+    with serving() as url:
+        for name in wanted:
+            module, ask = CLIENTS[name]
+            if not installed(module):
                 print(f"{name}: not installed")
                 continue
             try:
@@ -132,7 +173,6 @@ def main() -> int:
             except Exception as error:
                 failed += 1
                 print(f"{name}: failed with {type(error).__name__}: {error}")
-        server.terminate()
     return min(failed, 1)
 
 

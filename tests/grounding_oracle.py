@@ -148,7 +148,8 @@ def part(dialogue: Dialogue, rows: Tensor) -> Dialogue:
     """The rows of an index alone."""
     marks = None if dialogue.marks is None else dialogue.marks[rows]
     mine = (dialogue.visual[rows], dialogue.spoken[rows], dialogue.last[rows])
-    return Dialogue(dialogue.rows[:, rows], dialogue.positions[..., rows], *mine, marks)
+    hidden = {layer: gone[:, rows][:, :, rows] for layer, gone in dialogue.hidden.items()}
+    return Dialogue(dialogue.rows[:, rows], dialogue.positions[..., rows], *mine, marks, hidden)
 
 
 def chosen(

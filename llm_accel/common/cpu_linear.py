@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-LEAST_WEIGHTS = 2**16  # of a layer: oneDNN's call costs 10 us more, which a smaller product does not win back
+# oneDNN's call costs 10 us more, which small products do not win back: multiplications of a call, or weights of a layer
+_LEAST_PRODUCT, _LEAST_WEIGHTS = 2**20, 2**17
 _WORTH = 1.2  # times as fast, for it to be taken
 _ROWS, _SIDE, _TRIES = 256, 768, 5  # of the product that is timed
 
@@ -25,13 +26,14 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input``: fp32 [..., in_features]. fp32 [..., out_features]."""
-        if torch.compiler.is_compiling():  # the compiler chooses for itself, and takes this call from itself alone
+        small = self.weight.numel() < _LEAST_WEIGHTS and input.numel() * self.out_features < _LEAST_PRODUCT
+        if small or torch.compiler.is_compiling():  # a compiler chooses for itself
             return super().forward(input)
         return _product(input, self.weight, self.bias)
 
 
 def use_faster_linear(model: nn.Module) -> int:
-    """Turns the large fp32 linear layers of a model for inference to oneDNN where that is faster here; how many."""
+    """Turns the fp32 linear layers of a model for inference to oneDNN where that is faster here; how many."""
     found = [layer for layer in model.modules() if _fits(layer)]
     if not found or not onednn_is_faster():
         return 0
@@ -44,8 +46,7 @@ def _fits(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear:  # others have reasons to be so
         return False
     weight = layer.weight
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    return plain and weight.numel() >= LEAST_WEIGHTS
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 @cache

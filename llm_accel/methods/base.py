@@ -24,7 +24,7 @@ def option(
     help: str,
     default: Any,
     most: float = INT64,
-    least: int | None = None,
+    least: float | None = None,
     share: Literal["(0, 1]", "[0, 1]"] | None = None,
 ) -> Any:
     """A dataclass field with a one-line help, used by Python, the command line and the docs alike.

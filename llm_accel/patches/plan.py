@@ -123,6 +123,8 @@ class Plan:
         tokens = _first(self.configs, VisualInput)
         if tokens is not None and (self.cut is None or any(isinstance(config, LayerCut) for config in self.configs)):
             tokens = tokens.one_stage()  # another method lets tokens leave between layers, or no layer does
+        elif tokens is not None and self.family is not None and self.family.two_stages:
+            tokens = tokens.two_stages()
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "kv_method", _first(self.configs, ScoreAndKeep))
         object.__setattr__(self, "attention_method", _first(self.configs, AttentionMethod))

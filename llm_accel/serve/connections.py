@@ -20,7 +20,7 @@ def bind(host: str, port: int) -> socket.socket:
     algorithm: with it the second write of an answer waits for the acknowledgement of the first one, some 40 ms.
 
     Raises:
-        ConfigError: the address is neutral_values, or none of this machine.
+        ConfigError: the address is taken, or none of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -40,6 +40,12 @@ def load(settings: ServeSettings) -> Served:
     Raises:
         ConfigError: no such device, model or attention implementation; no Pillow for the bundled vision model.
     """
+    served = _load(settings)
+    use_faster_linear(served.model)
+    return served
+
+
+def _load(settings: ServeSettings) -> Served:
     device = find_device(settings.device)
     wanted = settings.model or BUNDLED[0]
     if wanted.startswith(_OURS):
@@ -57,7 +63,6 @@ def load(settings: ServeSettings) -> Served:
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=True,
     )
-    use_faster_linear(model)
     name = settings.name or short_name(wanted)
     return Served(model.eval(), reader.tokenizer if sees else reader, reader if sees else None, name)
 

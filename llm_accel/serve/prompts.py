@@ -161,15 +161,7 @@ class PromptReader:
             for other in _other_tool_turns(messages):
                 if render(other) == text:
                     raise BadRequest("the model's chat template leaves turns with tools out; send none.")
-        except (
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _OF_TEMPLATES as error:
             # what a template says itself is meant for whoever sent the messages; other errors speak of its insides
             told = f": {error}" if type(error) is TemplateError else "."
             raise BadRequest(f"the model's chat template does not take these messages{told}") from error

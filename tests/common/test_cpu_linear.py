@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm_accel.common import cpu_linear
-from llm_accel.common.cpu_linear import LEAST_WEIGHTS, OneDnnLinear, use_faster_linear
+from llm_accel.common.cpu_linear import OneDnnLinear, use_faster_linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -39,11 +39,26 @@ def test_large_layers_give_the_same_product(faster: None, bias: bool, shape: tup
 
 
 def test_other_layers_stay(faster: None) -> None:
-    small = nn.Linear(16, LEAST_WEIGHTS // 16 - 1)
-    model = nn.ModuleList([small, Own(512, 512), nn.Linear(512, 512, dtype=torch.bfloat16), nn.Embedding(512, 512)])
+    model = nn.ModuleList([Own(512, 512), nn.Linear(512, 512, dtype=torch.bfloat16), nn.Embedding(512, 512)])
     kinds = [type(layer) for layer in model]
     assert use_faster_linear(model) == 0
     assert [type(layer) for layer in model] == kinds
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("width", "rows", "expected"),
+    [(128, 16, 0), (128, 512, 1), (512, 1, 1)],
+    ids=["small", "many rows", "many weights"],
+)
+def test_small_products_are_left_to_blas(
+    faster: None, width: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, calls, product = nn.Linear(width, width), list[Any](), cpu_linear._product
+    monkeypatch.setattr(cpu_linear, "_product", lambda *given: calls.append(given) or product(*given))
+    use_faster_linear(layer)
+    layer(torch.randn(rows, width))
+    assert len(calls) == expected
 
 
 def test_nothing_changes_where_onednn_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,10 @@ class VisualInput(VisualBudget):
         """Whether a second stage was asked for, so that no other method can let tokens leave between layers."""
         return False
 
+    def two_stages(self) -> Self:
+        """The method on models for which it was released with a second stage for images of any size."""
+        return self
+
     def one_stage(self) -> Self:
         """The method without a second stage."""
         return self

@@ -11,9 +11,10 @@ Scores are accumulated, A = (1 - ema) * A + ema * S. After every second layer, c
 lowest patches leave: all of them above the budget T at the last cut, (N - T) / sqrt(layers to go) * (1 - H^2) of N
 before it, where H is the entropy of R over ln N. A tower without a class token is scored by its mean query, R * I.
 
-Images of many tokens get a second stage (``llm_stage``): ``vision_factor`` times the budget enters the language model,
-and after layer ``llm_layer`` the last query of the prompt chooses as many as the budget allows by (R + M) * I, where R
-is the softmax of its products with the keys of visual tokens alone, M that of its value with theirs, both scaled.
+Images of many tokens, and as released all images of Qwen, get a second stage (``llm_stage``): ``vision_factor`` times
+the budget enters the language model, and after layer ``llm_layer`` the last query of the prompt chooses as many as the
+budget allows by (R + M) * I, where R is the softmax of its products with the keys of visual tokens alone, M that of its
+value with theirs, both scaled.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class FlowCut(TowerCut):
         share="(0, 1]",
     )
     llm_stage: Literal["auto", "on", "off"] = option(
-        f"second stage inside the language model; auto: for images of more than {MANY} tokens, unless another method "
-        "drops visual tokens between layers",
+        f"second stage inside the language model; auto: for images of more than {MANY} tokens, and on Qwen and models "
+        "built like it for all, unless another method drops visual tokens between layers",
         "auto",
     )
     llm_layer: int = option(
@@ -117,6 +118,9 @@ class FlowCut(TowerCut):
     @property
     def always_cuts(self) -> bool:
         return self.llm_stage == "on"
+
+    def two_stages(self) -> FlowCut:
+        return replace(self, llm_stage="on") if self.llm_stage == "auto" else self
 
     def one_stage(self) -> FlowCut:
         return replace(self, llm_stage="off")

@@ -101,10 +101,11 @@ class VisionZip(TowerMerge):
             return features
         direction = F.normalize(metric, dim=-1)
         nearest = (direction @ direction[centres].mT).argmax(-1)
-        member = F.one_hot(nearest, len(centres)).float()
-        own = F.one_hot(nearest.new_tensor(range(len(centres))), len(centres)).float()
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        member = F.one_hot(nearest, len(centres)).to(wide)
+        own = F.one_hot(nearest.new_tensor(range(len(centres))), len(centres)).to(wide)
         member[centres] = own if self.variant == "spread" else 0.0
         member[dominant] = 0
-        merged = (member.mT @ features.float()) / member.sum(0)[:, None].clamp(min=1)
-        merged = merged if self.variant == "spread" else merged + features[centres].float()
+        merged = (member.mT @ wide) / member.sum(0)[:, None].clamp(min=1)
+        merged = merged if self.variant == "spread" else merged + wide[centres]
         return features.index_copy(0, centres, merged.to(features.dtype))

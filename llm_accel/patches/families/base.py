@@ -31,6 +31,7 @@ class VisionFamily:
         pads: whether the tower fills up smaller images with rows that no other row sees, which ``packed`` leaves out.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
+        two_stages: whether FlowCut was released for such models with a second stage for images of any size.
         resizable: whether the tower takes images of other sizes than that of its position embeddings.
         axes: of a position in the language model.
         declared: whether the family is declared here; otherwise only methods that need no tower work.
@@ -47,6 +48,7 @@ class VisionFamily:
     mergers: tuple[str, ...] = ()
     merge: int = 1
     token_ids: tuple[str, ...] = ("image_token_id",)
+    two_stages: bool = False
     resizable: bool = False
     axes: int = 1
     declared: bool = True

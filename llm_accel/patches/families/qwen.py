@@ -27,6 +27,7 @@ class Qwen(VisionFamily):
     mergers: tuple[str, ...] = ("merger",)
     merge: int = 4
     token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    two_stages: bool = True
     resizable: bool = True
     axes: int = 3
 

@@ -169,68 +169,6 @@ def test_paint_beside_tokens_that_left_in_the_tower() -> None:
         assert sum(report.layers[1].grounding["local"]) > 0
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize(
-    "methods",
-    [[FlowCut(), SnapKV(), VHR()], [FlowCut(ratio=0.6), SnapKV(budget=12, window=4), VHR_ON]],
-    ids=["defaults", "evicting"],
-)
-def test_two_turns_of_a_batch_with_flowcut_and_snapkv(family: str, methods: list[MethodConfig]) -> None:
-    """As a user writes it, by name, and with budgets that these prompts exceed: a left-padded batch whose rows have one
-    image and two, and a second question on the same cache. Every logit of both turns equals the oracle's."""
-    model = tiny_vlm(family)
-    batch = inputs(model, UNEQUAL)
-    prompt = batch["input_ids"].shape[1]
-    question = torch.randint(3, IMAGE, (2, 7), generator=torch.Generator().manual_seed(9))
-    given = methods if methods[1].budget == 12 else [method.name for method in methods]
-    with llm_accel.apply(model, given, trace=True) as handle:
-        entering, cache = Entering(model), handle.new_cache()
-        first = spoken(model, batch, past_key_values=cache)
-        before = handle.report()
-        history = torch.cat([first.sequences, question], dim=1)
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, STEPS + 7, dtype=torch.long)], dim=1)
-        second = spoken(model, {"input_ids": history, "attention_mask": mask}, past_key_values=cache)
-        entering.hook.remove()
-        after = handle.report()
-    assert after.visual_tokens_after < after.visual_tokens_before and len(entering.calls) == 2
-    assert [layer.grounding for layer in after.layers] == [layer.grounding for layer in before.layers]
-    entered = entering.calls[0]["rows"].shape[1] + STEPS - 1
-    assert {layer.physical_length for layer in before.layers} == {12 + STEPS - 1 if given is methods else entered}
-    for row in range(2):
-        replies = [first.sequences[row, prompt:], second.sequences[row, history.shape[1] :]]
-        dialogue = dialogue_of(model, entering.calls, replies, row)
-        index = entering.calls[0]["index"][row]
-        index = index[index >= 0]
-        padding = int((batch["attention_mask"][row] == 0).sum())
-        total = len(dialogue.visual)
-        places = torch.cat([index - padding, torch.arange(total - len(index)) + prompt - padding])
-        ends = len(index), total - STEPS + 1
-        dialogue.hidden = hidden_in_turns((before, after), ends, places, row)
-        wanted = logits_of(model, dialogue, methods, len(index))[dialogue.last]
-        got = torch.stack([*first.logits, *second.logits], 1)[row].double()
-        assert torch.allclose(got, wanted, atol=EXACT), float((got - wanted).abs().max())
-
-
-def hidden_in_turns(
-    reports: tuple[Report, Report], ends: tuple[int, int], places: Tensor, row: int
-) -> dict[int, Tensor]:
-    """What queries behind the end of each turn's prompt no longer find, of what stood before it. ``places``: the
-    position of each token of the dialogue, int64 [T]."""
-    found, total = {}, len(places)
-    for layer, (early, late) in enumerate(zip(*(report.layers for report in reports), strict=True)):
-        if not early.evicted:
-            continue
-        gone = torch.zeros(early.kept.shape[1], total, total, dtype=torch.bool)
-        for head in range(len(gone)):
-            for told, begin, end in ((early, ends[0], ends[1]), (late, ends[1], total)):
-                kept = torch.tensor(sorted(set(told.kept[row, head].tolist())))
-                gone[head, begin:end, :begin] = ~torch.isin(places[:begin], kept)
-        # what was said and asked after the first prompt is there for all queries of the second one
-        gone[:, ends[0] : ends[1], ends[0] : ends[1]] = False
-        found[layer] = gone
-    return found
-
-
 @every_method
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_second_turn_equals_the_oracle(family: str, method: Grounding) -> None:

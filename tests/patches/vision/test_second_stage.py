@@ -150,3 +150,20 @@ def test_the_first_tombstone_tells_the_surplus(kind: torch.dtype) -> None:
     gone = tombstones(marked)
     assert torch.equal(gone[0], torch.cat([~kept, ~kept])) and torch.equal(gone[1], torch.cat([~kept, kept]))
     assert surplus_of(marked, gone).tolist() == [300 + 16383, 0]
+
+
+@pytest.mark.parametrize(("family", "entering"), [("qwen2_vl", 4), ("qwen2_5_vl", 4), ("llava", 2)])
+def test_the_released_form_for_qwen_has_both_stages(family: str, entering: int) -> None:
+    """Images of any size: by default twice the budget enters the language model of Qwen, and the budget goes on."""
+    model = tiny_vlm(family)
+    image, batch = pixels(family, 1), inputs(model, [Scene((4, 3, 9), 5)])
+    told = {}
+    for stage in ("auto", "on", "off"):
+        with llm_accel.apply(model, FlowCut(budget=2, llm_stage=stage)) as handle:
+            features = torch.cat(list(model.base_model.get_image_features(**image, return_dict=True).pooler_output))
+            logits = decode(model, batch)[1]
+            told[stage] = int((~features[:, -1].isnan()).sum()), logits, handle.report().exit_layer
+            assert handle.report().visual_tokens_after == 4  # of two images
+    assert told["auto"][0] == entering and (told["on"][0], told["off"][0]) == (4, 2)
+    assert torch.equal(told["auto"][1], told["off" if family == "llava" else "on"][1])
+    assert told["auto"][2] == (None if family == "llava" else 1)

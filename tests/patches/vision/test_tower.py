@@ -99,7 +99,7 @@ def test_windowed_tower_scores_tokens_where_they_stand() -> None:
     for unit in (0, 3, 5, 14):
         pixels, generator = torch.zeros(64, 3 * 2 * 14 * 14), torch.Generator().manual_seed(unit)
         pixels[4 * unit : 4 * unit + 4] = 4 * torch.randn(4, 3 * 2 * 14 * 14, generator=generator)
-        with llm_accel.apply(model, "flowcut", budget=1):
+        with llm_accel.apply(model, "flowcut", budget=1, llm_stage="off"):
             features = features_of(model, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 8, 8]]))[0]
         assert len(features) == 16
         assert (~dropped_rows(features)).nonzero()[:, 0].tolist() == [unit]
