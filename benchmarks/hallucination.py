@@ -33,6 +33,7 @@ from llm_accel.eval.tasks.vision.examples import Example
 from llm_accel.eval.tasks.vision.processor import VisionProcessor
 from llm_accel.eval.tasks.vision.questions import questions
 from llm_accel.eval.tasks.vision.scenes import PAIRS, SKEWED, Prior, draw_scene
+from llm_accel.eval.tasks.vision.scoring import Mentions, pairs
 from llm_accel.eval.tasks.vision.settings import VisionSettings
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.eval.tasks.vision.task import VisionTask, parse_method
@@ -95,6 +96,11 @@ class Misleading:
 
     def __len__(self) -> int:
         return self.samples
+
+    @property
+    def mentions(self) -> Mentions:
+        """Finds things that a caption names."""
+        return pairs
 
     @property
     def max_new_tokens(self) -> int:
