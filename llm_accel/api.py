@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from llm_accel.methods import Grounding, MethodConfig
+from llm_accel.methods import Grounding, MethodConfig, VideoTokens
 from llm_accel.patches.auto import chosen_methods
 from llm_accel.patches.compiled.call import refusal_of
 from llm_accel.patches.hook import DecoderHook, attach_session
@@ -62,6 +62,8 @@ class Handle:
         visual = self._hook.visual_report()
         if layers and plan.visual and visual.before == 0:
             warnings.append("no visual token was taken out: the prompt has none")
+        if layers and isinstance(plan.tokens, VideoTokens) and visual.before and visual.before == visual.after:
+            warnings.append(f"{plan.tokens.name} took no token out: only tokens of videos beyond the budget leave")
         if layers and plan.decoding is not None and not visual.before:
             warnings.append(f"{plan.decoding.name} left this call alone: its prompt has no image")
         for config in plan.configs:

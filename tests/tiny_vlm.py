@@ -13,6 +13,9 @@ import torch
 import transformers as hf
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from llm_accel import list_methods
+from llm_accel.methods import VideoTokens
+
 VOCABULARY = 128
 IMAGE = 120
 VIDEO = 121
@@ -145,6 +148,11 @@ def tiny_vlm(family: str = "llava", seed: int = 0, attention: str = "sdpa") -> P
     emits a placeholder, which transformers could not tell from an image of the prompt."""
     torch.manual_seed(seed)
     return widened(AutoModelForImageTextToText.from_config(CONFIGS[family](), attn_implementation=attention))
+
+
+def family_for(method: str) -> str:
+    """A family that a method works on: one with videos for those that compare frames."""
+    return "llava_onevision" if issubclass(list_methods()[method], VideoTokens) else "llava"
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:

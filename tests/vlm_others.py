@@ -8,18 +8,9 @@ from typing import Any
 import transformers as hf
 
 from tests.tiny_vlm import GRID, IMAGE, QWEN_MARKS, QWEN_VISION, TEXT, VIDEO
-from tests.vlm_towers import MOE, MROPE, PLAIN, QWEN3_VISION, SIGLIP, llama
+from tests.vlm_towers import LINEAR, MOE, MROPE, PLAIN, QWEN3_VISION, SIGLIP, llama
 
 PIXTRAL: dict[str, Any] = {**SIGLIP, "num_hidden_layers": 2, "model_type": "pixtral"}
-LINEAR: dict[str, Any] = {
-    "linear_conv_kernel_dim": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
-}
 EXPERTS: dict[str, Any] = {"intermediate_size": 16, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 
 
@@ -99,14 +90,6 @@ OTHERS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
                 "layer_types": ["full_attention"] * 3,
             },
             "image_token_index": IMAGE,
-        },
-    ),
-    "qwen3_5": (
-        "Qwen3_5",
-        lambda: {
-            "vision_config": QWEN3_VISION,
-            "text_config": {**TEXT, **LINEAR, "rope_parameters": MROPE | {"mrope_interleaved": True}},
-            **QWEN_MARKS,
         },
     ),
     "minicpmv4_6": (

@@ -11,6 +11,15 @@ SIGLIP: dict[str, Any] = {name: CLIP[name] for name in CLIP if name != "projecti
 PLAIN: dict[str, Any] = {name: SIGLIP[name] for name in SIGLIP if name not in ("image_size", "patch_size")}
 MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
 MOE: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LINEAR: dict[str, Any] = {
+    "linear_conv_kernel_dim": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
 GLM_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
@@ -145,6 +154,36 @@ TOWERS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
                 "num_experts_per_tok": 2,
             },
             **GLM_MARKS,
+        },
+    ),
+    "glm46v": (
+        "Glm46V",
+        lambda: {
+            "vision_config": {**GLM_VISION, "model_type": "glm4v_vision"},
+            "text_config": {**TEXT, "model_type": "glm4v_text", "rope_parameters": GLM_ROPE},
+            **GLM_MARKS,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5",
+        lambda: {
+            "vision_config": QWEN3_VISION,
+            "text_config": {**TEXT, **LINEAR, "rope_parameters": MROPE | {"mrope_interleaved": True}},
+            **QWEN_MARKS,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        lambda: {
+            "vision_config": QWEN3_VISION,
+            "text_config": {
+                **TEXT,
+                **LINEAR,
+                **MOE,
+                "shared_expert_intermediate_size": 16,
+                "rope_parameters": MROPE | {"mrope_interleaved": True},
+            },
+            **QWEN_MARKS,
         },
     ),
     "glm_ocr": (

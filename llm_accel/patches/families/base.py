@@ -28,6 +28,7 @@ class VisionFamily:
         packed_rows: whether the patches of all images stand in one row, those of a token next to each other, in whose
             layers an argument says where images or windows end; then whole tokens may leave half-way.
         mergers: paths of the modules, from the tower, that turn the patches of a token into one; ``packed_rows`` only.
+        pads: whether the tower fills up smaller images with rows that no other row sees, which ``packed`` leaves out.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
         two_stages: whether FlowCut was released for such models with a second stage for images of any size.
@@ -42,6 +43,7 @@ class VisionFamily:
     blocks: str = "encoder.layers"
     class_token: bool = True
     prunable: bool = True
+    pads: bool = False
     packed_rows: bool = False
     mergers: tuple[str, ...] = ()
     merge: int = 1

@@ -1,5 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and those built like them (GLM-4V, ERNIE 4.5 VL, VideoLLaMA 3, PaddleOCR-VL): no class
-token; 2 x 2 patches are one token, and follow one another in all but the last."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and those built like them (GLM-4V, ERNIE 4.5 VL, VideoLLaMA 3,
+PaddleOCR-VL): no class token; 2 x 2 patches are one token, and follow one another in all but the last."""
 
 from __future__ import annotations
 
@@ -129,8 +129,14 @@ QWEN3_VL_MOE = Qwen("qwen3_vl_moe", mergers=_DEEPSTACK)
 GLM4V = Qwen("glm4v", mergers=())  # a convolution has merged the patches before
 GLM4V_MOE = Qwen("glm4v_moe", mergers=())
 GLM_OCR = Qwen("glm_ocr", mergers=())
+GLM46V = Qwen("glm46v", mergers=(), resizable=False)
+QWEN2_5_OMNI = WindowedQwen("qwen2_5_omni_thinker", packed_rows=False, resizable=False)
+QWEN3_OMNI = Qwen("qwen3_omni_moe_thinker", packed_rows=False, resizable=False)
+QWEN3_5 = Qwen("qwen3_5", resizable=False)
+QWEN3_5_MOE = Qwen("qwen3_5_moe", resizable=False)
 ERNIE4_5_VL_MOE = PairedFrames("ernie4_5_vl_moe")
 VIDEO_LLAMA_3 = MergedBySize("video_llama_3")
 PADDLEOCR_VL = RasterQwen("paddleocr_vl")
-_ALIKE = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V, GLM4V_MOE, GLM_OCR)
-QWEN_LIKE: tuple[Qwen, ...] = (*_ALIKE, ERNIE4_5_VL_MOE, VIDEO_LLAMA_3, PADDLEOCR_VL)
+_OTHERS = (QWEN2_5_OMNI, QWEN3_OMNI)
+_ALIKE = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE, GLM4V, GLM4V_MOE, GLM46V, GLM_OCR)
+QWEN_LIKE: tuple[Qwen, ...] = (*_ALIKE, *_OTHERS, ERNIE4_5_VL_MOE, VIDEO_LLAMA_3, PADDLEOCR_VL)

@@ -68,9 +68,28 @@ class PaddedBlocks(Siglip):
         return [(vision.image_size // vision.patch_size) ** 2] * len(features)
 
 
+@dataclass(frozen=True)
+class Padded(Siglip):
+    """LFM2-VL: images of all sizes, line by line, padded at the end to as many patches as the largest may have."""
+
+    tower: str = "vision_tower"
+    pads: bool = True
+
+    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+        side, sizes = int(model.config.downsample_factor), call["spatial_shapes"].tolist()
+        return [
+            blocks_of(one[: height * width], width, side) for one, (height, width) in zip(values, sizes, strict=True)
+        ]
+
+    def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
+        images, count = call["pixel_values"].shape[:2]
+        return [count] * images
+
+
 DEEPSEEK_VL = Siglip("deepseek_vl")
 JANUS = Siglip("janus")
 IDEFICS3 = Blocks("idefics3")
 SMOLVLM = Blocks("smolvlm")
 OVIS2 = PaddedBlocks("ovis2")
-SIGLIP = (DEEPSEEK_VL, JANUS, IDEFICS3, SMOLVLM, OVIS2)
+LFM2_VL = Padded("lfm2_vl")
+SIGLIP = (DEEPSEEK_VL, JANUS, IDEFICS3, SMOLVLM, OVIS2, LFM2_VL)

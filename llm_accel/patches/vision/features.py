@@ -141,6 +141,7 @@ class FeatureProxy:
             layers=family.full_blocks(self.model),
             keeps_class=family.keeps_class(self.model, call),
             renumbers=plan.renumbers,
+            pads=family.pads,
             watcher=plan.weight_shift.name if plan.weight_shift is not None and plan.reads_tower else None,
         )
 

@@ -47,6 +47,7 @@ class TowerPass:
         layers: the layers in which each patch sees the whole image; None: all of them.
         keeps_class: whether the class token becomes a visual token, which it then always stays.
         renumbers: whether tokens that stay are counted without gaps, so that places mean nothing but their order.
+        pads: whether smaller images are padded, which the family leaves out of the values; none leave half-way there.
         watcher: name of the method for which attention of two layers is noted, or None.
     """
 
@@ -61,6 +62,7 @@ class TowerPass:
         layers: Sequence[int] | None,
         keeps_class: bool,
         renumbers: bool = False,
+        pads: bool = False,
         watcher: str | None = None,
     ) -> None:
         self.method = method
@@ -73,6 +75,7 @@ class TowerPass:
         self.last_cut = self.layers[-1] if self.layers else last
         self.keeps_class = keeps_class
         self._renumbers = renumbers
+        self._pads = pads
         self._moved: list[Tensor] = []  # of each tile, which patch stands in each place, int64; -1: the class token
         self._name = watcher if method is None else method.name
         self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
@@ -116,12 +119,15 @@ class TowerPass:
         self, base: str, module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], given: Tensor | None, **kwargs: Any
     ) -> Tensor:
         """Attention of one layer, [B, S, h, d]; rows that were cut from some images only are hidden. ``given``: the
-        tower's own mask, which must hide nothing."""
-        if given is not None and bool((~given if given.dtype == torch.bool else given < 0).any()):
-            raise UnsupportedCallError(
-                f"{self._name} compares all patches of an image, but the tower hides some of them from others, "
-                "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
-            )
+        tower's own mask, which must hide nothing, or the same rows from all others where the tower pads."""
+        seen = None if given is None else _seen(given)
+        if seen is not None and not bool(seen.all()):
+            if not self._pads or bool((seen != seen[:, :1]).any()):
+                raise UnsupportedCallError(
+                    f"{self._name} compares all patches of an image, but the tower hides some of them from others, "
+                    "as the padding of smaller images; give whole images, or use fastv, dyvte or stride_tokens."
+                )
+            self._valid = seen[:, 0]
         query, key, value = tensors
         self.see(query, key, value, softmax_of(kwargs, query.shape[-1])["scaling"])
         mask = self.mask
@@ -266,6 +272,13 @@ class TowerPass:
             stayed.scatter_(1, torch.where(self._kept < 0, self._patches, self._kept), 1.0)
             stayed = stayed[:, : self._patches]
         return list(F.pad(stayed, (int(self.keeps_class), 0), value=1.0)[..., None])
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Which rows each row sees by the mask of a tower, bool [B, n, S]."""
+    if mask.ndim == 2:  # of flash attention: which rows are real
+        return mask.bool()[:, None]
+    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]
 
 
 class TowerHook:

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 import llm_accel
 from llm_accel import UnsupportedCallError, list_methods
-from llm_accel.methods import VideoTokens
-from tests.tiny_vlm import ONE, decode, inputs, tiny_vlm
+from tests.tiny_vlm import ONE, decode, family_for, inputs, tiny_vlm
 from tests.vision_oracle import decoder_inputs
 
 VISUAL = [name for name, kind in list_methods().items() if kind.info.kinds == ("vision",)]
@@ -26,7 +25,7 @@ def embedded(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", VISUAL)
 def test_merged_embeddings_are_refused_by_every_method(name: str) -> None:
-    model = tiny_vlm("llava_onevision" if issubclass(list_methods()[name], VideoTokens) else "llava")
+    model = tiny_vlm(family_for(name))
     batch = inputs(model, ONE)
     merged = decoder_inputs(model, batch)["inputs_embeds"].detach()
     with llm_accel.apply(model, name) as handle:

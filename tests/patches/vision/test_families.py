@@ -21,6 +21,7 @@ from tests.tiny_vlm import (
     VIDEOS,
     Scene,
     decode,
+    family_for,
     features,
     inputs,
     require_mode,
@@ -127,7 +128,7 @@ def test_text_alone_passes_through_and_nothing_is_remembered(family: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name, kind in list_methods().items() if kind.info.kinds == ("vision",)])
 def test_text_alone_passes_through_every_method(name: str) -> None:
-    model = model_of("llava")
+    model = model_of(family_for(name))
     text = inputs(model, [Scene((12,)), Scene((5,))])
     dense = decode(model, text)[1]
     with llm_accel.apply(model, name):

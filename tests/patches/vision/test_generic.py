@@ -25,7 +25,7 @@ EXACT = 2e-4
 OWN_MASKS = ("gemma4", "molmo2")
 ROWS_UNKNOWN = ("granite4_vision",)
 FEATURES_ELSEWHERE = ("llama4",)
-RECURRENT = ("lfm2_vl", "qwen3_5", "minicpmv4_6")
+RECURRENT = ("lfm2_vl", "qwen3_5", "qwen3_5_moe", "minicpmv4_6")
 CUT = [name for name in vlm_zoo.CONFIGS if name not in OWN_MASKS + ROWS_UNKNOWN]
 DROP = [name for name in CUT if name not in FEATURES_ELSEWHERE]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -24,9 +25,10 @@ from tests.vlm_zoo import built, feature_rows, image_of, images_in, scene, scene
 
 EXACT = 2e-4
 BLOCKS = ("idefics3", "smolvlm", "ovis2", "paddleocr_vl", "video_llama_3", "ernie4_5_vl_moe", "glm4v", "glm4v_moe")
-BLOCKS += ("glm_ocr", "qwen3_vl_moe")
-NEW = (*BLOCKS, "deepseek_vl", "janus", "llava_next_video")
+BLOCKS += ("lfm2_vl", "glm_ocr", "glm46v", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe")
+NEW = (*BLOCKS, "qwen2_5_omni", "deepseek_vl", "janus", "llava_next_video")
 VIDEOS = ("ernie4_5_vl_moe", "video_llama_3", "glm4v", "glm4v_moe", "qwen3_vl_moe", "llava_next_video")
+VIDEOS += ("glm46v", "qwen3_5", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe")
 
 
 def tower_of(model: PreTrainedModel) -> tuple[Any, Any]:
@@ -173,6 +175,30 @@ def test_generation_equals_rows_removed_by_hand(name: str) -> None:
     dropped = torch.zeros(one["input_ids"].shape[1], dtype=torch.bool)
     dropped[one["input_ids"][0] == IMAGE] = features[:, -1].isnan()
     assert torch.allclose(logits, removed(model, one, dropped), atol=EXACT)
+
+
+def padded(values: Tensor, like: Tensor) -> Tensor:
+    """Zeros behind the second dimension, up to that of another tensor."""
+    rest = (0, 0) * (values.ndim - 2)
+    return F.pad(values, (*rest, 0, like.shape[1] - values.shape[1]))
+
+
+@pytest.mark.parametrize("method", ["flowcut", "visionzip", "stride_tokens"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_image_loses_what_it_loses_alone(attention: str, method: str) -> None:
+    """A smaller image beside a larger one is filled up in the tower of LFM2-VL."""
+    model = built("lfm2_vl")
+    model.set_attn_implementation(attention)
+    large, small = image_of(model, 5), image_of(model, 6)
+    small = {name: value[:, :8] for name, value in small.items()} | {"spatial_shapes": torch.tensor([[2, 4]])}
+    both = {name: torch.cat([large[name], padded(small[name], large[name])]) for name in large}
+    outside = Outside.of(model)
+    with llm_accel.apply(model, method, budget=1):
+        together = rows(model, both)
+        alone = torch.cat([rows(model, large), rows(model, small)])
+    assert (~together[:, -1].isnan()).sum() == 2 and len(together) == 6
+    assert torch.allclose(together, alone, atol=1e-5, equal_nan=True)
+    assert Outside.of(model) == outside
 
 
 def test_padding_inside_an_image_is_refused() -> None:

@@ -16,6 +16,7 @@ from tests.patches.calls import Outside
 from tests.tiny_vlm import IMAGE, QWEN_MARKS, QWEN_VISION, UNEQUAL, decode, inputs, widened
 from tests.tower_oracle import Kept, flowcut
 from tests.vision_oracle import removed
+from tests.vlm_towers import LINEAR, MROPE
 
 EXACT = 1e-3  # of values around 10
 DEPTH = 7
@@ -26,6 +27,11 @@ TOWERS = {
     "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(
         vision_config={**WIDE, "fullatt_block_indexes": [1, 3, 5], "window_size": 84},
         text_config=tiny._mrope(),
+        **QWEN_MARKS,
+    ),
+    "qwen3_5": lambda: hf.Qwen3_5Config(
+        vision_config={**WIDE, "num_position_embeddings": 64},
+        text_config={**tiny.TEXT, **LINEAR, "rope_parameters": MROPE | {"mrope_interleaved": True}},
         **QWEN_MARKS,
     ),
     "qwen2_vl": lambda: hf.Qwen2VLConfig(

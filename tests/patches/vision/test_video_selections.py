@@ -81,6 +81,7 @@ def test_images_keep_all_tokens(family: str, method: VideoTokens) -> None:
         assert torch.equal(decode(model, batch)[1], dense)
         report = handle.report()
     assert report.visual_tokens_after == report.visual_tokens_before > 0
+    assert any("only tokens of videos beyond the budget leave" in warning for warning in report.warnings)
 
 
 @every_method
@@ -102,5 +103,5 @@ def test_models_without_frames_are_refused(family: str) -> None:
 
 
 def test_a_family_that_is_not_declared_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="qwen3_5, whose family is not among the tested"):
-        llm_accel.apply(built("qwen3_5"), "vidcom2")
+    with pytest.raises(UnsupportedModelError, match="exaone4_5, whose family is not among the tested"):
+        llm_accel.apply(built("exaone4_5"), "vidcom2")
