@@ -67,7 +67,7 @@ GRID: dict[str, tuple[str, ...]] = {
     "vhr": tuple(f"vhr:alpha={a}{layers}" for layers in ("", ",layers=2+3+4+5") for a in (1.5, 2.0, 3.0)),
     "paint": tuple(f"paint:alpha={a}" for a in (0.5, 0.7)),
     "pai": tuple(f"paint:alpha={a},beta={a},local=1" for a in (0.2, 0.5)),
-    # no channel of this model stands out by more than 3.9, so the published tau of 20 would change nothing
+    # no channel of this model stands out by more than 3.2, so the published tau of 20 would change nothing
     "var": ("var:tau=2.5,rho=0.2,least=0.1",),
 }
 
