@@ -33,6 +33,7 @@ from llm_accel.eval.tasks.vision.examples import Example
 from llm_accel.eval.tasks.vision.processor import VisionProcessor
 from llm_accel.eval.tasks.vision.questions import questions
 from llm_accel.eval.tasks.vision.scenes import PAIRS, SKEWED, Prior, draw_scene
+from llm_accel.eval.tasks.vision.scoring import Mentions, pairs
 from llm_accel.eval.tasks.vision.settings import VisionSettings
 from llm_accel.eval.tasks.vision.summary import summarize
 from llm_accel.eval.tasks.vision.task import VisionTask, parse_method
@@ -66,7 +67,7 @@ GRID: dict[str, tuple[str, ...]] = {
     "vhr": tuple(f"vhr:alpha={a}{layers}" for layers in ("", ",layers=2+3+4+5") for a in (1.5, 2.0, 3.0)),
     "paint": tuple(f"paint:alpha={a}" for a in (0.5, 0.7)),
     "pai": tuple(f"paint:alpha={a},beta={a},local=1" for a in (0.2, 0.5)),
-    # no channel of this model stands out by more than 3.9, so the published tau of 20 would change nothing
+    # no channel of this model stands out by more than 3.2, so the published tau of 20 would change nothing
     "var": ("var:tau=2.5,rho=0.2,least=0.1",),
 }
 
@@ -95,6 +96,11 @@ class Misleading:
 
     def __len__(self) -> int:
         return self.samples
+
+    @property
+    def mentions(self) -> Mentions:
+        """Finds things that a caption names."""
+        return pairs
 
     @property
     def max_new_tokens(self) -> int:

@@ -87,16 +87,18 @@ def vision(directory: Path) -> str:
     """Exact match by task, what captions invent and find, tokens and computed operations, of each method."""
     methods: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["methods"]
     tasks = list(next(iter(methods.values()))["tasks"])
+    captions = "caption" in tasks
     rows = []
     for name, entry in methods.items():
-        chair = entry["chair"]
+        chair = [entry["chair"][one] for one in ("chair_i", "recall")] if captions else []
         low, high = entry["exact_ci95"]
         mean = f"{entry['exact']:.2f} ({low:.2f} to {high:.2f})"
-        others = [chair["chair_i"], chair["recall"], entry["patch_recall"], entry["flops_vs_dense"]]
+        others = [*chair, entry["patch_recall"], entry["flops_vs_dense"]]
         tokens = "" if entry["visual_after"] is None else f"{entry['visual_after']:.0f}"
         exact = [f"{entry['tasks'][task]['exact']:.2f}" for task in tasks]
         rows.append([f"`{name}`", tokens, *exact, mean, *("" if one is None else f"{one:.2f}" for one in others)])
-    return markdown(["", "tokens", *tasks, "mean", "CHAIR_i", "recall", "patch recall", "LM FLOPs of dense"], rows)
+    invented = ["CHAIR_i", "recall"] if captions else []
+    return markdown(["", "tokens", *tasks, "mean", *invented, "patch recall", "LM FLOPs of dense"], rows)
 
 
 def hallucination(file: Path) -> str:

@@ -19,8 +19,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,8 @@ from training.vision_check import (
     saliency,
     visual_features,
 )
-from training.vision_data import Batch, Subject, ask, draw_scenes, pack, patch_classes
+from training.vision_data import COUNTS, Batch, Kind, Subject, ask, draw_scenes, pack, patch_classes
+from training.vision_hold import hold
 from training.vision_init import (
     BOS,
     EOS,
@@ -51,32 +51,16 @@ from training.vision_init import (
     model_config,
     split_parameters,
 )
+from training.vision_stage import Stage
+from training.vision_world import draw_world
 
 PRESENT = 4.0  # loss weight of a pair that is there over one that is not
 BACKGROUND = 0.15  # loss weight of a background patch over one of a thing
 MUON_FACTOR = 3.0  # Muon's learning rate over AdamW's
 STAYS = USED_LAYERS  # where a patch that no layer loses leaves
+FEW = 4  # patches of a thing, at most, in images that keep little else
 WARM_UP = 50  # steps
 FLOOR = 0.05  # the learning rate falls to this share of itself along a cosine
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the curriculum."""
-
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    mix: Mapping[Subject, int] = field(default_factory=dict)  # questions per scene
-    dense: float = 0.25  # share of the steps on dense scenes
-    grow: int = 0  # steps over which standard scenes grow from one thing to four
-    tower: float = 1.0  # loss weight of the tower's own tasks; 0 freezes it
-    tower_only: float = 0.0  # share of the steps without questions
-    hide: float = 0.0  # share of images that lose a random share of their background
-    inside: float = 0.0  # share of these that lose it inside the tower, not behind it
-    broken: float = 0.0  # share of the things in these that lose patches of their own
-    edges: float = 0.0  # share of these that keep background patches with an edge of a thing on them
 
 
 _FEW: dict[Subject, int] = {"caption": 1, "colour": 1, "shape": 1, "count": 1, "existence": 3, "half": 2, "spatial": 1}
@@ -107,10 +91,44 @@ CURRICULUM: tuple[Stage, ...] = (
     Stage("B questions", 500, 16, 1.5e-3, _FEW, dense=0.0, grow=300, tower=0.5),
     Stage("C together", 900, 16, 1.2e-3, _MANY, dense=0.35, tower=0.5, tower_only=0.1),
     Stage("D places", 600, 16, 1.5e-3, _WHERE, dense=0.25, tower=0.0),
-    Stage("E gaps", 1000, 16, 6e-4, _SHORT, dense=0.25, tower=0.0, hide=0.8, inside=0.5),
-    Stage("F pieces", 700, 16, 4e-4, _SHORT, dense=0.25, tower=0.0, hide=0.8, inside=0.5, broken=0.12, edges=0.6),
+    Stage("E tower, world", 1300, 32, 1.5e-3, dense=0.4, world=0.75, tower_only=1.0),
+    Stage("F world", 1200, 16, 1.2e-3, _MANY, dense=0.25, world=0.7, tower=0.5, tower_only=0.1),
+    Stage("T class token", 300, 28, 5e-4, world=0.43),
+    Stage("G gaps", 700, 16, 6e-4, _SHORT, dense=0.25, world=0.65, tower=0.0, hide=0.8, inside=0.5),
+    Stage(
+        "H pieces",
+        600,
+        16,
+        4e-4,
+        _SHORT,
+        dense=0.25,
+        world=0.65,
+        tower=0.0,
+        hide=0.8,
+        inside=0.5,
+        broken=0.12,
+        edges=0.6,
+        few=0.2,
+    ),
+    Stage(
+        "J settle",
+        550,
+        16,
+        6e-4,
+        _SHORT,
+        dense=0.35,
+        world=0.4,
+        tower=0.0,
+        hide=0.75,
+        inside=0.5,
+        broken=0.1,
+        edges=0.6,
+        few=0.1,
+    ),
 )
-PLAIN = "D places"  # the model after this stage is kept as well
+PLAIN = "T class token"  # the model after this stage is kept as well
+HOLD = PLAIN  # this stage is :func:`~training.vision_hold.hold`, which follows the weights after that one
+FOLLOWED = "D places"
 
 
 def tower_loss(heads: Heads, batch: Batch, scene: Tensor, patches: Tensor) -> Tensor:
@@ -133,7 +151,8 @@ def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -
 
     A share ``stage.hide`` of the images loses a random share of its background, the square root of a uniform number,
     two thirds in the mean. ``stage.broken`` of the things in these lose a random share of their patches, all but one at
-    most; in ``stage.edges`` of these images background patches with an edge of a thing on them stay. ``stage.inside``
+    most; in ``stage.edges`` of these images background patches with an edge of a thing on them stay. In ``stage.few``
+    of them nothing stays but 1 to :data:`FEW` patches of each thing. ``stage.inside``
     of these images lose patches from one random layer of the tower to another, a random part behind each, and the
     others all at once behind the last layer that is used.
     """
@@ -150,6 +169,9 @@ def draw_gaps(scenes: Sequence[Scene], rng: np.random.Generator, stage: Stage) -
     if stage.edges:
         edge = bare & np.stack([scene.cover.ravel() > 0 for scene in scenes])
         gone &= ~(edge & (rng.random(number) < stage.edges)[:, None])
+    if stage.few:
+        for row in np.flatnonzero((share > 0) & (rng.random(number) < stage.few)).tolist():
+            gone[row] = bare[row] | _rest(scenes[row], rng)
     return torch.from_numpy(np.where(gone, layer, STAYS))
 
 
@@ -164,6 +186,27 @@ def _pieces(scene: Scene, rng: np.random.Generator, broken: float) -> np.ndarray
     return lost
 
 
+def _rest(scene: Scene, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """The patches of things but for 1 to FEW of each, bool [100]."""
+    classes = patch_classes(scene)
+    lost = classes > 0
+    for thing in np.unique(classes[lost]):
+        patches = rng.permutation(np.flatnonzero(classes == thing))
+        lost[patches[: rng.integers(1, FEW + 1)]] = False
+    return lost
+
+
+def _scene(rng: np.random.Generator, stage: Stage, step: int, many: bool) -> Scene:
+    """A scene of few things or many."""
+    if stage.world and rng.random() < stage.world:
+        low, high = COUNTS["crowd" if many else "world"]
+        return draw_world(rng, int(rng.integers(low, high + 1)))
+    low, high = SPLITS["dense" if many else "standard"]
+    if not many and step < stage.grow:
+        high = 1 + high * step // stage.grow
+    return draw_scene(rng, int(rng.integers(low, high + 1)))
+
+
 class Loop:
     """The model, the seed and the log, shared by the stages."""
 
@@ -174,11 +217,9 @@ class Loop:
 
     def batch(self, stage: Stage, step: int, rng: np.random.Generator) -> tuple[Batch, bool, Tensor | None]:
         """Scenes with questions, whether the step trains the tower alone, and where patches leave, if any do."""
-        low, high = SPLITS["dense" if rng.random() < stage.dense else "standard"]
-        if high == SPLITS["standard"][1] and step < stage.grow:
-            high = 1 + high * step // stage.grow
+        many = bool(rng.random() < stage.dense)
         alone = bool(rng.random() < stage.tower_only)
-        scenes = [draw_scene(rng, int(rng.integers(low, high + 1))) for _ in range(stage.batch)]
+        scenes = [_scene(rng, stage, step, many) for _ in range(stage.batch)]
         asked = [[] if alone else ask(scene, rng, stage.mix) for scene in scenes]
         leaves = draw_gaps(scenes, rng, stage) if stage.hide else None
         return pack(scenes, asked, None if leaves is None else leaves < STAYS), alone, leaves
@@ -254,21 +295,23 @@ def save(model: LlavaForConditionalGeneration, out: Path) -> None:
 
 
 def validate(model: LlavaForConditionalGeneration, log: Callable[[str], None], number: int = 400) -> None:
-    """Log what the model can do on fresh scenes of both splits."""
-    for split in SPLITS:
-        scenes = draw_scenes(number, 10_000, split)
+    """Log what the model can do on fresh scenes of every kind."""
+    kinds: tuple[Kind, ...] = tuple(COUNTS)
+    for kind in kinds:
+        scenes = draw_scenes(number, 10_000, kind)
         for shown in ("all", "things", "early", "none"):
             found = accuracy(model, scenes, 10_000, shown)
-            log(f"{split}, visual tokens: {shown}: " + ", ".join(f"{name} {x:.3f}" for name, x in found.items()))
-        log(f"{split}, class token's attention against patches of things: AUC {saliency(model, scenes[:100]):.3f}")
+            log(f"{kind}, visual tokens: {shown}: " + ", ".join(f"{name} {x:.3f}" for name, x in found.items()))
+        log(f"{kind}, class token's attention against patches of things: AUC {saliency(model, scenes[:100]):.3f}")
 
 
-def train(out: Path, seed: int, start: str) -> None:
-    """The curriculum from a stage on; writes the models, the weights after each stage and ``train.log`` to ``out``."""
+def train(out: Path, seed: int, start: str, end: str) -> None:
+    """The curriculum from one stage to another; writes the models, the weights after each stage and ``train.log`` to
+    ``out``."""
     (out / "stages").mkdir(parents=True, exist_ok=True)
     begin = time.time()
     names = [stage.name[0] for stage in CURRICULUM]
-    first = names.index(start)
+    first, last = names.index(start), names.index(end)
     with (out / "train.log").open("a" if first else "w", buffering=1) as file:
 
         def log(line: str) -> None:
@@ -287,16 +330,21 @@ def train(out: Path, seed: int, start: str) -> None:
             heads.load_state_dict(weights["heads"])
             log(f"start at stage {start}, from the weights after stage {names[first - 1]}")
         loop = Loop(model.train(), heads, seed, log)
-        for stage in CURRICULUM[first:]:
-            loop.run(stage)
+        for stage in CURRICULUM[first : last + 1]:
+            if stage.name == HOLD:
+                followed = torch.load(out / "stages" / f"{FOLLOWED[0]}.pt", weights_only=True)["model"]
+                hold(model, followed, stage, seed, log)
+            else:
+                loop.run(stage)
             weights = {"model": model.state_dict(), "heads": heads.state_dict()}
             torch.save(weights, out / "stages" / f"{stage.name[0]}.pt")
             if stage.name == PLAIN:
                 save(model, out / "plain")
                 validate(model.train(False), log)
                 model.train()
-        save(model.train(False), out)
-        validate(model, log)
+        if end == names[-1]:
+            save(model.train(False), out)
+            validate(model, log)
         log(f"total: {time.time() - begin:.0f} s")
 
 
@@ -309,9 +357,12 @@ def main() -> None:
     parser.add_argument(
         "--start", default="A", choices=[stage.name[0] for stage in CURRICULUM], help="stage to start at, from stages/"
     )
+    parser.add_argument(
+        "--end", default=CURRICULUM[-1].name[0], choices=[stage.name[0] for stage in CURRICULUM], help="last stage"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.seed, args.start)
+    train(args.out, args.seed, args.start, args.end)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llm_accel.eval.tasks.vision.questions import TASKS, questions
 from llm_accel.eval.tasks.vision.scenes import Scene
-from training.vision_data import PREFIX, Batch, pack
+from training.vision_data import PREFIX, Batch, Subject, ask, pack
 from training.vision_init import USED_LAYERS
 
 HALVES = ("left or right?", "above or below?")  # ends of a question about one thing, asked in training alone
 ROWS = 32  # scenes per forward pass
+_EACH: dict[Subject, int] = {"existence": 6, "colour": 1, "shape": 1, "count": 1, "spatial": 1, "caption": 1}
 
 
 def visual_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def accuracy(
     results: dict[str, list[bool]] = {}
     for i in range(0, len(scenes), ROWS):
         rows = scenes[i : i + ROWS]
-        asked = [[q for task in TASKS for q in questions(scene, rng, task)] for scene in rows]
+        asked = [ask(scene, rng, _EACH) for scene in rows]
         covered = torch.from_numpy(np.stack([scene.patches.ravel() for scene in rows]))
         hidden = {"all": None, "things": ~covered, "early": ~covered, "none": torch.ones_like(covered)}[shown]
         batch = pack(rows, asked, hidden)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from llm_accel.eval.tasks.vision.questions import SceneQuestion, Task, questions
 from llm_accel.eval.tasks.vision.scenes import (
-    GRID,
     PAIRS,
     PATCH,
     SIZE,
@@ -27,21 +26,36 @@ from llm_accel.eval.tasks.vision.scenes import (
     Prior,
     Scene,
     SplitName,
+    Thing,
     draw_scene,
 )
 from training.vision_init import BOS, EOS, IMAGE, MEAN, PAD, SPREAD, VISUAL_TOKENS, WORDS
+from training.vision_world import World, draw_world
 
 PREFIX = 1 + VISUAL_TOKENS  # bos and the image
 IGNORED = -100  # label of tokens that carry no loss
 Subject = Task | Literal["half"]  # of a question in training
+Kind = SplitName | Literal["world", "crowd"]
+"""Of scenes: the package's two splits, and training's with few or many things."""
+COUNTS: Mapping[Kind, tuple[int, int]] = {
+    "standard": SPLITS["standard"],
+    "dense": SPLITS["dense"],
+    "world": (1, 6),
+    "crowd": (7, 12),
+}
+ASIDE = 4.0  # pixels between two centres, or from the middle of the image, from which on left or above is asked
 _IDS = {word: i for i, word in enumerate(WORDS)}
 
 
-def draw_scenes(number: int, seed: int, split: SplitName = "standard", prior: Prior = SKEWED) -> list[Scene]:
-    """``number`` scenes of a split, each count of things equally likely; the same seed draws the same scenes."""
+def draw_scenes(number: int, seed: int, kind: Kind = "standard", prior: Prior = SKEWED) -> list[Scene]:
+    """``number`` scenes of a kind, each count of things equally likely; the same seed draws the same scenes.
+
+    ``prior`` goes for those of the package; those of training are half skewed, half level.
+    """
     rng = np.random.default_rng(seed)
-    low, high = SPLITS[split]
-    return [draw_scene(rng, int(rng.integers(low, high + 1)), prior) for _ in range(number)]
+    low, high = COUNTS[kind]
+    counts = (int(rng.integers(low, high + 1)) for _ in range(number))
+    return [draw_scene(rng, count, prior) if kind in SPLITS else draw_world(rng, count) for count in counts]
 
 
 @dataclass
@@ -67,6 +81,10 @@ def ask(scene: Scene, rng: np.random.Generator, mix: Mapping[Subject, int]) -> l
     for subject, number in mix.items():
         if subject == "half":
             found = _halves(scene)
+        elif subject == "spatial":
+            found = _sides(scene)
+        elif subject == "caption" and isinstance(scene, World) and not scene.clear:
+            found = ()
         else:
             found = questions(scene, rng, subject, -(-number // 6) if subject == "existence" else number)
         asked += [found[i] for i in rng.permutation(len(found))[:number]]
@@ -79,13 +97,36 @@ def _halves(scene: Scene) -> tuple[SceneQuestion, ...]:
     Asked about two things right away, the model learns nothing: it would have to find both and to compare them at once.
     """
     asked = []
-    for thing in scene.things:
+    for thing, (y, x) in _named(scene):
         name = f"<image> is the {thing.colour} {thing.shape}"
-        side = "left" if thing.column < GRID // 2 else "right"
-        asked.append(SceneQuestion("spatial", f"{name} left or right?", side))
-        level = "above" if thing.row < GRID // 2 else "below"
-        asked.append(SceneQuestion("spatial", f"{name} above or below?", level))
+        if abs(x - SIZE / 2) >= ASIDE:
+            asked.append(SceneQuestion("spatial", f"{name} left or right?", "left" if x < SIZE / 2 else "right"))
+        if abs(y - SIZE / 2) >= ASIDE:
+            asked.append(SceneQuestion("spatial", f"{name} above or below?", "above" if y < SIZE / 2 else "below"))
     return tuple(asked)
+
+
+def _sides(scene: Scene) -> tuple[SceneQuestion, ...]:
+    """Where each thing lies beside each other one, by their centres; on the package's grid the same questions and
+    answers as the package's."""
+    asked = []
+    for a, (y, x) in _named(scene):
+        for b, (other_y, other_x) in _named(scene):
+            one, other = f"<image> is the {a.colour} {a.shape}", f"the {b.colour} {b.shape}?"
+            if abs(x - other_x) >= ASIDE:
+                side = "left" if x < other_x else "right"
+                asked.append(SceneQuestion("spatial", f"{one} left or right of {other}", side))
+            if abs(y - other_y) >= ASIDE:
+                level = "above" if y < other_y else "below"
+                asked.append(SceneQuestion("spatial", f"{one} above or below {other}", level))
+    return tuple(asked)
+
+
+def _named(scene: Scene) -> list[tuple[Thing, tuple[float, float]]]:
+    """The things whose shape and colour name them alone, with row and column of the centre of their box in pixels."""
+    pairs = [thing.pair for thing in scene.things]
+    boxes = [(thing, thing.box) for thing in scene.things if pairs.count(thing.pair) == 1]
+    return [(thing, ((top + bottom) / 2, (left + right) / 2)) for thing, (top, left, bottom, right) in boxes]
 
 
 def pack(scenes: Sequence[Scene], asked: Sequence[Sequence[SceneQuestion]], hidden: Tensor | None = None) -> Batch:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from training.train_vision import CURRICULUM, PLAIN, STAYS, Loop, draw_gaps
+from training.train_vision import CURRICULUM, FEW, FOLLOWED, HOLD, PLAIN, STAYS, Loop, draw_gaps
 from training.vision_data import draw_scenes, patch_classes
 from training.vision_init import USED_LAYERS, Heads, model_config
 
@@ -44,7 +44,7 @@ def test_a_stage_needs_only_the_weights_before_it() -> None:
 def test_gaps_are_background_and_open_in_the_tower_or_behind_it() -> None:
     rng = np.random.default_rng(0)
     scenes = draw_scenes(200, 3)
-    leaves = draw_gaps(scenes, rng, replace(GAPS, broken=0.0)).numpy()
+    leaves = draw_gaps(scenes, rng, replace(GAPS, hide=0.8, broken=0.0, few=0.0)).numpy()
     things = np.stack([scene.patches.ravel() for scene in scenes])
     assert (leaves[things] == STAYS).all()
     left = [row[row < STAYS] for row in leaves]
@@ -61,7 +61,7 @@ def test_gaps_are_background_and_open_in_the_tower_or_behind_it() -> None:
 
 def test_pieces_are_taken_from_some_things_and_never_all() -> None:
     scenes = draw_scenes(200, 3)
-    leaves = draw_gaps(scenes, np.random.default_rng(0), replace(GAPS, broken=0.25)).numpy()
+    leaves = draw_gaps(scenes, np.random.default_rng(0), replace(GAPS, hide=0.8, broken=0.25, few=0.0)).numpy()
     broken = []
     for scene, row in zip(scenes, leaves, strict=True):
         classes = patch_classes(scene)
@@ -72,6 +72,24 @@ def test_pieces_are_taken_from_some_things_and_never_all() -> None:
     assert 0.1 < np.mean(broken) < 0.25  # a small share may take nothing
 
 
+def test_a_few_patches_of_each_thing_stay_and_nothing_else() -> None:
+    scenes = draw_scenes(100, 3, "world")
+    leaves = draw_gaps(scenes, np.random.default_rng(0), replace(GAPS, hide=1.0, few=1.0)).numpy()
+    numbers = []
+    for scene, row in zip(scenes, leaves, strict=True):
+        classes = patch_classes(scene)
+        assert (row[classes == 0] < STAYS).all()
+        numbers += [(row[classes == thing] == STAYS).sum() for thing in np.unique(classes[classes > 0])]
+    assert set(numbers) == set(range(1, FEW + 1))
+
+
 def test_the_model_before_gaps_is_the_one_kept_beside() -> None:
     assert [stage.name for stage in CURRICULUM if stage.hide == 0][-1] == PLAIN
-    assert [stage.hide > 0 for stage in CURRICULUM] == [False] * 4 + [True] * 2
+    gaps = [stage.hide > 0 for stage in CURRICULUM]
+    assert gaps == sorted(gaps) and sum(gaps) == 3
+
+
+def test_letters_name_one_stage_each() -> None:
+    letters = [stage.name[0] for stage in CURRICULUM]
+    assert len(set(letters)) == len(letters)
+    assert letters.index(FOLLOWED[0]) < letters.index(HOLD[0])
