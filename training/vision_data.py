@@ -38,7 +38,12 @@ Subject = Task | Literal["half"]  # of a question in training
 Kind = (
     SplitName | Literal["world", "crowd"]
 )  # of scenes: the package's two splits, and training's with few or many things
-COUNTS: Mapping[Kind, tuple[int, int]] = {**SPLITS, "world": (1, 6), "crowd": (7, 12)}
+COUNTS: Mapping[Kind, tuple[int, int]] = {
+    "standard": SPLITS["standard"],
+    "dense": SPLITS["dense"],
+    "world": (1, 6),
+    "crowd": (7, 12),
+}
 ASIDE = 4.0  # pixels between two centres, or from the middle of the image, from which on left or above is asked
 _IDS = {word: i for i, word in enumerate(WORDS)}
 

@@ -73,7 +73,7 @@ def hold(
         stays = leaves >= USED_LAYERS
         of_gaps = (features_with_gaps(model, pixels, leaves) - gaps)[stays].square().mean() / scale
         optimizer.zero_grad()
-        (of_rows + FEATURES * (of_features + of_gaps)).backward()  # type: ignore[no-untyped-call]
+        (of_rows + FEATURES * (of_features + of_gaps)).backward()
         optimizer.step()
         shown.append([of_rows.item(), of_features.item(), of_gaps.item()])
         if step % 50 == 49 or step + 1 == stage.steps:
