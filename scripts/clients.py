@@ -64,12 +64,13 @@ def of_litellm(url: str) -> str:
 
     long = [{"role": "user", "content": "dog " * 99}]
     with serving("--max-model-len", "64") as short:
-        router = litellm.Router([model("short", short), model("long", url)], num_retries=0)
+        models = [model("short", short), model("long", url)]
+        router = litellm.Router(models, num_retries=0)
         said = router.completion("short", MESSAGES, max_tokens=8).choices[0].message.content
         try:
             router.completion("short", long, max_tokens=8)
         except litellm.ContextWindowExceededError:
-            falls = litellm.Router(router.model_list, num_retries=0, context_window_fallbacks=[{"short": ["long"]}])
+            falls = litellm.Router(models, num_retries=0, context_window_fallbacks=[{"short": ["long"]}])
             longer = falls.completion("short", long, max_tokens=8).choices[0].message.content
             return f"answers {said!r}, and {longer!r} by the model of longer context"
     raise AssertionError("litellm takes a context that is too short for something else")
@@ -158,6 +159,7 @@ def serving(*options: str) -> Iterator[str]:
 def main() -> int:
     """Starts a server, and asks it in the way of each client."""
     os.environ["OPENAI_API_KEY"] = KEY  # lm-eval reads it
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it fetches prices at its import otherwise
     wanted, failed = sys.argv[1:] or list(CLIENTS), 0
     others = [name for name in wanted if name not in CLIENTS]
     if others:

@@ -35,9 +35,8 @@ from training.vision_world import World, draw_world
 PREFIX = 1 + VISUAL_TOKENS  # bos and the image
 IGNORED = -100  # label of tokens that carry no loss
 Subject = Task | Literal["half"]  # of a question in training
-Kind = (
-    SplitName | Literal["world", "crowd"]
-)  # of scenes: the package's two splits, and training's with few or many things
+Kind = SplitName | Literal["world", "crowd"]
+"""Of scenes: the package's two splits, and training's with few or many things."""
 COUNTS: Mapping[Kind, tuple[int, int]] = {
     "standard": SPLITS["standard"],
     "dense": SPLITS["dense"],

@@ -29,7 +29,7 @@ class OneDnnLinear(nn.Linear):
         small = self.weight.numel() < _LEAST_WEIGHTS and input.numel() * self.out_features < _LEAST_PRODUCT
         if small or torch.compiler.is_compiling():  # a compiler chooses for itself
             return super().forward(input)
-        return _product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
 
 
 def use_faster_linear(model: nn.Module) -> int:
@@ -55,10 +55,11 @@ def onednn_is_faster() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     rows, weight = torch.ones(_ROWS, _SIDE), torch.ones(_SIDE, _SIDE)
-    return _seconds(lambda: linear(rows, weight)) > _WORTH * _seconds(lambda: _product(rows, weight, None))
+    return _seconds(lambda: linear(rows, weight)) > _WORTH * _seconds(lambda: product(rows, weight))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` of fp32 [..., in], [out, in] and [out], by oneDNN."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result
 

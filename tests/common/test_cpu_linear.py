@@ -54,8 +54,8 @@ def test_other_layers_stay(faster: None) -> None:
 def test_small_products_are_left_to_blas(
     faster: None, width: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, calls, product = nn.Linear(width, width), list[Any](), cpu_linear._product
-    monkeypatch.setattr(cpu_linear, "_product", lambda *given: calls.append(given) or product(*given))
+    layer, calls, product = nn.Linear(width, width), list[Any](), cpu_linear.product
+    monkeypatch.setattr(cpu_linear, "product", lambda *given: calls.append(given) or product(*given))
     use_faster_linear(layer)
     layer(torch.randn(rows, width))
     assert len(calls) == expected

@@ -7,8 +7,9 @@ frame t, and R the share that stays:
              r_t = R (1 + s_t - 1 / T),    r_t n tokens of frame t stay
     tokens   u_ti = -cos(x_ti, g) - cos(x_ti, g_t),   those with the largest stay
 
-The numbers of tokens are rounded so that R T n of the video stay, and no frame keeps more than it has. This is what the
-paper says; its code, which comes without a licence, was not read. No attention is looked at.
+The numbers of tokens are rounded so that R T n of the video stay, and no frame keeps more than it has. The cosines are
+those of the paper; how u_t becomes s_t and r_t, and tau, were not checked against its text. Its code, which comes
+without a licence, was not read. No attention is looked at.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def video_lengths(call: dict[str, Any], features: Any, total: int) -> list[int]:
     grids, pixels = call.get("video_grid_thw"), call[pixels_of(call)]
     shares = [1] * len(pixels) if grids is None else [int(size) for size in grids.prod(-1)]
     if not (torch.is_tensor(features) and features.ndim == 2) and len(features) == len(shares):
-        return [len(one) for one in features]
+        return [one.shape[:-1].numel() for one in features]
     return [share * total // sum(shares) for share in shares]
 
 

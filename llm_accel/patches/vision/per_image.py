@@ -22,7 +22,8 @@ def features_of(output: Any) -> Any:
 
 
 def map_images(features: Any, sizes: Sequence[int], change: Callable[[int, Tensor], Tensor]) -> Any:
-    """``features`` in the form that they have, [n, C], [B, n, C] or a sequence of [n, C], each image changed.
+    """``features`` in the form that they have, [n, C], [B, n, C] or a sequence of [n, C] or [T, n, C], each image
+    changed.
 
     Args:
         features: rows of all images or frames, in order.
@@ -32,11 +33,11 @@ def map_images(features: Any, sizes: Sequence[int], change: Callable[[int, Tenso
     elements = [features] if torch.is_tensor(features) and features.ndim == 2 else list(features)
     done, index = [], 0
     for element in elements:
-        changed, start = [], 0
-        while start < len(element):
-            changed.append(change(index, element[start : start + sizes[index]]))
+        rows, changed, start = element.flatten(0, -2), [], 0
+        while start < len(rows):
+            changed.append(change(index, rows[start : start + sizes[index]]))
             start, index = start + sizes[index], index + 1
-        done.append(torch.cat(changed))
+        done.append(torch.cat(changed).view_as(element))
     if torch.is_tensor(features):
         return done[0] if features.ndim == 2 else torch.stack(done)
     return type(features)(done)

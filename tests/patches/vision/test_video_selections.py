@@ -71,6 +71,23 @@ def test_videos_of_other_families(name: str, method: VideoTokens) -> None:
     assert int(kept.sum()) == method.total(times, len(whole) // times)
 
 
+def test_frames_of_a_video_lose_what_they_lose_alone() -> None:
+    """In LLaVA-NeXT-Video, some versions of which return the frames of a video apart."""
+    model = built("llava_next_video")
+    (pixels,) = video_of(model).values()
+
+    def encoded(frames: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            found = model.base_model.get_video_features(frames, return_dict=True).pooler_output
+        return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
+
+    with llm_accel.apply(model, "flowcut", budget=1):
+        together = encoded(pixels)
+        alone = [encoded(pixels[:, frame : frame + 1]) for frame in range(pixels.shape[1])]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5, equal_nan=True)
+    assert (~together[:, -1].isnan()).sum() == 2
+
+
 @every_method
 @pytest.mark.parametrize("family", VIDEOS)
 def test_images_keep_all_tokens(family: str, method: VideoTokens) -> None:
