@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llm_accel.errors import ConfigError
 from llm_accel.eval.tasks.vision.generated import GeneratedSource
@@ -88,6 +90,20 @@ def test_a_run_on_a_file_has_methods_controls_tables_and_pictures(model, file, t
         for run in ("run", "one")
     )
     assert found == again
+
+
+def test_a_file_may_define_dataclasses_and_be_called_like_a_package(tmp_path):
+    place = tmp_path / "torch.py"
+    place.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Mark:\n    side: float = 1.0\n"
+        "def draw(rng):\n    return Mark()\n"
+    )
+    generator = load_generator(f"{place}:draw")
+    assert generator(None).side == 1.0
+    assert sys.modules["torch"] is torch
 
 
 def test_a_scene_depends_on_seed_and_number_alone(file):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -43,6 +44,15 @@ class Prompt:
             return self.rows[index]
         length = self.lengths[index]
         return Prompt(self.ids[index : index + 1, self.width - length :], None, (length,))
+
+    def more_padded(self, count: int) -> Prompt:
+        """The same rows behind ``count`` more tokens of padding."""
+        padded = {
+            name: F.pad(value, (count, 0)) if isinstance(value, Tensor) and value.shape == self.ids.shape else value
+            for name, value in self.extra.items()
+        }
+        mask = torch.ones_like(self.ids) if self.mask is None else self.mask
+        return replace(self, ids=F.pad(self.ids, (count, 0)), mask=F.pad(mask, (count, 0)), extra=padded)
 
     @property
     def width(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -146,10 +147,16 @@ def _module(name: str) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"--data: {name!r}: no such file; give {FORMS}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    own = f"llm_accel_scenes_{path.stem}"  # a file may be called like a package
+    spec = importlib.util.spec_from_file_location(own, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[own] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[own]
+        raise
     return module
 
 
