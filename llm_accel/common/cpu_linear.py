@@ -1,7 +1,8 @@
 """Linear layers in fp32 on a CPU, by the faster of the two libraries that torch brings: its BLAS or oneDNN.
 
 torch takes BLAS, which is MKL on x86, and MKL leaves half of the vector units of other makers' processors unused: on an
-AMD EPYC core with AVX-512 110 GFLOP/s, where oneDNN reaches 250. Both compute in fp32; they differ in the order of additions.
+AMD EPYC core with AVX-512 110 GFLOP/s, where oneDNN reaches 250. Both compute in fp32; they differ in the order of
+additions.
 """
 
 from __future__ import annotations
