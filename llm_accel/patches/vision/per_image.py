@@ -37,7 +37,7 @@ def map_images(features: Any, sizes: Sequence[int], change: Callable[[int, Tenso
         while start < len(rows):
             changed.append(change(index, rows[start : start + sizes[index]]))
             start, index = start + sizes[index], index + 1
-        done.append(torch.cat(changed).view_as(element))
+        done.append(torch.cat(changed).unflatten(0, (*element.shape[:-2], -1)))
     if torch.is_tensor(features):
         return done[0] if features.ndim == 2 else torch.stack(done)
     return type(features)(done)
