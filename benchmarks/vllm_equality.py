@@ -46,9 +46,9 @@ VISION = (
     "visionzip:budget=33",
 )
 MROPE = {
-    "qwen2_vl": ("flowcut",),
-    "qwen2_5_vl": ("random_tokens", "flowcut", "visionzip:dominant=5,contextual=2"),
-    "qwen3_vl": ("stride_tokens", "flowcut", "visionzip:dominant=5,contextual=2"),
+    "qwen2_vl": ("flowcut:tower_stage=behind,llm_stage=off",),
+    "qwen2_5_vl": ("random_tokens", "flowcut:tower_stage=behind,llm_stage=off", "visionzip:dominant=5,contextual=2"),
+    "qwen3_vl": ("stride_tokens", "flowcut:tower_stage=behind,llm_stage=off", "visionzip:dominant=5,contextual=2"),
 }
 TILED = {
     "llava_next": ("stride_tokens:budget=9", "random_tokens:ratio=0.4,newline=keep"),

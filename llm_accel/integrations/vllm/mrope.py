@@ -24,7 +24,7 @@ from llm_accel.integrations.vllm.visual import (
     pruning,
     visual_method,
 )
-from llm_accel.methods import TowerTokens, VisualTokens
+from llm_accel.methods import TowerCut, TowerTokens, VisualTokens
 
 _HALF = 128  # each distance in two columns, of which bfloat16 holds every number
 _COLUMNS = 6
@@ -95,6 +95,9 @@ class MropeModel:
                 vllm_config.parallel_config.pipeline_parallel_size > 1
             ),
             "speculative decoding gives the same rows to another model": vllm_config.speculative_config is not None,
+            "patches leave behind this tower, in one stage; give tower_stage=behind,llm_stage=off": (
+                isinstance(method, TowerCut) and method.inside
+            ),
         }
         check_tower(method, vllm_config, wrong)
         if isinstance(method, TowerTokens):

@@ -251,3 +251,14 @@ def test_a_tower_that_lets_patches_leave_before_padding_is_cut_off(tmp_path):
         kit.engine(folder, "flowcut", **limits("flowcut")),
     ):
         pass
+
+
+@pytest.mark.parametrize("method", ["flowcut", "flowcut:llm_stage=off"])
+def test_patches_do_not_leave_inside_a_tower_of_qwen(tmp_path, method):
+    """Transformers lets them, so that tokens would differ."""
+    folder = tiny_vision.save("qwen2_5_vl", tmp_path)
+    with (
+        pytest.raises(ConfigError, match="give tower_stage=behind,llm_stage=off"),
+        kit.engine(folder, method, **limits(method)),
+    ):
+        pass

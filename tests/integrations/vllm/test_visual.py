@@ -53,15 +53,16 @@ def tiny(tmp_path_factory):
     return cache(lambda family: tiny_vision.save(family, tmp_path_factory.mktemp(family)))
 
 
+BEHIND = "flowcut:tower_stage=behind,llm_stage=off"
 QWEN = [
-    ("qwen2_vl", "flowcut", 12),
+    ("qwen2_vl", BEHIND, 12),
     ("qwen2_5_vl", None, 2048),
     ("qwen2_5_vl", "random_tokens", 2048),
-    ("qwen2_5_vl", "flowcut", 12),
+    ("qwen2_5_vl", BEHIND, 12),
     ("qwen2_5_vl", "visionzip:dominant=5,contextual=2", 2048),
     ("qwen3_vl", None, 2048),
     ("qwen3_vl", "stride_tokens", 2048),
-    ("qwen3_vl", "flowcut", 12),
+    ("qwen3_vl", BEHIND, 12),
     ("qwen3_vl", "visionzip:dominant=5,contextual=2", 2048),
 ]
 
