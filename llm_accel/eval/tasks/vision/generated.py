@@ -21,6 +21,17 @@ CAPTION_TOKENS = 64  # where no expected caption tells how long one is
 
 
 @dataclass(frozen=True)
+class _Summary:
+    """What all scenes have in common, and a hash over them."""
+
+    examples: int
+    digest: str
+    max_new_tokens: int
+    mentions: Mentions
+    tasks: frozenset[str]
+
+
+@dataclass(frozen=True)
 class GeneratedSource:
     """Scenes of ``draw``. Sample i is the same whatever the number of samples and the tasks are."""
 
@@ -41,21 +52,22 @@ class GeneratedSource:
     def __len__(self) -> int:
         return self.samples
 
-    @cached_property
+    @property
     def mentions(self) -> Mentions:
         """Finds names of the generator's objects in a caption."""
-        return naming({name for sample in range(self.samples) for name in self._scene(sample).names})
+        return self._all.mentions
 
-    @cached_property
+    @property
     def max_new_tokens(self) -> int:
         """Two tokens for each word of the longest answer."""
-        answers = [example.answer for sample in range(self.samples) for example in self.examples(sample)]
-        words = max((len(re.findall(r"\w+|[^\w\s]", answer)) for answer in answers), default=0)
-        return CAPTION_TOKENS if "" in answers else 8 + 2 * words
+        return self._all.max_new_tokens
 
     def examples(self, sample: int) -> list[Example]:
         """The questions about a scene, those of a task together."""
-        scene, found = self._scene(sample), []
+        return self._asked(sample, self._scene(sample))
+
+    def _asked(self, sample: int, scene: GeneratedScene) -> list[Example]:
+        found = []
         for task in dict.fromkeys(question.task for question in scene.questions):
             if self.tasks is not None and task not in self.tasks:
                 continue
@@ -70,11 +82,25 @@ class GeneratedSource:
 
     def digest(self) -> tuple[int, str]:
         """Over questions, answers and pixels."""
-        found, count = hashlib.sha256(), 0
-        for example in (example for sample in range(self.samples) for example in self.examples(sample)):
-            found.update(_content(example))
-            count += 1
-        return count, found.hexdigest()[:16]
+        return self._all.examples, self._all.digest
+
+    @cached_property
+    def _all(self) -> _Summary:
+        """What is known once every scene has been drawn, each once and kept by nobody."""
+        found, count, longest, open_ended = hashlib.sha256(), 0, 0, False
+        names: set[str] = set()
+        tasks: set[str] = set()
+        for sample in range(self.samples):
+            scene = self._scene(sample)
+            names |= set(scene.names)
+            tasks |= {question.task for question in scene.questions}
+            for example in self._asked(sample, scene):
+                found.update(_content(example))
+                count += 1
+                longest = max(longest, len(re.findall(r"\w+|[^\w\s]", example.answer)))
+                open_ended |= example.answer == ""
+        new_tokens = CAPTION_TOKENS if open_ended else 8 + 2 * longest
+        return _Summary(count, found.hexdigest()[:16], new_tokens, naming(names), frozenset(tasks))
 
     def _scene(self, sample: int) -> GeneratedScene:
         about = f"--data 'scenes:{self.place}', scene {sample}"
@@ -93,7 +119,7 @@ class GeneratedSource:
                 f"--data 'scenes:{self.place}' draws another scene from the same random numbers; it must use the "
                 "generator that it is given, and nothing else that is random."
             )
-        asked = {question.task for sample in range(self.samples) for question in self._scene(sample).questions}
+        asked = self._all.tasks  # draws every scene, so that one that cannot be used ends here
         for task in self.tasks or ():
             if task not in asked:
                 raise ConfigError(f"--tasks: {unknown_name('task', task, asked)}")
