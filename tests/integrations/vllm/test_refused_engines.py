@@ -134,6 +134,7 @@ def test_graphs_and_kernels_that_would_go_past_the_tables():
 # --- models ----------------------------------------------------------------------------------------------------------
 
 TOWER = "flowcut:budget=20"
+BEHIND = f"{TOWER},tower_stage=behind,llm_stage=off"
 
 
 @pytest.mark.parametrize(
@@ -228,8 +229,8 @@ PIPELINE = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=2)
     ("method", "wrong", "reason"),
     [
         ("stride_tokens:positions=compact", {}, "positions have three axes here"),
-        (TOWER, {"parallel_config": PIPELINE}, "with pipeline parallelism later stages do not see"),
-        (TOWER, {"speculative_config": object()}, "speculative decoding gives the same rows to another model"),
+        (BEHIND, {"parallel_config": PIPELINE}, "with pipeline parallelism later stages do not see"),
+        (BEHIND, {"speculative_config": object()}, "speculative decoding gives the same rows to another model"),
     ],
 )
 def test_models_with_three_axes(method, wrong, reason):
@@ -240,7 +241,7 @@ def test_models_with_three_axes(method, wrong, reason):
 
     blind = "stride_tokens"
     assert Model(vllm_config=config(blind, **wrong)).method is not None
-    assert Model(vllm_config=config(TOWER)).get_encoder_cudagraph_config() == Graphs([])
+    assert Model(vllm_config=config(BEHIND)).get_encoder_cudagraph_config() == Graphs([])
     with pytest.raises(ConfigError, match=re.escape(reason)):
         Model(vllm_config=config(method, **wrong))
 
