@@ -37,8 +37,6 @@ def test_a_narrow_model_with_a_class_token() -> None:
     assert len(kept(model, prompt, VARIANTS["inside"])) == 36 * RATIO
     gflop = measure(model, prompt, 1, ["dense", "behind", "inside"])["gflop"]
     rows, width = 4 * (36 - 12), 1024 // 4
-    saved = (
-        2 * rows * (4 * width**2 + 2 * width * 4096 // 4)
-    )  # of linear maps; four layers lie behind it
+    saved = 2 * rows * (4 * width**2 + 2 * width * 4096 // 4)  # of linear maps; four layers lie behind it
     assert gflop["behind"] < gflop["dense"]
     assert 4 * saved < 1e9 * (gflop["behind"] - gflop["inside"]) < 4 * 1.2 * saved
