@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.methods import MethodConfig
-from llm_accel.serve.sequences import Job
 
 Key = tuple[str, str]  # API key, name that the client gave
 
@@ -53,13 +52,6 @@ class Conversations:
         """Takes the conversation out while it is used; None if there is none that this prompt continues."""
         found = self._kept.pop(key, None)
         return found if found is not None and found.continues(prompt, methods) else None
-
-    def reopen(self, job: Job) -> Any:
-        """The cache that a request with a session goes on with, None where it begins anew."""
-        assert job.session is not None
-        found = self.take(job.session, job.prompts[0], job.methods)
-        job.reused_tokens = 0 if found is None else len(found.ids)
-        return None if found is None else found.cache
 
     def keep(self, key: Key, conversation: Conversation) -> None:
         """Puts it back, and drops others until the bounds hold; one that passes them alone is not kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,20 +47,18 @@ class Sampling:
         """The random numbers of answer number ``index``."""
         return random.SystemRandom() if self.seed is None else random.Random(f"{self.seed}/{index}")
 
-    def ends(self, model_ends: set[int]) -> frozenset[int]:
-        """The tokens that end an answer of a model with these end tokens."""
-        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | model_ends
-
-    def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], model_ends: set[int]) -> Tensor:
+    def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], ends: Collection[int]) -> Tensor:
         """Logits after penalties, bias and minimum length, in the order of vLLM.
 
         Args:
             logits: float [V], after the prompt and so many ``tokens`` of the answer; stays as it is.
+            ends: the tokens that end the answer.
         """
+        if not self.adjusts:
+            return logits
         logits = logits.float().clone()
         if len(tokens) < self.min_tokens:
-            ends = [token for token in self.ends(model_ends) if token < len(logits)]
-            logits[_ids(ends, logits)] = -torch.inf
+            logits[_ids([token for token in ends if token < len(logits)], logits)] = -torch.inf
         if self.logit_bias:
             logits[_ids(self.logit_bias, logits)] += logits.new_tensor(list(self.logit_bias.values()))
         if self.repetition_penalty != 1:

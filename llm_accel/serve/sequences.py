@@ -43,7 +43,8 @@ class TokenSequence:
         prompt_logprobs: of the tokens of the prompt, None for the first one, once they are known and where wanted.
         begun_at: when the prompt's turn came.
         reserved: bytes that are set aside for it.
-        rules: what the model's own generation settings do to the logits; None before the first token.
+        rules: what the model's own generation settings do to the logits.
+        ends: the tokens that end the answer.
     """
 
     def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
@@ -54,19 +55,29 @@ class TokenSequence:
         self.reserved = 0
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.rules: LogitsProcessorList | None = None
+        self.ends: frozenset[int] = frozenset()
         self._text, self._random = text, job.sampling.source(index)
         self._logprobs: list[TokenLogprob] = []
 
+    def begin(self, rules: LogitsProcessorList, model_ends: set[int]) -> None:
+        """Its turn has come; ``model_ends``: the model's own end tokens."""
+        sampling, self.begun_at, self.rules = self.job.sampling, time.monotonic(), rules
+        self.ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | model_ends
+
+    def adjusted(self, scores: Tensor) -> Tensor:
+        """The model's scores, float [V], as the request wants them changed."""
+        return self.job.sampling.adjusted(scores, self.prompt, self.tokens, self.ends)
+
     def draw(self) -> float:
-        """The next random number of this row."""
-        return self._random.random()
+        """The next random number of this row, if it needs one."""
+        return self._random.random() if self.job.sampling.temperature > 0 and not self.over else 0.0
 
     @property
     def over(self) -> bool:
         """Whether it needs no further token."""
         return self.finish is not None or self.job.cancelled
 
-    def accept(self, token: int, model_ends: set[int], logprob: TokenLogprob | None) -> None:
+    def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """Takes the next token and tells the client what is new."""
         if self.over:
             return
@@ -75,9 +86,8 @@ class TokenSequence:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        sampling = self.job.sampling
-        ended = token in sampling.ends(model_ends)
-        text = "" if ended else self._text.push(token, len(self.tokens) > sampling.min_tokens)
+        ended = token in self.ends
+        text = "" if ended else self._text.push(token, len(self.tokens) > self.job.sampling.min_tokens)
         if ended or self._text.stopped:
             self.finish = "stop"
         elif len(self.tokens) >= self.job.max_new_tokens:
