@@ -61,52 +61,53 @@ class Middleware:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
         gets: ``x-request-id``, and what the application adds."""
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            raise RuntimeError(f"{scope['type']} is not served here")  # uvicorn answers with a refusal
-        path = scope["path"]
+        path, headers, begin = scope["path"], dict(scope["headers"]), time.monotonic()
         endpoint = next((known for known in _ENDPOINTS if path == known or path.startswith(known + "/")), "other")
-        state = scope.setdefault("state", {})
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        given = headers.get(b"x-request-id", b"")
         number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-        state |= {"outcome": "error", "headers": [(b"x-request-id", number)]}
-        begin = time.monotonic()
-        if path not in _UNCOUNTED:
-            self._metrics.received.labels(endpoint).inc()
-        try:
-            await self._pass(scope, receive, send, state)
-        finally:
-            if path not in _UNCOUNTED:
-                self._metrics.requests.labels(endpoint, state["outcome"]).inc()
-                seconds = time.monotonic() - begin
-                log.info("%s %s %.3f s %s", endpoint, state["outcome"], seconds, number.decode())
+        state = scope.setdefault("state", {})
+        state |= {"outcome": None, "headers": [(b"x-request-id", number)]}
 
-    async def _pass(self, scope: Message, receive: Receive, send: Send, state: dict[str, Any]) -> None:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["outcome"] = _outcome(message["status"])
                 message["headers"] = [*message.get("headers", ()), *state["headers"]]
             await send(message)
 
+        if path not in _UNCOUNTED:
+            self._metrics.received.labels(endpoint).inc()
         self._inside += 1
         try:
-            headers = dict(scope["headers"])
-            if scope["path"] not in PROBES:
-                state["key"] = self._key(headers)
-            if self._inside > self._max_inside and scope["path"] not in _UNCOUNTED:
-                raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
-            state["body"] = await self._body(headers, receive)
-            await self._app(scope, receive, watched)
-        except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, watched)
-        except Exception as error:  # answered inside; its text may quote the request, so only its place is logged
-            state["outcome"] = "error"
-            frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
-            log.error("a request failed with %s\n%s", type(error).__name__, frames)
+            await self._pass(scope, headers, receive, watched)
         finally:
             self._inside -= 1
+            if path not in _UNCOUNTED:
+                outcome = state["outcome"] or "error"
+                self._metrics.requests.labels(endpoint, outcome).inc()
+                log.info("%s %s %.3f s %s", endpoint, outcome, time.monotonic() - begin, number.decode())
+
+    async def _pass(self, scope: Message, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        state, path = scope["state"], scope["path"]
+        try:
+            if path not in PROBES:
+                state["key"] = self._key(headers)
+            if self._inside > self._max_inside and path not in _UNCOUNTED:
+                raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
+            state["body"] = await self._body(headers, receive)
+            await self._app(scope, receive, send)
+            return
+        except ApiError as error:
+            refusal = error
+        except Exception as error:  # its text may quote the request, so only its place is logged
+            frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
+            log.error("a request failed with %s\n%s", type(error).__name__, frames)
+            refusal = ApiError("error", "the server failed on this request; its log says where.")
+        if state["outcome"] is None:
+            await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, send)
+        state["outcome"] = refusal.outcome
 
     def _key(self, headers: dict[bytes, bytes]) -> str:
         """Which key the request carries; the same work for every key, right or wrong."""
@@ -130,13 +131,11 @@ class Middleware:
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         too_large = ApiError("too_large", f"a request may have {self._max_body} bytes.", {"Connection": "close"})
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
-            await self._discard(receive)
-            raise too_large
-        body, counter = bytearray(), ValueCounter(self._max_values)
+        body, counter, more = bytearray(), ValueCounter(self._max_values), True
         try:
+            if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
+                raise too_large
             async with asyncio.timeout(_BODY_SECONDS):
-                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":

@@ -18,11 +18,11 @@ from llm_accel.serve.responses import ApiResponse
 
 class GenerationResponse(Response):
     """Submits the job when it is called. Errors before the first byte leave as :class:`ApiError`, later ones end the
-    stream with an event that says so. ``until``: the deadline, as the loop counts time."""
+    stream with an event that says so. The state of the request has ``until``, the deadline as the loop counts time."""
 
-    def __init__(self, engine: Engine, response: ApiResponse, until: float) -> None:
+    def __init__(self, engine: Engine, response: ApiResponse) -> None:
         super().__init__()
-        self._engine, self._response, self._until = engine, response, until
+        self._engine, self._response = engine, response
         self._started = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -30,7 +30,7 @@ class GenerationResponse(Response):
         job = self._response.job
         try:
             self._engine.submit(job)
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout_at(scope["state"]["until"]):
                 streamed = self._response.stream
                 await _unless_gone(receive, self._streamed(send) if streamed else self._whole(scope, receive, send))
         except TimeoutError:
