@@ -170,13 +170,12 @@ class PromptReader:
 
 def _other_tool_turns(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The messages with other names of called tools, and with other results: a template that reads them differs."""
+
+    def renamed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [call | {"function": call["function"] | {"name": "another"}} for call in calls]
+
     others = (
-        [_with_other_names(message) if "tool_calls" in message else message for message in messages],
-        [message | {"content": "another result"} if message["role"] == "tool" else message for message in messages],
+        [one | {"tool_calls": renamed(one["tool_calls"])} if "tool_calls" in one else one for one in messages],
+        [one | {"content": "another result"} if one["role"] == "tool" else one for one in messages],
     )
     return [other for other in others if other != messages]
-
-
-def _with_other_names(message: dict[str, Any]) -> dict[str, Any]:
-    calls = [call | {"function": call["function"] | {"name": "another"}} for call in message["tool_calls"]]
-    return message | {"tool_calls": calls}

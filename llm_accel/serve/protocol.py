@@ -3,7 +3,7 @@ ignored and reported, or refused too where the operator says so (``--strict-fiel
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -143,6 +143,11 @@ class Request(ModelRequest):
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer, where the request names a number."""
+        return self.max_tokens
+
 
 class ChatRequest(Chat, Request):
     """``POST /v1/chat/completions``."""
@@ -150,6 +155,8 @@ class ChatRequest(Chat, Request):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Alternatives | None = None
+    prompts: ClassVar = (None,)  # one, which the template makes of the messages
+    echo: ClassVar = False
 
     @property
     def alternatives(self) -> int | None:
@@ -158,7 +165,6 @@ class ChatRequest(Chat, Request):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer, where the request names a number."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -183,11 +189,6 @@ class CompletionRequest(Request):
     def alternatives(self) -> int | None:
         """How many alternatives to report for each token; None for no log-probabilities."""
         return self.logprobs
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of the answer, where the request names a number."""
-        return self.max_tokens
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -50,7 +50,9 @@ class ApiResponse:
             answers[delta.index].append(delta)
         for index, own in sorted(answers.items()):
             logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
-            choices.append(self._whole(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish)))
+            choices.append(
+                self._choice(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish), True)
+            )
         return self._head | {"object": self.object_name, "choices": choices} | self._usage()
 
     def opening(self) -> list[Json]:
@@ -59,18 +61,14 @@ class ApiResponse:
 
     def chunk(self, delta: Delta) -> Json:
         """One chunk of a stream."""
-        return self._wrap([self._part(delta)])
+        return self._wrap([self._choice(delta, whole=False)])
 
     def last(self) -> Json:
         """The chunk with the usage, for clients that ask for it."""
         return self._wrap([]) | self._usage()
 
-    def _whole(self, delta: Delta) -> Json:
-        """One answer of a whole response."""
-        raise NotImplementedError
-
-    def _part(self, delta: Delta) -> Json:
-        """One answer of a chunk."""
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
+        """Text and log-probabilities of a whole answer, or of its next part."""
         raise NotImplementedError
 
     def _usage(self) -> Json:
@@ -87,9 +85,9 @@ class ApiResponse:
     def _wrap(self, choices: list[Json]) -> Json:
         return self._head | {"object": self.chunk_name, "choices": choices}
 
-    def _choice(self, delta: Delta, content: Json, logprobs: Json) -> Json:
+    def _choice(self, delta: Delta, whole: bool) -> Json:
         """With the log-probabilities, where the request asked for any, and at its beginning those of the prompt."""
-        wanted = self.job.sampling.logprobs is not None
+        (content, logprobs), wanted = self._content(delta, whole), self.job.sampling.logprobs is not None
         choice = {"index": delta.index, **content, "logprobs": logprobs if wanted else None}
         if self._prompt_logprobs is not None and delta.index not in self._begun:
             known = self.job.sequences[delta.index].prompt_logprobs
@@ -117,19 +115,13 @@ class ChatResponse(ApiResponse):
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._wrap([{"index": sequence.index, **role}]) for sequence in self.job.sequences]
 
-    def _whole(self, delta: Delta) -> Json:
-        message = {"role": "assistant", "content": delta.text}
-        return self._choice(delta, {"message": message}, self._logprobs(delta))
-
-    def _part(self, delta: Delta) -> Json:
-        return self._choice(delta, {"delta": {"content": delta.text} if delta.text else {}}, self._logprobs(delta))
-
-    def _logprobs(self, delta: Delta) -> Json:
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
         entries = [
             self._entry(one.token, one.logprob) | {"top_logprobs": [self._entry(*pair) for pair in one.top]}
             for one in delta.logprobs
         ]
-        return {"content": entries}
+        said = {"content": delta.text} if whole or delta.text else {}
+        return {"message": {"role": "assistant"} | said} if whole else {"delta": said}, {"content": entries}
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._text(token)
@@ -146,14 +138,12 @@ class CompletionResponse(ApiResponse):
         self._echo = body.echo
         self._offsets = [0] * len(job.sequences)
 
-    def _whole(self, delta: Delta) -> Json:
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
         text, logprobs = delta.text, list[TokenLogprob | None](delta.logprobs)
         if self._echo and delta.index not in self._begun:
             sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self._n]
             text, logprobs = prompt.text + text, [*sequence.prompt_logprobs, *logprobs]
-        return self._choice(delta, {"text": text}, self._logprobs(delta.index, logprobs))
-
-    _part = _whole
+        return {"text": text}, self._logprobs(delta.index, logprobs)
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
         """In columns; the first token of a prompt has no probability."""
