@@ -51,9 +51,6 @@ def _serve(server: Server, name: str, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens to them; at its end it raises them again
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    print(json.dumps({"url": f"http://{_bracketed(host)}:{port}/v1", "model": name}), flush=True)
+    host = f"[{host}]" if ":" in host else host
+    print(json.dumps({"url": f"http://{host}:{port}/v1", "model": name}), flush=True)
     server.run(sockets=[listener])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

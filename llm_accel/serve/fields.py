@@ -55,17 +55,14 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def neutral_values(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
+def _add_neutral(schema: dict[str, Any], kind: type[Body]) -> None:
     """Adds the values that ask for nothing to a JSON schema."""
-
-    def add(schema: dict[str, Any]) -> None:
-        required, properties = schema.get("required", ()), schema["properties"]
-        for name, one in properties.items():
-            if name not in required and {"type": "null"} not in one.get("anyOf", ()):
-                properties[name] = {"anyOf": [one, {"type": "null"}]}
-        properties |= {name: {"enum": [None, *values]} for name, values in neutral.items()}
-
-    return add
+    required, properties = schema.get("required", ()), schema["properties"]
+    for name, one in properties.items():
+        if name not in required and {"type": "null"} not in one.get("anyOf", ()):
+            properties[name] = {"anyOf": [one, {"type": "null"}]}
+    neutral = kind.unsupported | kind.without_effect
+    properties |= {name: {"enum": [None, *values]} for name, values in neutral.items()}
 
 
 class Body(BaseModel):
@@ -76,7 +73,7 @@ class Body(BaseModel):
         without_effect: the same for fields that leave the answer as it is; any other value makes them unknown fields.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_add_neutral)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     without_effect: ClassVar[dict[str, tuple[Any, ...]]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm_accel.methods.base import INT64
@@ -21,7 +21,6 @@ from llm_accel.serve.fields import (
     by_form,
     form,
     max_entries,
-    neutral_values,
     text_or_list,
 )
 from llm_accel.serve.messages import MOST_MESSAGES, Chat, Message
@@ -89,7 +88,6 @@ class ModelRequest(Body):
 class Request(ModelRequest):
     """What chats and completions share."""
 
-    model_config = ConfigDict(json_schema_extra=neutral_values(_UNSUPPORTED | _WITHOUT_EFFECT))
     unsupported, without_effect = _UNSUPPORTED, _WITHOUT_EFFECT
 
     model: Annotated[str, Field(max_length=500)]

@@ -73,7 +73,7 @@ class ApiResponse:
 
     def _usage(self) -> Json:
         """Tokens of the request, ``cached_tokens`` those that a kept cache held already; and our extension."""
-        generated = self.job.generated_tokens
+        generated = sum(len(row.tokens) for row in self.job.sequences)  # end tokens included
         usage = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,

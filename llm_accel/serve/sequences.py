@@ -124,6 +124,7 @@ class Job:
         prompt_logprobs: how many alternatives to report for each token of the prompt; None for no log-probabilities.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
         cancelled: nobody waits for the answer any more.
+        started: how many of its sequences have run.
     """
 
     prompts: Sequence[tuple[int, ...]]
@@ -137,6 +138,7 @@ class Job:
     prompt_logprobs: int | None = None
     reused_tokens: int = 0
     cancelled: bool = False
+    started: int = 0
     accepted_at: float = field(default_factory=time.monotonic)
     sequences: list[TokenSequence] = field(init=False)
 
@@ -144,7 +146,6 @@ class Job:
         self.sequences = [
             TokenSequence(self, index, prompt, self.make_detokenizer()) for index, prompt in enumerate(self.prompts)
         ]
-        self._started = 0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
@@ -154,29 +155,14 @@ class Job:
         return spec_of(self.methods)
 
     @property
-    def alone(self) -> bool:
-        """Whether its row joins no other: families lay out images differently."""
-        return bool(self.features)
-
-    @property
     def apart(self) -> bool:
-        """Whether its prompts are read in calls of their own."""
-        return self.alone or self.session is not None or self.prompt_logprobs is not None
+        """Whether its prompts are read in calls of their own; families lay out images differently."""
+        return bool(self.features) or self.session is not None or self.prompt_logprobs is not None
 
     @property
     def waiting(self) -> list[TokenSequence]:
         """The sequences that have not run yet."""
-        return [] if self.cancelled else self.sequences[self._started :]
-
-    def next_sequences(self, most: int) -> list[TokenSequence]:
-        """The next of them, which run now."""
-        begin, self._started = self._started, self._started + most
-        return [] if self.cancelled else self.sequences[begin : self._started]
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens generated so far, end tokens included."""
-        return sum(len(row.tokens) for row in self.sequences)
+        return [] if self.cancelled else self.sequences[self.started :]
 
     def send(self, event: Delta | ApiError) -> None:
         """Hands an event to the waiting client; from any thread."""

@@ -8,24 +8,12 @@ import socket
 import uvicorn
 
 from llm_accel.serve.app import create_app
-from llm_accel.serve.connections import Connection, bind
+from llm_accel.serve.connections import Connection
 from llm_accel.serve.loading import Served
 from llm_accel.serve.settings import ServeSettings
 
 _TICK_S = 0.02
 _GRACE_S = 5.0  # what the answers of abandoned requests have to leave
-
-
-class _Config(uvicorn.Config):
-    """uvicorn's, with sockets that answers leave without delay."""
-
-    def bind_socket(self) -> socket.socket:
-        """A socket at the address.
-
-        Raises:
-            ConfigError: nobody can listen there.
-        """
-        return bind(self.host, self.port)
 
 
 class Server(uvicorn.Server):
@@ -38,7 +26,7 @@ class Server(uvicorn.Server):
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         app, self.engine = create_app(served, settings)
         self._drain_s = settings.drain_s
-        config = _Config(
+        config = uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
