@@ -51,10 +51,10 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[FastAPI, Engine
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        engine.thread.start()
         yield
         engine.abandon()
-        await asyncio.to_thread(engine.join, _STOP_S)
+        await asyncio.to_thread(engine.thread.join, _STOP_S)
 
     app = FastAPI(title="llm_accel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_answers(app, engine, processor, Inbox(engine, processor, settings.strict_fields))
@@ -158,7 +158,8 @@ def _add_pages(app: FastAPI, engine: Engine, processor: InputProcessor, name: st
 
     @app.get("/live", **PROBE)
     async def live() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if engine.working else JSONResponse({"status": "not running"}, 503)
+        alive = engine.thread.is_alive()
+        return JSONResponse({"status": "ok" if alive else "not running"}, 200 if alive else 503)
 
     @app.get("/ready", **PROBE)
     @app.get("/health", **PROBE)

@@ -38,7 +38,10 @@ class ValueCounter:
         """
         if not chunk:
             return
-        chunk = self._without_escapes(chunk)
+        chunk = chunk[1:] if self._escaped else chunk
+        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
+        if b"\\" in chunk:  # escaped quotes end no string
+            chunk = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
         runs = chunk.split(b'"')
         outside = b"".join(runs[self._quotes % 2 :: 2])
         self._quotes += len(runs) - 1
@@ -48,12 +51,6 @@ class ValueCounter:
             raise BadRequest(f"the JSON has over {MOST_PARTS} texts, lists and objects; send fewer.")
         if self._commas > self._most_values:
             raise BadRequest(f"the JSON has over {self._most_values} values; send fewer.")
-
-    def _without_escapes(self, chunk: bytes) -> bytes:
-        """Without escaped quotes, which end no string."""
-        chunk = chunk[1:] if self._escaped else chunk
-        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
-        return chunk.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in chunk else chunk
 
 
 def parse_body(kind: type[Model], body: bytes, ignored: set[str] | None = None) -> Model:

@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install them with: pip install 'llm_accel[serve]'")
     settings.keys()  # what is wrong with them is known before the model is loaded
-    from llm_accel.serve.connections import bind, listen
     from llm_accel.serve.loading import load
-    from llm_accel.serve.server import Server
+    from llm_accel.serve.server import Server, bind, listen
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     with bind(settings.host, settings.port) as listener:  # a taken port is known before the model is loaded

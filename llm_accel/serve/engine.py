@@ -42,6 +42,9 @@ IDLE_TOKENS = {"cpu": 2048, "cuda": 8192}
 class Engine:
     """A model behind a queue. In each round a chunk of prompts is read, and every running row gets one token.
 
+    Attributes:
+        thread: serves from its start on; once the scheduler is closed it ends with the last accepted request.
+
     Raises:
         LlmAccelError: the default method does not work on this model.
     """
@@ -64,7 +67,7 @@ class Engine:
         self._reading: list[TokenSequence] = []  # rows of one method whose prompts are read together
         self._parts: Iterator[None] = iter(())
         self._groups: list[Group] = []
-        self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
         self._watch()
 
     def _plan(self, methods: Methods) -> Plan | None:
@@ -103,18 +106,9 @@ class Engine:
         """ "ok", or why a load balancer should send requests elsewhere."""
         if self.scheduler.closed:
             return "shutting down"
-        if not self.working:
+        if not self.thread.is_alive():
             return "not running"
         return "failing" if self._failed >= FAILING else "ok"
-
-    @property
-    def working(self) -> bool:
-        """Whether there is a thread that serves; after :meth:`drain` it ends with the last accepted request."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Accepts a request, or raises :class:`ApiError`."""
@@ -125,18 +119,10 @@ class Engine:
         job.cancelled = True
         self.scheduler.discard(job)
 
-    def drain(self) -> None:
-        """No more requests; accepted ones are finished."""
-        self.scheduler.close()
-
     def abandon(self) -> None:
         """Fails every request that is not finished."""
         for job in {*self.scheduler.clear(), *(row.job for row in self.running)}:
             job.fail(shutting_down())
-
-    def join(self, seconds: float) -> None:
-        """Waits for the thread to end, after :meth:`drain` or :meth:`abandon`."""
-        self._thread.join(seconds)
 
     def _work(self) -> None:
         try:

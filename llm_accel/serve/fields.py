@@ -18,6 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
+Items = Field(min_length=1, fail_fast=True)
 Name = Annotated[str, Field(max_length=512)]
 
 
@@ -39,15 +40,15 @@ def by_form(which: Callable[[Any], str | None], allowed: str) -> Discriminator:
     return Discriminator(which, custom_error_type="custom_form", custom_error_message=f"give {allowed}")
 
 
-def max_entries(most: int) -> BeforeValidator:
-    """Bounds an object before anything in it is looked at."""
+def max_entries(most: int) -> tuple[BeforeValidator, Any]:
+    """Bounds an object before anything in it is looked at, and says so in its schema."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
             raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check), Field(max_length=most)
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -14,7 +14,7 @@ from llm_accel.serve.body import MOST_PARTS
 from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError, BadRequest, ContextExceeded
 from llm_accel.serve.loading import Served
-from llm_accel.serve.prompts import Prompt, PromptReader
+from llm_accel.serve.prompts import MOST_IDS, Prompt, PromptReader
 from llm_accel.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,7 +28,6 @@ from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings, context_of
 
 MOST_ANSWERS = 1024  # of a request: prompts times n
-_MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 _MOST_LOGPROBS = 2**19  # of a response
 _DEFAULT_NEW_TOKENS = 1024  # of a request that names no number
 _SAMPLING = {field.name for field in fields(Sampling)}
@@ -45,12 +44,9 @@ class InputProcessor:
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self._name, self._tokenizer, self._settings = served.name, served.tokenizer, settings
         self._allowed = settings.allowed()
-        text_config = served.model.config.get_text_config()
         self.context = context_of(served.model, settings)
-        self._vocabulary = int(text_config.vocab_size)
-        limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
-        self._reader = PromptReader(served, settings, self.context or _MOST_IDS, limit, self._vocabulary)
-        self.max_values = MOST_PARTS + min(_MOST_IDS, MOST_ANSWERS * limit)
+        self._reader = PromptReader(served, settings)
+        self.max_values = MOST_PARTS + min(MOST_IDS, MOST_ANSWERS * self._reader.limit)
         own = served.model.generation_config
         self._sampling = (
             Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or 0) if own.do_sample else Sampling()
@@ -69,11 +65,12 @@ class InputProcessor:
     async def generation(self, body: ChatRequest | CompletionRequest, key: str) -> ApiResponse:
         """The response to a chat or to prompts, not begun yet."""
         self._check(body)
+        response: type[ApiResponse] = ChatResponse if isinstance(body, ChatRequest) else CompletionResponse
         if isinstance(body, ChatRequest):
-            prompts, kind = [await self._reader.chat(body)], ChatResponse
+            prompts = [await self._reader.chat(body)]
         else:
-            prompts, kind = await self._reader.texts(body.prompts), CompletionResponse
-        return kind(self._job(body, prompts, key), body, self._name, self._reader, prompts)
+            prompts = await self._reader.texts(body.prompts)
+        return response(self._job(body, prompts, key), body, self._name, self._reader, prompts)
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a prompt."""
@@ -97,8 +94,8 @@ class InputProcessor:
             raise BadRequest("max_tokens: give at least 1; 0 is for 'echo' and 'prompt_logprobs'.", param="max_tokens")
         if limit is not None and wanted > limit:
             raise BadRequest(f"max_tokens={wanted}: at most {limit} are allowed.", param="max_tokens")
-        if any(int(token) >= self._vocabulary for token in body.logit_bias):
-            raise BadRequest(f"logit_bias: token ids are below {self._vocabulary}.", param="logit_bias")
+        if any(int(token) >= self._reader.vocabulary for token in body.logit_bias):
+            raise BadRequest(f"logit_bias: token ids are below {self._reader.vocabulary}.", param="logit_bias")
         methods = self._methods(body.llm_accel.method)
         if _prompt_alternatives(body) is not None:
             _check_prompt_logprobs(methods)
@@ -159,7 +156,7 @@ class InputProcessor:
 
     def _answer_limit(self, prompts: Sequence[tuple[int, ...]], body: ChatRequest | CompletionRequest) -> int:
         """How many tokens to generate at most."""
-        longest, most = max(map(len, prompts)), self._settings.max_new_tokens or _MOST_IDS
+        longest, most = max(map(len, prompts)), self._settings.max_new_tokens or MOST_IDS
         left = most if self.context is None else min(most, self.context - longest)
         least = max(1 if body.limit is None else body.limit, body.min_tokens)
         if self.context is not None and longest + least > self.context:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -19,8 +18,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        named: dict[str, Any] = {"namespace": "llm_accel", "registry": self.registry}
-        counter, histogram = partial(Counter, **named), partial(Histogram, buckets=_SECONDS, **named)
+        counter = partial(Counter, namespace="llm_accel", registry=self.registry)
+        histogram = partial(Histogram, namespace="llm_accel", registry=self.registry, buckets=_SECONDS)
         self._gauges: dict[str, Gauge] = {}
         self.received = counter("requests_received", "Requests whose headers have arrived.", ["endpoint"])
         self.requests = counter("requests", "Requests that are over, by outcome.", ["endpoint", "outcome"])

@@ -11,10 +11,10 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_accel.serve.body import ValueCounter
 from llm_accel.serve.errors import STATUS, ApiError
@@ -23,13 +23,10 @@ from llm_accel.serve.settings import is_loopback
 
 log = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 PROBES = ("/live", "/ready", "/health")  # need no key
 _UNCOUNTED = (*PROBES, "/metrics")  # asked every few seconds
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
+_OUTCOMES = {status: outcome for outcome, status in STATUS.items()}
 _BODY_SECONDS = 30.0
 _DIGITS = 18  # of a length
 _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
@@ -51,14 +48,14 @@ class Middleware:
     """
 
     def __init__(
-        self, app: Any, keys: Sequence[str], max_body: int, max_values: int, max_inside: int, metrics: Metrics
+        self, app: ASGIApp, keys: Sequence[str], max_body: int, max_values: int, max_inside: int, metrics: Metrics
     ) -> None:
         self._app, self._metrics = app, metrics
         self._max_body, self._max_values, self._max_inside = max_body, max_values, max_inside
         self._inside = 0
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
         gets: ``x-request-id``, and what the application adds."""
         if scope["type"] != "http":
@@ -73,7 +70,8 @@ class Middleware:
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
-                state["outcome"] = _outcome(message["status"])
+                status = message["status"]
+                state["outcome"] = _OUTCOMES.get(status, "ok" if status < 400 else "bad_request")
                 message["headers"] = [*message.get("headers", ()), *state["headers"]]
             await send(message)
 
@@ -89,7 +87,7 @@ class Middleware:
                 self._metrics.requests.labels(endpoint, outcome).inc()
                 log.info("%s %s %.3f s %s", endpoint, outcome, time.monotonic() - begin, number.decode())
 
-    async def _pass(self, scope: Message, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         state, path = scope["state"], scope["path"]
         try:
             if path not in PROBES:
@@ -117,7 +115,7 @@ class Middleware:
                 raise ApiError("unauthorized", "a server without a key answers only to localhost, 127.0.0.1 or [::1].")
             return ""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        digest = _digest(given.strip())
+        digest = hashlib.sha256(given.strip()).digest()
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != b"bearer" or not any(found):
             raise ApiError(
@@ -168,11 +166,3 @@ class Middleware:
                     message = await receive()
                     left -= len(message.get("body", b""))
                     more = message.get("more_body", False)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _outcome(status: int) -> str:
-    return next((name for name, known in STATUS.items() if known == status), "ok" if status < 400 else "bad_request")

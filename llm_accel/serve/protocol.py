@@ -14,6 +14,7 @@ from llm_accel.serve.fields import (
     Body,
     Count,
     Id,
+    Items,
     Name,
     Penalty,
     Share,
@@ -53,8 +54,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # on the answer: other values a
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
-
-_MOST_METADATA, _MOST_BIASES, _MOST_STOP_IDS = 16, 1024, 64
 
 
 class Extension(Body):
@@ -103,29 +102,21 @@ class Request(ModelRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        max_entries(_MOST_BIASES),
-        Field(max_length=_MOST_BIASES),
+        *max_entries(1024),
     ] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[
         Annotated[Stop, Tag("text")] | Annotated[list[Stop], Field(max_length=16, fail_fast=True), Tag("list")],
         by_form(text_or_list, "a text or a list of texts"),
     ] = Field(default_factory=list)
-    stop_token_ids: Annotated[list[Id], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Id], Field(max_length=64, fail_fast=True)] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Alternatives | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Name | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Name],
-            max_entries(_MOST_METADATA),
-            Field(max_length=_MOST_METADATA),
-        ]
-        | None
-    ) = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Name], *max_entries(16)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,13 +162,9 @@ class CompletionRequest(Request):
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("list")]
-        | Annotated[list[Id], Field(min_length=1, fail_fast=True), Tag("ids")]
-        | Annotated[
-            list[Annotated[list[Id], Field(min_length=1, fail_fast=True)]],
-            Field(min_length=1, fail_fast=True),
-            Tag("id lists"),
-        ],
+        | Annotated[list[str], Items, Tag("list")]
+        | Annotated[list[Id], Items, Tag("ids")]
+        | Annotated[list[Annotated[list[Id], Items]], Items, Tag("id lists")],
         by_form(form, "a text, a list of token ids, or a list of texts or of such lists"),
     ]
     echo: bool = False

@@ -36,11 +36,10 @@ class ApiResponse:
         reader: PromptReader,
         prompts: Sequence[Prompt],
     ) -> None:
-        self.job, self.stream, self.include_usage = job, body.stream, body.stream_options.include_usage
-        self._n, self._tokenizer, self._prompts = body.n, reader.tokenizer, prompts
+        self.job, self.body, self._tokenizer, self._prompts = job, body, reader.tokenizer, prompts
         self._begun: set[int] = set()
+        self._characters = defaultdict[int, int](int)  # that the log-probabilities of each answer have covered
         self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self._prompt_logprobs = body.prompt_logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, deltas: Sequence[Delta]) -> Json:
@@ -89,7 +88,7 @@ class ApiResponse:
         """With the log-probabilities, where the request asked for any, and at its beginning those of the prompt."""
         (content, logprobs), wanted = self._content(delta, whole), self.job.sampling.logprobs is not None
         choice = {"index": delta.index, **content, "logprobs": logprobs if wanted else None}
-        if self._prompt_logprobs is not None and delta.index not in self._begun:
+        if self.body.prompt_logprobs is not None and delta.index not in self._begun:
             known = self.job.sequences[delta.index].prompt_logprobs
             choice["prompt_logprobs"] = [one and self._by_id(one) for one in known]
         self._begun.add(delta.index)
@@ -97,7 +96,7 @@ class ApiResponse:
 
     def _by_id(self, one: TokenLogprob) -> Json:
         """As vLLM writes it."""
-        pairs = {one.token: one.logprob} | dict(one.top[: self._prompt_logprobs])
+        pairs = {one.token: one.logprob} | dict(one.top[: self.body.prompt_logprobs])
         return {str(token): {"logprob": value, "decoded_token": self._text(token)} for token, value in pairs.items()}
 
     def _text(self, token: int) -> str:
@@ -133,15 +132,10 @@ class CompletionResponse(ApiResponse):
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, job: Job, body: CompletionRequest, *more: Any) -> None:
-        super().__init__(job, body, *more)
-        self._echo = body.echo
-        self._offsets = [0] * len(job.sequences)
-
     def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
         text, logprobs = delta.text, list[TokenLogprob | None](delta.logprobs)
-        if self._echo and delta.index not in self._begun:
-            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self._n]
+        if self.body.echo and delta.index not in self._begun:
+            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self.body.n]
             text, logprobs = prompt.text + text, [*sequence.prompt_logprobs, *logprobs]
         return {"text": text}, self._logprobs(delta.index, logprobs)
 
@@ -151,8 +145,8 @@ class CompletionResponse(ApiResponse):
         for place, one in enumerate(logprobs):
             token = self.job.sequences[index].prompt[place] if one is None else one.token
             tokens.append(self._text(token))
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(tokens[-1])
+            offsets.append(self._characters[index])
+            self._characters[index] += len(tokens[-1])
         return {
             "tokens": tokens,
             "token_logprobs": [one and one.logprob for one in logprobs],

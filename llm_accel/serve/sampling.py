@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,11 @@ class Sampling:
         return logits
 
     @property
+    def cuts(self) -> tuple[float, float, float, float]:
+        """Temperature, and what bounds the tokens in question: top-p, top-k (infinity for all) and min-p."""
+        return self.temperature, self.top_p, self.top_k if self.top_k > 0 else math.inf, self.min_p
+
+    @property
     def adjusts(self) -> bool:
         """Whether :meth:`adjusted` may change anything."""
         penalised = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
@@ -94,21 +100,8 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     if not rows:
         return tokens
     device = logits.device
-    chosen = [settings[row] for row in rows]
-    column = torch.tensor(
-        [
-            (
-                setting.temperature,
-                setting.top_p,
-                setting.top_k if setting.top_k > 0 else logits.shape[-1],
-                setting.min_p,
-                draws[row],
-            )
-            for setting, row in zip(chosen, rows, strict=True)
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
+    numbers = [(*settings[row].cuts, draws[row]) for row in rows]
+    column = torch.tensor(numbers, dtype=torch.float64, device=device)
     temperature, top_p, top_k, min_p, draw = column[:, :, None].unbind(1)
     behind = logits[rows].double() - logits[rows].amax(-1, keepdim=True)  # no temperature makes infinities of 0
     scaled, order = (behind / temperature).sort(dim=-1, descending=True, stable=True)

@@ -9,10 +9,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from llm_accel.serve.engine import Engine
 from llm_accel.serve.errors import ApiError, deadline_passed
-from llm_accel.serve.middleware import Message, Receive, Send
 from llm_accel.serve.responses import ApiResponse
 
 
@@ -25,13 +25,13 @@ class GenerationResponse(Response):
         self._engine, self._response = engine, response
         self._started = False
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the request to its end, whichever it is."""
         job = self._response.job
         try:
             self._engine.submit(job)
             async with asyncio.timeout_at(scope["state"]["until"]):
-                streamed = self._response.stream
+                streamed = self._response.body.stream
                 await _unless_gone(receive, self._streamed(send) if streamed else self._whole(scope, receive, send))
         except TimeoutError:
             await self._refuse(deadline_passed(job.deadline_s), scope, send)
@@ -40,7 +40,7 @@ class GenerationResponse(Response):
         finally:
             self._engine.cancel(job)
 
-    async def _refuse(self, error: ApiError, scope: Message, send: Send) -> None:
+    async def _refuse(self, error: ApiError, scope: Scope, send: Send) -> None:
         if not self._started:
             raise error
         scope["state"]["outcome"] = error.outcome
@@ -50,7 +50,7 @@ class GenerationResponse(Response):
                     await _event(send, error.body())
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _whole(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = [delta async for delta in self._response.job.deltas()]
         self._started = True
         await JSONResponse(self._response.whole(deltas))(scope, receive, send)
@@ -64,7 +64,7 @@ class GenerationResponse(Response):
                 for chunk in self._response.opening():
                     await _event(send, chunk)
             await _event(send, self._response.chunk(delta))
-        if self._response.include_usage:
+        if self._response.body.stream_options.include_usage:
             await _event(send, self._response.last())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 

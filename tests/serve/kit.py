@@ -14,9 +14,8 @@ from typing import Any
 import httpx
 import openai
 
-from llm_accel.serve.connections import bind
 from llm_accel.serve.loading import Served
-from llm_accel.serve.server import Server
+from llm_accel.serve.server import Server, bind
 from llm_accel.serve.settings import ServeSettings
 
 ALICE, BOB = "key-of-alice", "key-of-bob--"
