@@ -22,13 +22,7 @@ from llm_accel.serve.input_processor import InputProcessor
 from llm_accel.serve.loading import Served
 from llm_accel.serve.middleware import Middleware
 from llm_accel.serve.openapi import PROBE, add_description, answers, takes
-from llm_accel.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ModelRequest,
-    TokenizeRequest,
-)
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 from llm_accel.serve.settings import ServeSettings
 from llm_accel.serve.streaming import GenerationResponse
 

@@ -5,50 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
-
-from llm_accel.methods.base import INT64
 
 _MOST_FIELDS, _LONGEST_NAME = 64, 100  # of an object
 
-Count = Annotated[int, Field(ge=1, le=INT64)]
-Id = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Alternatives = Annotated[int, Field(ge=0, le=20)]
-Stop = Annotated[str, Field(min_length=1, max_length=500)]
-Items = Field(min_length=1, fail_fast=True)
 Name = Annotated[str, Field(max_length=512)]
 
 
-def form(value: Any) -> str | None:
-    """Which alternative of a field is meant: a text, or a list by its first item."""
-    if isinstance(value, list):
-        first = value[0] if value else ""
-        return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else "list"
-    return "text" if isinstance(value, str) else None
-
-
 def text_or_list(value: Any) -> str | None:
-    """The same where all lists are of one kind."""
-    return "list" if isinstance(value, list) else form(value)
+    """Which alternative of a field is meant."""
+    return "list" if isinstance(value, list) else "text" if isinstance(value, str) else None
 
 
 def by_form(which: Callable[[Any], str | None], allowed: str) -> Discriminator:
     """Each value is tried for the one alternative that it means, so that there is one complaint."""
     return Discriminator(which, custom_error_type="custom_form", custom_error_message=f"give {allowed}")
-
-
-def max_entries(most: int) -> tuple[BeforeValidator, Any]:
-    """Bounds an object before anything in it is looked at, and says so in its schema."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > most:
-            raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
-        return value
-
-    return BeforeValidator(check), Field(max_length=most)
 
 
 def _same(value: Any, other: Any) -> bool:

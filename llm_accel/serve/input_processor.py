@@ -15,13 +15,7 @@ from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError, BadRequest, ContextExceeded
 from llm_accel.serve.loading import Served
 from llm_accel.serve.prompts import MOST_IDS, Prompt, PromptReader
-from llm_accel.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ModelRequest,
-    TokenizeRequest,
-)
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 from llm_accel.serve.responses import ApiResponse, ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job

@@ -84,17 +84,18 @@ def add_description(app: FastAPI, name: str, settings: ServeSettings, keyed: boo
         name: the model, the only one that requests may name.
         keyed: whether the server asks for a key.
     """
-    app.openapi = functools.cache(lambda: _describe(app, name, settings, keyed))  # type: ignore[method-assign]
 
+    @functools.cache
+    def describe() -> Json:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        found["components"] = {"schemas": _requests(name, settings) | _SCHEMAS}
+        del found["paths"]["/v1/models/{model_name}"]["get"]["responses"]["422"]  # any text is one
+        if keyed:
+            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            found["security"] = [{"key": []}]
+        return found
 
-def _describe(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> Json:
-    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    found["components"] = {"schemas": _requests(name, settings) | _SCHEMAS}
-    del found["paths"]["/v1/models/{model_name}"]["get"]["responses"]["422"]  # any text is one
-    if keyed:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
-    return found
+    app.openapi = describe  # type: ignore[method-assign]
 
 
 def _requests(name: str, settings: ServeSettings) -> Json:

@@ -5,26 +5,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm_accel.methods.base import INT64
-from llm_accel.serve.fields import (
-    Alternatives,
-    Body,
-    Count,
-    Id,
-    Items,
-    Name,
-    Penalty,
-    Share,
-    Stop,
-    by_form,
-    form,
-    max_entries,
-    text_or_list,
-)
+from llm_accel.serve.fields import Body, Name, by_form, text_or_list
 from llm_accel.serve.messages import MOST_MESSAGES, Chat, Message
+
+Count = Annotated[int, Field(ge=1, le=INT64)]
+Id = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+Items = Field(min_length=1, fail_fast=True)
 
 # What is a large engine's work, and other fields that are not supported: name -> the values that ask for nothing.
 LARGE_ENGINE: dict[str, tuple[Any, ...]] = {
@@ -54,6 +48,23 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # on the answer: other values a
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
+
+
+def _max_entries(most: int) -> tuple[BeforeValidator, Any]:
+    """Bounds an object before anything in it is looked at, and says so in its schema."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
+        return value
+
+    return BeforeValidator(check), Field(max_length=most)
+
+
+def _form_of_prompt(value: Any) -> str | None:
+    """Which of its alternatives is meant, a list by its first item."""
+    first = value[0] if isinstance(value, list) and value else None
+    return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else text_or_list(value)
 
 
 class Extension(Body):
@@ -102,7 +113,7 @@ class Request(ModelRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        *max_entries(1024),
+        *_max_entries(1024),
     ] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[
@@ -116,7 +127,7 @@ class Request(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Name | None = None
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Name], *max_entries(16)] | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Name], *_max_entries(16)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -165,7 +176,7 @@ class CompletionRequest(Request):
         | Annotated[list[str], Items, Tag("list")]
         | Annotated[list[Id], Items, Tag("ids")]
         | Annotated[list[Annotated[list[Id], Items]], Items, Tag("id lists")],
-        by_form(form, "a text, a list of token ids, or a list of texts or of such lists"),
+        by_form(_form_of_prompt, "a text, a list of token ids, or a list of texts or of such lists"),
     ]
     echo: bool = False
     logprobs: Alternatives | None = None
