@@ -112,14 +112,12 @@ def _add_answers(app: FastAPI, engine: Engine, processor: InputProcessor, inbox:
     @app.post("/v1/chat/completions", **takes(ChatRequest), **answers("ChatResponse", streams=True))
     async def chat(request: HttpRequest) -> Response:
         async with inbox.opened(request, ChatRequest) as body:
-            answer = await processor.generation(body, request.state.key)
-        return GenerationResponse(engine, answer)
+            return GenerationResponse(engine, await processor.generation(body, request.state.key))
 
     @app.post("/v1/completions", **takes(CompletionRequest), **answers("CompletionResponse", streams=True))
     async def completions(request: HttpRequest) -> Response:
         async with inbox.opened(request, CompletionRequest) as body:
-            answer = await processor.generation(body, request.state.key)
-        return GenerationResponse(engine, answer)
+            return GenerationResponse(engine, await processor.generation(body, request.state.key))
 
     @app.post("/tokenize", **takes(TokenizeRequest), **answers("Tokens"))
     async def tokenize(request: HttpRequest) -> JSONResponse:

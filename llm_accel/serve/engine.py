@@ -26,7 +26,7 @@ from llm_accel.serve.logprobs import prompt_logprobs
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.scheduler import Scheduler
 from llm_accel.serve.sequences import Job, TokenSequence
-from llm_accel.serve.settings import ServeSettings, context_of
+from llm_accel.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Engine:
         self._methods = AppliedMethods(served.model, settings.decode)
         self._own = parse_all(settings.method)
         self._plans = {spec_of(methods): self._plan(methods) for methods in ((), self._own)}
-        self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
+        self.capacity = Capacity(served.model, settings)
         kind = served.model.device.type
         self._chunk, self._idle_chunk = (
             settings.max_step_tokens or tokens.get(kind, tokens["cuda"]) for tokens in (STEP_TOKENS, IDLE_TOKENS)

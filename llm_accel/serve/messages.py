@@ -124,9 +124,3 @@ class Chat(Body):
     continue_final_message: bool = False
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
     chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], Any] = Field(default_factory=dict)
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """What the template is given beside the messages."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | self.chat_template_kwargs

@@ -143,8 +143,9 @@ class PromptReader:
             raise BadRequest(f"a text holds {mark!r}, which stands for an image; send images as parts.")
 
     def _render(self, reader: Any, messages: list[dict[str, Any]], chat: Chat) -> str:
-        known = inspect.signature(reader.apply_chat_template).parameters
-        taken = [name for name in chat.template_options if name in known or name == "messages"]
+        effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
+        options, known = effort | chat.chat_template_kwargs, inspect.signature(reader.apply_chat_template).parameters
+        taken = [name for name in options if name in known or name == "messages"]
         if taken:
             raise BadRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be set there.")
 
@@ -154,7 +155,7 @@ class PromptReader:
                 tokenize=False,
                 add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
-                **chat.template_options,
+                **options,
             )
             return text
 
