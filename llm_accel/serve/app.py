@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from llm_accel import __version__
 from llm_accel.serve.body import parse_body
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, BadRequest, deadline_passed
+from llm_accel.serve.errors import ApiError, BadRequest
 from llm_accel.serve.input_processor import InputProcessor
 from llm_accel.serve.loading import Served
 from llm_accel.serve.middleware import Middleware
@@ -79,8 +79,7 @@ class Inbox:
 
     @asynccontextmanager
     async def opened(self, request: HttpRequest, kind: type[Kind]) -> AsyncIterator[Kind]:
-        """The body, which has a place in the queue and its time until it is made into something; when that is over
-        stands in ``request.state.until``."""
+        """The body, which has a place in the queue until it is made into something; its time begins."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest("send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
@@ -90,13 +89,10 @@ class Inbox:
         if body.model is not None:
             self._processor.check_model(body.model)
         seconds = self._processor.seconds(body)
-        request.state.until = begin + seconds
+        request.state.late = ApiError("deadline", f"not finished within {seconds:g} s.")
+        request.state.timeout.reschedule(begin + seconds)
         with self._engine.scheduler.reserve():
-            try:
-                async with asyncio.timeout_at(begin + seconds):
-                    yield body
-            except TimeoutError:
-                raise deadline_passed(seconds) from None
+            yield body
 
     def _report(self, request: HttpRequest, ignored: set[str]) -> None:
         names = sorted({re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored})[:_MOST_NAMES]

@@ -112,7 +112,6 @@ class InputProcessor:
             methods=self._methods(body.llm_accel.method),
             sampling=sampling,
             max_new_tokens=most,
-            deadline_s=self.seconds(body),
             make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops, body.skip_special_tokens),
             session=None if session is None else (key, session),
             features=features,

@@ -20,6 +20,7 @@ from llm_accel.serve.body import ValueCounter
 from llm_accel.serve.errors import STATUS, ApiError
 from llm_accel.serve.metrics import Metrics
 from llm_accel.serve.settings import is_loopback
+from llm_accel.serve.streaming import event
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,10 @@ PROBES = ("/live", "/ready", "/health")  # need no key
 _UNCOUNTED = (*PROBES, "/metrics")  # asked every few seconds
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
 _OUTCOMES = {status: outcome for outcome, status in STATUS.items()}
-_BODY_SECONDS = 30.0
+_BODY_SECONDS, _LAST_SECONDS = 30.0, 1.0  # for a body to arrive, and for the end of a stream to leave
+_LATE = ApiError(
+    "body_timeout", f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.", {"Connection": "close"}
+)
 _DIGITS = 18  # of a length
 _DISCARD, _DISCARD_SECONDS = 4, 2.0  # times the largest body
 _PORT = re.compile(r":\d+$")
@@ -56,8 +60,9 @@ class Middleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and the ``headers`` that its response
-        gets: ``x-request-id``, and what the application adds."""
+        """Passes the request on. ``scope["state"]`` has its ``key`` and ``body``, and what the application changes: the
+        ``headers`` that its response gets beside its own, the ``timeout`` after which it is ``late``, and whether it is
+        a ``stream`` of events, of which an error is the last."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,7 +71,7 @@ class Middleware:
         given = headers.get(b"x-request-id", b"")
         number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         state = scope.setdefault("state", {})
-        state |= {"outcome": None, "headers": [(b"x-request-id", number)]}
+        state |= {"outcome": None, "headers": [(b"x-request-id", number)], "late": _LATE, "stream": False}
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -90,21 +95,29 @@ class Middleware:
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         state, path = scope["state"], scope["path"]
         try:
-            if path not in PROBES:
-                state["key"] = self._key(headers)
-            if self._inside > self._max_inside and path not in _UNCOUNTED:
-                raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
-            state["body"] = await self._body(headers, receive)
-            await self._app(scope, receive, send)
+            async with asyncio.timeout(_BODY_SECONDS) as state["timeout"]:
+                if path not in PROBES:
+                    state["key"] = self._key(headers)
+                if self._inside > self._max_inside and path not in _UNCOUNTED:
+                    raise ApiError("queue_full", "too many requests at a time; try again.", {"Retry-After": "1"})
+                state["body"] = await self._body(headers, receive)
+                state["timeout"].reschedule(None)
+                await self._app(scope, receive, send)
             return
         except ApiError as error:
             refusal = error
+        except TimeoutError:
+            refusal = state["late"]
         except Exception as error:  # its text may quote the request, so only its place is logged
             frames = "".join(traceback.format_tb(error.__traceback__)[-4:])
             log.error("a request failed with %s\n%s", type(error).__name__, frames)
             refusal = ApiError("error", "the server failed on this request; its log says where.")
         if state["outcome"] is None:
             await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, send)
+        elif state["stream"] and refusal.outcome != "client_left":
+            with contextlib.suppress(TimeoutError):  # a client that does not read must not hold the server
+                async with asyncio.timeout(_LAST_SECONDS):
+                    await send(event(refusal.body()) | {"more_body": False})
         state["outcome"] = refusal.outcome
 
     def _key(self, headers: dict[bytes, bytes]) -> str:
@@ -133,28 +146,21 @@ class Middleware:
         try:
             if not length.isdigit() or len(length) > _DIGITS or int(length) > self._max_body:
                 raise too_large
-            async with asyncio.timeout(_BODY_SECONDS):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError("client_left", "the connection was closed before the request was complete.")
-                    chunk = message.get("body", b"")
-                    body += chunk
-                    more = message.get("more_body", False)
-                    if len(body) > self._max_body:
-                        raise too_large
-                    counter.add(chunk)
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError("client_left", "the connection was closed before the request was complete.")
+                chunk = message.get("body", b"")
+                body += chunk
+                more = message.get("more_body", False)
+                if len(body) > self._max_body:
+                    raise too_large
+                counter.add(chunk)
         except ApiError:
             body.clear()
             if more:
                 await self._discard(receive)
             raise
-        except TimeoutError:
-            raise ApiError(
-                "body_timeout",
-                f"the request took longer than {_BODY_SECONDS:.0f} s to arrive.",
-                {"Connection": "close"},
-            ) from None
         return bytes(body)
 
     async def _discard(self, receive: Receive) -> None:

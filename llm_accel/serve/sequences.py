@@ -119,7 +119,6 @@ class Job:
         max_new_tokens: at most, for each answer; 0 where only the prompt's log-probabilities are wanted.
         features: what a vision-language model needs beside the ids, as its processor made it.
         session: API key and name of the conversation whose cache to keep, or None.
-        deadline_s: seconds from acceptance to the end.
         make_detokenizer: a new decoder of text for each answer.
         prompt_logprobs: how many alternatives to report for each token of the prompt; None for no log-probabilities.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
@@ -131,7 +130,6 @@ class Job:
     methods: tuple[MethodConfig, ...]
     sampling: Sampling
     max_new_tokens: int
-    deadline_s: float
     make_detokenizer: Callable[[], Detokenizer]
     session: tuple[str, str] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
