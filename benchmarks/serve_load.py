@@ -114,7 +114,7 @@ def main() -> None:
         single = asyncio.run(run(url, requests, 1, pid))
         metrics = asyncio.run(read_metrics(url))
     summary = {"in_flight": peaks(many), "one_at_a_time": peaks(single)} | compare(many, single)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
     if args.out is not None:
         data = {**machine(), "settings": settings, "summary": summary, "metrics": metrics}
         args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -142,7 +142,7 @@ def main() -> None:
         servers = {"measured": url} | dict(other.split("=", 1) for other in args.beside)
         results = asyncio.run(measure(servers, args))
     summary = {server: medians(result) for server, result in results.items()}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
     if args.out is not None:
         data = {
             **machine(),

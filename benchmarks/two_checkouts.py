@@ -25,14 +25,19 @@ from typing import Any
 
 METHODS = (
     "dense",
-    "snapkv:budget=512",
-    "adakv:budget=512",
+    "snapkv:budget=512,kernel=7",  # its default was another one
+    "adakv:budget=512,kernel=7",
     "h2o:budget=512",
     "streaming_llm:budget=512",
     "retrieval_heads:head_list=0.0+1.0+2.0+3.0,full_budget=512",
     "hip:sink=64,window=128,budget=256",
 )
-EAGER_ONLY = ("dense_model", "pyramidkv:budget=512", "random:budget=512", "streaming_llm:budget=512,positions=cache")
+EAGER_ONLY = (
+    "dense_model",
+    "pyramidkv:budget=512,kernel=7",
+    "random:budget=512",
+    "streaming_llm:budget=512,positions=cache",
+)
 HERE = Path(__file__).resolve().parents[1]
 
 

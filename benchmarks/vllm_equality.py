@@ -55,7 +55,9 @@ TILED = {
     "llava_onevision": (
         "random_tokens:budget=9", "flowcut:budget=20,newline=keep", "visionzip:dominant=5,contextual=2",
     ),
-    "internvl": ("stride_tokens:budget=7", "flowcut:budget=5", "visionzip:dominant=4,contextual=2"),
+    "internvl": (
+        "stride_tokens:budget=7", "flowcut:budget=5,tower_stage=behind", "visionzip:dominant=4,contextual=2",
+    ),
 }  # fmt: skip
 KV = (
     "snapkv:budget=200,window=32", "streaming_llm:budget=192", "random:budget=200",

@@ -8,7 +8,7 @@ additions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 # oneDNN's call costs 10 us more, which small products do not win back: multiplications of a call, or weights of a layer
 _LEAST_PRODUCT, _LEAST_WEIGHTS = 2**20, 2**17
+_BLOCKS = (256, 128, 64, 32)  # rows that are multiplied at a time
 _WORTH = 1.2  # times as fast, for it to be taken
 _ROWS, _SIDE, _TRIES = 256, 768, 5  # of the product that is timed
 
@@ -60,9 +61,34 @@ def onednn_is_faster() -> bool:
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` of fp32 [..., in], [out, in] and [out], by oneDNN."""
+    """``linear`` of fp32 [..., in], [out, in] and [out], by oneDNN.
+
+    In blocks of few sizes: for each size of a product oneDNN keeps code and buffers of up to a megabyte, a thousand of
+    them, and prompts have every length.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    blocks = list(_blocks(len(flat)))
+    if len(blocks) == 1:
+        return _product(rows, weight, bias)
+    result = rows.new_empty(*rows.shape[:-1], len(weight))
+    for part, out in zip(flat.split(blocks), result.view(-1, len(weight)).split(blocks), strict=True):
+        out.copy_(_product(part, weight, bias))
+    return result
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result
+
+
+def _blocks(rows: int) -> Iterator[int]:
+    """``rows`` as a sum of blocks, the largest first; what is left below the smallest is the last one."""
+    for size in _BLOCKS:
+        while rows >= size:
+            yield size
+            rows -= size
+    if rows:
+        yield rows
 
 
 def _seconds(work: Callable[[], Any]) -> float:

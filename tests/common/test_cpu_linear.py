@@ -85,3 +85,14 @@ def test_a_compiler_sees_a_plain_layer(faster: None) -> None:
     use_faster_linear(layer)
     torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(rows), layer(rows))
     assert len(seen) == 1 and "linear" in seen[0] and "mkldnn" not in seen[0]
+
+
+@torch.no_grad()
+def test_products_of_many_lengths_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, one = set[int](), cpu_linear._product
+    monkeypatch.setattr(cpu_linear, "_product", lambda rows, *rest: sizes.add(len(rows)) or one(rows, *rest))
+    weight, bias = torch.randn(8, 16), torch.randn(8)
+    for length in range(2000):
+        rows = torch.randn(length, 16)
+        torch.testing.assert_close(cpu_linear.product(rows, weight, bias), rows @ weight.T + bias, rtol=1e-4, atol=1e-5)
+    assert len(sizes) < 40 and max(sizes) == 256

@@ -26,7 +26,7 @@ from llm_accel.integrations.vllm.visual import (
     pruning,
     visual_method,
 )
-from llm_accel.methods import TowerTokens, VisualTokens
+from llm_accel.methods import TowerCut, TowerTokens, VisualTokens
 from llm_accel.patches.families import FAMILIES
 from llm_accel.patches.families.qwen import blocks_of
 
@@ -141,6 +141,9 @@ class TiledModel:
         wrong = {
             "patches would leave inside the tower, and of those that stay the model cuts off what lies in an image's "
             "padding: how many are left is not known before, and vLLM must know": family.prunable,
+            "patches leave behind this tower; give tower_stage=behind": (
+                family.cuttable and isinstance(method, TowerCut) and method.inside
+            ),
         }
         check_tower(method, vllm_config, wrong | self._wrong())
         if isinstance(method, TowerTokens):

@@ -54,6 +54,11 @@ class VisionFamily:
     declared: bool = True
 
     @property
+    def cuttable(self) -> bool:
+        """Whether the tower may lose whole tokens half-way, each with all of its patches."""
+        return self.prunable or self.packed_rows
+
+    @property
     def towers(self) -> tuple[str, ...]:
         """Paths of all vision towers."""
         return (self.tower,) if self.video_tower is None else (self.tower, self.video_tower)
@@ -62,6 +67,14 @@ class VisionFamily:
         """The modules of ``mergers``, those of a list one by one."""
         found = [attribute(tower, path) for path in self.mergers]
         return [one for module in found for one in (module if isinstance(module, nn.ModuleList) else [module])]
+
+    def merged(self, model: Any) -> int:
+        """Patches of a visual token of this model."""
+        return self.merge
+
+    def units(self, model: Any, count: int) -> Tensor:
+        """Which patches each token of a tile of ``count`` patches is made of, int64 [tokens, :meth:`merged`]."""
+        return torch.arange(count).view(-1, self.merge)
 
     def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
         """Tiles that each image of a call is cut into; None: one each."""
@@ -73,7 +86,7 @@ class VisionFamily:
 
     def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
         """Patches of each tile or frame, for the ``features`` of each image or video that the call returned."""
-        return [len(one) * self.merge for one in features]
+        return [len(one) * self.merged(model) for one in features]
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         """Numbers of single patches as they stand among the visual tokens of each image, the mean where several patches
@@ -87,7 +100,7 @@ class VisionFamily:
         Returns:
             One fp32 [tokens, c] per image or frame; NaN where a token is no patch, as in rows that mark a line's end.
         """
-        return [one.view(-1, self.merge, one.shape[-1]).mean(1) for one in values]
+        return [one[self.units(model, len(one)).to(one.device)].mean(1) for one in values]
 
     def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         """What the call becomes with smaller images, and the places of the tokens of each. Only where ``resizable``."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import Downsample
 from llm_accel.patches.families.base import VisionFamily
-from llm_accel.patches.families.qwen import blocks_of
+from llm_accel.patches.families.qwen import block_rows
 from llm_accel.patches.families.resizing import Places, smaller_pixels
 
 
@@ -21,17 +22,36 @@ class PixelShuffle(VisionFamily):
 
     blocks: str = "encoder.layer"
     prunable: bool = False
-    merge: int = 4
     resizable: bool = True
+
+    @property
+    def cuttable(self) -> bool:
+        return True
+
+    def merged(self, model: Any) -> int:
+        return _side(model) ** 2
+
+    def units(self, model: Any, count: int) -> Tensor:
+        return block_rows(count, isqrt(count), _side(model))
 
     def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         patch, leading = model.config.vision_config.patch_size, int(self.keeps_class(model, call))
-        side = patch[0] * isqrt(self.merge), patch[1] * isqrt(self.merge)
+        side = patch[0] * _side(model), patch[1] * _side(model)
         pixels, where = smaller_pixels(method, call["pixel_values"], side, leading)
         return call | {"pixel_values": pixels}, where
 
-    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
-        return [blocks_of(one, isqrt(len(one)), isqrt(self.merge)) for one in values]
+    def keeps_class(self, model: Any, call: dict[str, Any]) -> bool:
+        if super().keeps_class(model, call):
+            raise UnsupportedCallError(
+                f"vision_feature_select_strategy='full' shuffles the class token of {self.model_type} into the tokens "
+                "of patches, so that none stands for a part of the image; give 'default'."
+            )
+        return False
+
+
+def _side(model: Any) -> int:
+    """Patches of a token in each direction."""
+    return int(1 / model.config.downsample_ratio)
 
 
 INTERNVL = PixelShuffle("internvl")

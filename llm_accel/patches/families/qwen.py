@@ -112,8 +112,13 @@ class RasterQwen(Qwen):
 
 def blocks_of(values: Tensor, width: int, side: int) -> Tensor:
     """[patches, c] in lines of ``width`` -> [blocks, c]: the mean of each ``side`` x ``side`` patches, line by line."""
-    grid = values.view(-1, side, width // side, side, values.shape[-1])
-    return grid.mean((1, 3)).flatten(0, 1)
+    return values[block_rows(len(values), width, side).to(values.device)].mean(1)
+
+
+def block_rows(count: int, width: int, side: int) -> Tensor:
+    """Which of ``count`` patches in lines of ``width`` each block of ``side`` x ``side`` consists of, int64 [blocks,
+    side * side], blocks line by line."""
+    return torch.arange(count).view(-1, side, width // side, side).transpose(1, 2).reshape(-1, side * side)
 
 
 def _grids(call: dict[str, Any]) -> str:

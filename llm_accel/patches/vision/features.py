@@ -81,7 +81,7 @@ class FeatureProxy:
         features = features_of(output)
         values = self._nothing_known(family, call, features) if tower is None else tower.values()
         marks = family.packed(self.model, call, values)
-        tiles = iter([len(one) // family.merge for one in values])
+        tiles = iter([len(one) // family.merged(self.model) for one in values])
         totals = [sum(islice(tiles, count)) for count in family.tiles(self.model, call) or [1] * len(marks)]
 
         def pruned(index: int, rows: Tensor) -> Tensor:
@@ -130,8 +130,10 @@ class FeatureProxy:
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
         last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
         tiles = family.tiles(self.model, call)
-        kind = partial(PackedPass, unit=family.merge) if family.packed_rows else TowerPass
-        prunable = family.packed_rows if isinstance(method, TowerCut) and not family.prunable else family.prunable
+        kind: Callable[..., TowerPass] = partial(TowerPass, units=partial(family.units, self.model))
+        if family.packed_rows:
+            kind = partial(PackedPass, unit=family.merge)
+        prunable = family.cuttable if isinstance(method, TowerCut) else family.prunable
         return kind(
             method,
             class_token=family.class_token,

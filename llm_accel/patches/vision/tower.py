@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -49,6 +49,8 @@ class TowerPass:
         renumbers: whether tokens that stay are counted without gaps, so that places mean nothing but their order.
         pads: whether smaller images are padded, which the family leaves out of the values; none leave half-way there.
         watcher: name of the method for which attention of two layers is noted, or None.
+        units: from the number of a tile's patches to those of each token, int64 [tokens, u], which leave half-way
+            together; None: each patch is a token.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class TowerPass:
         renumbers: bool = False,
         pads: bool = False,
         watcher: str | None = None,
+        units: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.method = method
         self.class_token = class_token
@@ -76,6 +79,8 @@ class TowerPass:
         self.keeps_class = keeps_class
         self._renumbers = renumbers
         self._pads = pads
+        self._units_of = units
+        self._units: Tensor | None = None  # int64 [t, u], the rows under way of each token
         self._moved: list[Tensor] = []  # of each tile, which patch stands in each place, int64; -1: the class token
         self._name = watcher if method is None else method.name
         self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
@@ -190,10 +195,13 @@ class TowerPass:
         view = views[0]
         if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
+            each = torch.arange(self._patches)[:, None] if self._units_of is None else self._units_of(self._patches)
+            self._units = each.to(hidden.device)
+            tokens, unit = each.shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
-            budgets = [max(1, self.method.first_stage_tokens(self._patches + own, part) - own) for part in parts]
-            self._budgets = torch.tensor(budgets)
+            budgets = [max(1, self.method.first_stage_tokens(tokens + own, part) - own) for part in parts]
+            self._budgets = torch.tensor(budgets) * unit
             self._sizes = torch.full_like(self._budgets, self._patches)
         if isinstance(self.method, TowerMerge):
             return self._merge(self.method, self._budgets.tolist(), hidden)
@@ -224,17 +232,24 @@ class TowerPass:
         return torch.stack(rows)
 
     def _cut(self, view: TowerView, hidden: Tensor, sizes: Tensor) -> Tensor:
-        assert self._sizes is not None
+        """Lets whole tokens leave, so that ``sizes`` patches of each tile stay, part of a token being one."""
+        assert self._sizes is not None and self._units is not None
+        units, unit = self._units, self._units.shape[1]
+        tokens = -(-sizes // unit)
+        sizes = tokens * unit
         if torch.equal(sizes, self._sizes):
             return hidden
-        width, offset = int(sizes.max()), int(self.class_token)
-        keep = select_top(self.scores[0][:, None], sizes.to(hidden.device), width, view.patches)[:, 0]
+        width, offset = int(tokens.max()), int(self.class_token)
+        means = self.scores[0][:, units].mean(-1)
+        best = select_top(means[:, None], tokens.to(hidden.device), width, view.patches[:, units[:, 0]])[:, 0]
+        keep = units[best].masked_fill(best[..., None] < 0, -1).flatten(1)
+        self._units = torch.arange(width * unit, device=hidden.device).view(width, unit)
         self.scores = [gathered(self.scores[0], keep, 0.0)]
         self._kept = keep if self._kept is None else gathered(self._kept, keep, -1)
         self._sizes = sizes
         rows = torch.where(keep < 0, -1, keep + offset)
         rows = F.pad(rows, (offset, 0))
-        self._valid = None if bool((sizes == width).all()) else rows >= 0
+        self._valid = None if bool((tokens == width).all()) else rows >= 0
         return gathered(hidden, rows, 0.0)
 
     def _restored(self, hidden: Tensor) -> Tensor:

@@ -262,3 +262,14 @@ def test_patches_do_not_leave_inside_a_tower_of_qwen(tmp_path, method):
         kit.engine(folder, method, **limits(method)),
     ):
         pass
+
+
+@pytest.mark.parametrize("method", ["flowcut", "flowcut:llm_stage=off,budget=5"])
+def test_patches_do_not_leave_inside_a_tower_of_internvl(tmp_path, method):
+    """The same."""
+    folder = tiny_vision.save("internvl", tmp_path)
+    with (
+        pytest.raises(ConfigError, match="patches leave behind this tower; give tower_stage=behind"),
+        kit.engine(folder, method, **limits(method)),
+    ):
+        pass

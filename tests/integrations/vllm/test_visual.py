@@ -89,7 +89,7 @@ TILED = [
     ("llava_onevision", "flowcut:budget=20,newline=keep", 12),
     ("llava_onevision", "visionzip:dominant=5,contextual=2", 2048),
     ("internvl", "stride_tokens:budget=7", 2048),
-    ("internvl", "flowcut:budget=5", 12),
+    ("internvl", "flowcut:budget=5,tower_stage=behind", 12),
     ("internvl", "visionzip:dominant=4,contextual=2", 2048),
 ]
 

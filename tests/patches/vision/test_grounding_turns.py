@@ -22,7 +22,7 @@ from tests.patches.vision.test_grounding import (
 from tests.tiny_vlm import IMAGE, UNEQUAL, inputs, tiny_vlm
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
 @pytest.mark.parametrize(
     "methods",
     [[FlowCut(), SnapKV(), VHR()], [FlowCut(ratio=0.6), SnapKV(budget=12, window=4), VHR_ON]],
