@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator
@@ -51,7 +52,7 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[FastAPI, Engine
         await asyncio.to_thread(engine.thread.join, _STOP_S)
 
     app = FastAPI(title="llm_accel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    _add_answers(app, engine, processor, Inbox(engine, processor, settings.strict_fields))
+    _add_answers(app, engine, processor, Inbox(engine, processor, settings))
     _add_pages(app, engine, processor, served.name, settings.method)
     keys = settings.keys()
     add_description(app, served.name, settings, bool(keys))
@@ -67,14 +68,11 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[FastAPI, Engine
 
 
 class Inbox:
-    """Reads and checks the bodies of requests.
+    """Reads and checks the bodies of requests. Unknown fields are refused where the settings say so; otherwise they are
+    ignored, and named in a header of the response."""
 
-    Args:
-        strict: whether unknown fields are refused; they are ignored otherwise, and named in a header of the response.
-    """
-
-    def __init__(self, engine: Engine, processor: InputProcessor, strict: bool) -> None:
-        self._engine, self._processor, self._strict = engine, processor, strict
+    def __init__(self, engine: Engine, processor: InputProcessor, settings: ServeSettings) -> None:
+        self._engine, self._processor, self._settings = engine, processor, settings
         self._warned: set[str] = set()
 
     @asynccontextmanager
@@ -83,12 +81,12 @@ class Inbox:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest("send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
-        ignored: set[str] | None = None if self._strict else set()
+        ignored: set[str] | None = None if self._settings.strict_fields else set()
         body = await asyncio.to_thread(parse_body, kind, request.state.body, ignored)
         self._report(request, ignored or set())
         if body.model is not None:
             self._processor.check_model(body.model)
-        seconds = self._processor.seconds(body)
+        seconds = min(body.llm_accel.deadline_s or math.inf, self._settings.deadline_s)
         request.state.late = ApiError("deadline", f"not finished within {seconds:g} s.")
         request.state.timeout.reschedule(begin + seconds)
         with self._engine.scheduler.reserve():

@@ -15,7 +15,7 @@ from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError, BadRequest, ContextExceeded
 from llm_accel.serve.loading import Served
 from llm_accel.serve.prompts import MOST_IDS, Prompt, PromptReader
-from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from llm_accel.serve.responses import ApiResponse, ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job
@@ -51,10 +51,6 @@ class InputProcessor:
         if name != self._name:
             message = f"there is no model {name!r} here; this server runs {self._name!r}."
             raise ApiError("not_found", message, code="model_not_found", param="model")
-
-    def seconds(self, body: ModelRequest) -> float:
-        """How long a request may take, from its arrival to its end."""
-        return min(body.llm_accel.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
 
     async def generation(self, body: ChatRequest | CompletionRequest, key: str) -> ApiResponse:
         """The response to a chat or to prompts, not begun yet."""

@@ -49,9 +49,8 @@ class ApiResponse:
             answers[delta.index].append(delta)
         for index, own in sorted(answers.items()):
             logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
-            choices.append(
-                self._choice(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish), True)
-            )
+            text = "".join(delta.text for delta in own)
+            choices.append(self._choice(Delta(index, text, logprobs, own[-1].finish), whole=True))
         return self._head | {"object": self.object_name, "choices": choices} | self._usage()
 
     def opening(self) -> list[Json]:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from llm_accel.serve.engine import Engine
 from llm_accel.serve.errors import ApiError
@@ -50,7 +50,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
-def event(data: dict[str, Any]) -> Message:
+def event(data: dict[str, Any]) -> dict[str, Any]:
     """A part of a stream."""
     line = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
     return {"type": "http.response.body", "body": line.encode(), "more_body": True}
