@@ -119,8 +119,9 @@ def set_attention(model: Any, attn: str) -> None:
 ModelT = TypeVar("ModelT", bound=ModelOptions)
 
 
-def load_text_model(options: ModelT) -> tuple[Any, Any, ModelT]:
-    """Model in evaluation mode, tokenizer, and the options with device and dtype as they came out.
+def load_text_model(options: ModelT, **more: Any) -> tuple[Any, Any, ModelT]:
+    """Model in evaluation mode, tokenizer, and the options with device and dtype as they came out; ``more`` goes to
+    :func:`pretrained`.
 
     Raises:
         ConfigError: no such device, model or attention implementation.
@@ -129,23 +130,24 @@ def load_text_model(options: ModelT) -> tuple[Any, Any, ModelT]:
 
     from llm_accel.common.bundled import load_needle_model
 
-    return _loaded(options, load_needle_model, AutoModelForCausalLM, AutoTokenizer)
+    return _loaded(options, load_needle_model, AutoModelForCausalLM, AutoTokenizer, **more)
 
 
-def load_vision_model(options: ModelT, gaps: bool = True) -> tuple[Any, Any, ModelT]:
+def load_vision_model(options: ModelT, gaps: bool = True, **more: Any) -> tuple[Any, Any, ModelT]:
     """Model in evaluation mode, processor, and the options as in :func:`load_text_model`; ``gaps``: which weights of
     the bundled model."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from llm_accel.common import bundled as ours
 
-    return _loaded(options, partial(ours.load_vision_model, gaps=gaps), AutoModelForImageTextToText, AutoProcessor)
+    load = partial(ours.load_vision_model, gaps=gaps)
+    return _loaded(options, load, AutoModelForImageTextToText, AutoProcessor, **more)
 
 
-def _loaded(options: ModelT, ours: Load, models: Any, readers: Any) -> tuple[Any, Any, ModelT]:
+def _loaded(options: ModelT, ours: Load, models: Any, readers: Any, **more: Any) -> tuple[Any, Any, ModelT]:
     device = find_device(options.device)
     if options.model is None:
         model, reader = bundled(ours, options.dtype, device, options.attn)
     else:
-        model, reader = pretrained(models, readers, options.model, options.dtype, device, options.attn)
+        model, reader = pretrained(models, readers, options.model, options.dtype, device, options.attn, **more)
     return model.eval(), reader, replace(options, device=str(device), dtype=str(model.dtype).removeprefix("torch."))

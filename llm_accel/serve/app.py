@@ -1,47 +1,41 @@
-"""The routes, and how errors leave."""
+"""The routes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llm_accel import __version__
 from llm_accel.serve.body import parse_body
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, BadRequest, deadline_passed
+from llm_accel.serve.errors import ApiError, BadRequest
 from llm_accel.serve.input_processor import InputProcessor
 from llm_accel.serve.loading import Served
 from llm_accel.serve.middleware import Middleware
-from llm_accel.serve.openapi import add_description
-from llm_accel.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ModelRequest,
-    TokenizeRequest,
-)
+from llm_accel.serve.openapi import PROBE, add_description, answers, takes
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 from llm_accel.serve.settings import ServeSettings
 from llm_accel.serve.streaming import GenerationResponse
 
 log = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=ModelRequest)
-Result = TypeVar("Result")
 
 _MOST_NAMES = 32  # of ignored fields that are reported
 _STOP_S = 10.0  # what a batch has to notice that nobody waits for it
 
 
-def create_app(served: Served, settings: ServeSettings) -> tuple[Middleware, Engine]:
+def create_app(served: Served, settings: ServeSettings) -> tuple[FastAPI, Engine]:
     """The application, and the engine behind it, which starts and stops with it.
 
     Raises:
@@ -52,54 +46,51 @@ def create_app(served: Served, settings: ServeSettings) -> tuple[Middleware, Eng
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        engine.thread.start()
         yield
         engine.abandon()
-        await asyncio.to_thread(engine.join, _STOP_S)
+        await asyncio.to_thread(engine.thread.join, _STOP_S)
 
-    app = FastAPI(title="llm_accel", lifespan=lifespan, docs_url=None, redoc_url=None)
-    _add_answers(app, engine, processor, Inbox(engine, processor, settings.strict_fields))
+    app = FastAPI(title="llm_accel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_answers(app, engine, processor, Inbox(engine, processor, settings))
     _add_pages(app, engine, processor, served.name, settings.method)
-    _add_errors(app)
     keys = settings.keys()
     add_description(app, served.name, settings, bool(keys))
-    max_inside = settings.max_queue + 2 * settings.max_batch  # all that wait, all that run, and some on their way
-    middleware = Middleware(
-        app, keys, int(settings.max_body_mib * 2**20), processor.max_values, max_inside, engine.metrics
+    app.add_middleware(
+        Middleware,
+        keys=keys,
+        max_body=int(settings.max_body_mib * 2**20),
+        max_values=processor.max_values,
+        max_inside=settings.max_queue + 2 * settings.max_batch,  # all that wait or run, and some on their way
+        metrics=engine.metrics,
     )
-    return middleware, engine
+    return app, engine
 
 
 class Inbox:
-    """Reads and checks the bodies of requests.
+    """Reads and checks the bodies of requests. Unknown fields are refused where the settings say so; otherwise they are
+    ignored, and named in a header of the response."""
 
-    Args:
-        strict: whether unknown fields are refused; they are ignored otherwise, and named in a header of the response.
-    """
-
-    def __init__(self, engine: Engine, processor: InputProcessor, strict: bool) -> None:
-        self._engine, self._processor, self._strict = engine, processor, strict
+    def __init__(self, engine: Engine, processor: InputProcessor, settings: ServeSettings) -> None:
+        self._engine, self._processor, self._settings = engine, processor, settings
         self._warned: set[str] = set()
 
-    async def read(
-        self, request: HttpRequest, kind: type[Kind], make: Callable[[Kind], Awaitable[Result]]
-    ) -> tuple[Result, float]:
-        """What ``make`` makes of the body, with a place in the queue, and when its time is over."""
+    @asynccontextmanager
+    async def opened(self, request: HttpRequest, kind: type[Kind]) -> AsyncIterator[Kind]:
+        """The body, which has a place in the queue until it is made into something; its time begins."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest("send JSON with 'Content-Type: application/json'.")
         begin = asyncio.get_running_loop().time()
-        ignored: set[str] | None = None if self._strict else set()
+        ignored: set[str] | None = None if self._settings.strict_fields else set()
         body = await asyncio.to_thread(parse_body, kind, request.state.body, ignored)
         self._report(request, ignored or set())
         if body.model is not None:
             self._processor.check_model(body.model)
-        seconds = self._processor.seconds(body)
+        seconds = min(body.llm_accel.deadline_s or math.inf, self._settings.deadline_s)
+        request.state.late = ApiError("deadline", f"not finished within {seconds:g} s.")
+        request.state.timeout.reschedule(begin + seconds)
         with self._engine.scheduler.reserve():
-            try:
-                async with asyncio.timeout_at(begin + seconds):
-                    return await make(body), begin + seconds
-            except TimeoutError:
-                raise deadline_passed(seconds) from None
+            yield body
 
     def _report(self, request: HttpRequest, ignored: set[str]) -> None:
         names = sorted({re.sub(r"[^\w.-]", "?", name[:40], flags=re.ASCII) for name in ignored})[:_MOST_NAMES]
@@ -112,66 +103,58 @@ class Inbox:
 
 
 def _add_answers(app: FastAPI, engine: Engine, processor: InputProcessor, inbox: Inbox) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **takes(ChatRequest), **answers("ChatResponse", streams=True))
     async def chat(request: HttpRequest) -> Response:
-        answer, until = await inbox.read(request, ChatRequest, lambda body: processor.chat(body, request.state.key))
-        return GenerationResponse(engine, answer, until)
+        async with inbox.opened(request, ChatRequest) as body:
+            return GenerationResponse(engine, await processor.generation(body, request.state.key))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **takes(CompletionRequest), **answers("CompletionResponse", streams=True))
     async def completions(request: HttpRequest) -> Response:
-        made = await inbox.read(request, CompletionRequest, lambda body: processor.completion(body, request.state.key))
-        return GenerationResponse(engine, *made)
+        async with inbox.opened(request, CompletionRequest) as body:
+            return GenerationResponse(engine, await processor.generation(body, request.state.key))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", **takes(TokenizeRequest), **answers("Tokens"))
     async def tokenize(request: HttpRequest) -> JSONResponse:
-        made, _ = await inbox.read(request, TokenizeRequest, processor.tokenize)
-        return JSONResponse(made)
+        async with inbox.opened(request, TokenizeRequest) as body:
+            return JSONResponse(await processor.tokenize(body))
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", **takes(DetokenizeRequest), **answers("Text"))
     async def detokenize(request: HttpRequest) -> JSONResponse:
-        made, _ = await inbox.read(request, DetokenizeRequest, processor.detokenize)
-        return JSONResponse(made)
+        async with inbox.opened(request, DetokenizeRequest) as body:
+            return JSONResponse(await processor.detokenize(body))
 
 
 def _add_pages(app: FastAPI, engine: Engine, processor: InputProcessor, name: str, method: str) -> None:
-    started = int(time.time())
+    known = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "llm_accel"}
+    extension = {"method": method, "context": processor.context}
+    description = known | {"max_model_len": processor.context, "llm_accel": extension}
 
-    def description() -> dict[str, Any]:
-        extension = {"method": method, "context": processor.context}
-        known = {"id": name, "object": "model", "created": started, "owned_by": "llm_accel"}
-        return known | {"max_model_len": processor.context, "llm_accel": extension}
+    @app.get("/v1/models", **answers("ModelList"))
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [description]})
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [description()]}
-
-    @app.get("/v1/models/{model_name:path}")
-    async def one_model(model_name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{model_name:path}", **answers("Model"))
+    async def one_model(model_name: str) -> JSONResponse:
         processor.check_model(model_name)
-        return description()
+        return JSONResponse(description)
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    @app.get("/version", **answers("Version"))
+    async def version() -> JSONResponse:
+        return JSONResponse({"version": __version__})
 
-    @app.get("/live")
+    @app.get("/live", **PROBE)
     async def live() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if engine.working else JSONResponse({"status": "not running"}, 503)
+        alive = engine.thread.is_alive()
+        return JSONResponse({"status": "ok" if alive else "not running"}, 200 if alive else 503)
 
-    @app.get("/ready")
-    @app.get("/health")
+    @app.get("/ready", **PROBE)
+    @app.get("/health", **PROBE)
     async def ready() -> JSONResponse:
         return JSONResponse({"status": engine.status}, 200 if engine.status == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, **answers())
     async def metrics() -> Response:
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refused(request: HttpRequest, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -181,7 +164,3 @@ def _add_errors(app: FastAPI) -> None:
             "/tokenize, /detokenize, GET /v1/models, /version, /live, /ready, /health, /metrics, /openapi.json."
         )
         return JSONResponse(ApiError("not_found", message).body(), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: HttpRequest, error: Exception) -> JSONResponse:
-        return JSONResponse(ApiError("error", "the server failed on this request; its log says where.").body(), 500)

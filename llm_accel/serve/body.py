@@ -38,7 +38,10 @@ class ValueCounter:
         """
         if not chunk:
             return
-        chunk = self._without_escapes(chunk)
+        chunk = chunk[1:] if self._escaped else chunk
+        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
+        if b"\\" in chunk:  # escaped quotes end no string
+            chunk = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
         runs = chunk.split(b'"')
         outside = b"".join(runs[self._quotes % 2 :: 2])
         self._quotes += len(runs) - 1
@@ -48,12 +51,6 @@ class ValueCounter:
             raise BadRequest(f"the JSON has over {MOST_PARTS} texts, lists and objects; send fewer.")
         if self._commas > self._most_values:
             raise BadRequest(f"the JSON has over {self._most_values} values; send fewer.")
-
-    def _without_escapes(self, chunk: bytes) -> bytes:
-        """Without escaped quotes, which end no string."""
-        chunk = chunk[1:] if self._escaped else chunk
-        self._escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
-        return chunk.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in chunk else chunk
 
 
 def parse_body(kind: type[Model], body: bytes, ignored: set[str] | None = None) -> Model:
@@ -72,8 +69,7 @@ def parse_body(kind: type[Model], body: bytes, ignored: set[str] | None = None) 
     try:
         return kind.model_validate(data, context={"ignored": ignored})
     except ValidationError as error:
-        place, text = complaint(error, data)
-        raise BadRequest(f"{place or 'the body'}: {text}.", param=place or None) from None
+        raise _refusal(error, data) from None
 
 
 _SAYS = {
@@ -102,19 +98,17 @@ _SAYS = {
 }
 
 
-def complaint(error: ValidationError, data: Any) -> tuple[str, str]:
-    """Where the first mistake is, and what it is; no value of the request, and no word about how it is checked.
-
-    Args:
-        data: what was checked.
-    """
+def _refusal(error: ValidationError, data: Any) -> BadRequest:
+    """Says where the first mistake in ``data`` is, and what it is; no value of the request, and no word about how it is
+    checked."""
     first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
     text = _SAYS.get(first["type"], "has a value that is not allowed").format(**first.get("ctx", {}))
     if first["type"].startswith("custom"):  # by a check of our own
         text = first["msg"]
     if first["type"] == "extra_forbidden" and first["loc"][-1] in LARGE_ENGINE:
         text = "tools and structured output are not served here; vLLM with the llm_accel plug-in has them"
-    return ".".join(_steps(first["loc"], data)), text
+    place = ".".join(_steps(first["loc"], data))
+    return BadRequest(f"{place or 'the body'}: {text}.", param=place or None)
 
 
 def _steps(loc: Sequence[int | str], data: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ from llm_accel.errors import ConfigError
 from llm_accel.patches.footprint import Load, Storage, row_bytes
 from llm_accel.patches.plan import Plan
 from llm_accel.serve.sequences import Job, TokenSequence
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.settings import ServeSettings, context_of
 
 MIB = 2**20
 
@@ -21,15 +23,12 @@ class Capacity:
         ConfigError: there is a limit, and the layers of this model cannot be counted.
     """
 
-    def __init__(self, model: Any, settings: ServeSettings, context: int | None) -> None:
+    def __init__(self, model: Any, settings: ServeSettings) -> None:
         self._storage, self._settings = Storage.of(model.get_decoder()), settings
-        self._limit: float | None = None
-        self._context = context
-        if settings.kv_memory_mib is not None:
-            problem = self._storage.wiring.problem
-            if problem is not None:
-                raise ConfigError(f"--kv-memory-mib: what this model stores cannot be counted: {problem}.")
-            self._limit = settings.kv_memory_mib * MIB
+        self._limit, self._context = (settings.kv_memory_mib or math.inf) * MIB, context_of(model, settings)
+        problem = self._storage.wiring.problem
+        if problem is not None and self._limit < math.inf:
+            raise ConfigError(f"--kv-memory-mib: what this model stores cannot be counted: {problem}.")
 
     def row_bytes(self, plan: Plan | None, row: TokenSequence) -> int:
         """Of one row at the end of the longest answer that it may give; 0 without a limit."""
@@ -37,14 +36,10 @@ class Capacity:
 
     def holds(self, plan: Plan | None, running: Sequence[TokenSequence], rows: Sequence[TokenSequence]) -> bool:
         """Whether these rows may come beside those that run."""
-        if self._limit is None:
-            return True
-        held = _reserved(running)
-        before = _padded(held)
-        after = _padded([*held, *((row.job.methods, self.row_bytes(plan, row)) for row in rows)])
+        after = _padded(running, [(row.job.methods, self.row_bytes(plan, row)) for row in rows])
         prompts = {row.prompt for row in rows}  # kept whole until their last chunk
         reading = len(prompts) * self._bytes(None, Load(max(map(len, prompts)), 1))
-        return max(before + reading, after) <= self._limit
+        return max(_padded(running) + reading, after) <= self._limit
 
     def refusal(self, plan: Plan | None, job: Job) -> str:
         """Why a request can never be served."""
@@ -57,27 +52,24 @@ class Capacity:
     def free(self, plan: Plan | None, running: Sequence[TokenSequence]) -> int:
         """Rows as long as the model's context, prompt and answer, that could come now."""
         rows, context = self._settings.max_batch - len(running), self._context
-        if self._limit is None or context is None:
+        if self._limit == math.inf or context is None:
             return rows
         answer = min(self._settings.max_new_tokens or context // 2, context - 1)
         each = self._bytes(plan, Load(context - answer, answer))
-        return max(0, min(rows, int((self._limit - _padded(_reserved(running))) // each)))
+        return max(0, min(rows, int((self._limit - _padded(running)) // each)))
 
     def _bytes(self, plan: Plan | None, load: Load) -> int:
-        if self._limit is None:
+        if self._limit == math.inf:
             return 0
         if plan is None:
             return load.stored * sum(self._storage.entry_bytes.values()) + self._storage.state_bytes
         return row_bytes(self._storage, plan, load)
 
 
-def _reserved(rows: Sequence[TokenSequence]) -> list[tuple[object, int]]:
-    return [(row.job.methods, row.reserved) for row in rows]
-
-
-def _padded(rows: Sequence[tuple[object, int]]) -> int:
-    """Bytes of rows that share caches by methods, each of them as long as the longest beside it."""
-    held: dict[object, list[int]] = {}
-    for methods, size in rows:
-        held.setdefault(methods, []).append(size)
+def _padded(rows: Sequence[TokenSequence], more: Sequence[tuple[object, int]] = ()) -> int:
+    """Bytes of these rows and of ``more``, by methods and size: the same methods share caches, in which each row is as
+    long as the longest beside it."""
+    held = defaultdict[object, list[int]](list)
+    for methods, size in [*((row.job.methods, row.reserved) for row in rows), *more]:
+        held[methods].append(size)
     return sum(len(each) * max(each) for each in held.values())

@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install them with: pip install 'llm_accel[serve]'")
     settings.keys()  # what is wrong with them is known before the model is loaded
-    from llm_accel.serve.connections import bind, listen
     from llm_accel.serve.loading import load
-    from llm_accel.serve.server import Server
+    from llm_accel.serve.server import Server, bind, listen
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     with bind(settings.host, settings.port) as listener:  # a taken port is known before the model is loaded
@@ -51,9 +50,6 @@ def _serve(server: Server, name: str, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens to them; at its end it raises them again
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    print(json.dumps({"url": f"http://{_bracketed(host)}:{port}/v1", "model": name}), flush=True)
+    host = f"[{host}]" if ":" in host else host
+    print(json.dumps({"url": f"http://{host}:{port}/v1", "model": name}), flush=True)
     server.run(sockets=[listener])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

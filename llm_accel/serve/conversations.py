@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_accel.methods import MethodConfig
-from llm_accel.serve.sequences import Job
 
 Key = tuple[str, str]  # API key, name that the client gave
 
@@ -28,11 +27,6 @@ class Conversation:
     methods: tuple[MethodConfig, ...]
     nbytes: int
 
-    def continues(self, prompt: tuple[int, ...], methods: tuple[MethodConfig, ...]) -> bool:
-        """Whether ``prompt`` begins with all that the cache has seen. A compressed cache cannot go back, so anything
-        else needs a new one."""
-        return methods == self.methods and len(prompt) > len(self.ids) and prompt[: len(self.ids)] == self.ids
-
 
 class Conversations:
     """Least recently used first; used by the inference thread alone."""
@@ -50,16 +44,12 @@ class Conversations:
         return sum(conversation.nbytes for conversation in list(self._kept.values()))
 
     def take(self, key: Key, prompt: tuple[int, ...], methods: tuple[MethodConfig, ...]) -> Conversation | None:
-        """Takes the conversation out while it is used; None if there is none that this prompt continues."""
+        """Takes the conversation out while it is used. None if there is none that ``prompt`` continues: a compressed
+        cache cannot go back, so the prompt must begin with all that it has seen."""
         found = self._kept.pop(key, None)
-        return found if found is not None and found.continues(prompt, methods) else None
-
-    def reopen(self, job: Job) -> Any:
-        """The cache that a request with a session goes on with, None where it begins anew."""
-        assert job.session is not None
-        found = self.take(job.session, job.prompts[0], job.methods)
-        job.reused_tokens = 0 if found is None else len(found.ids)
-        return None if found is None else found.cache
+        if found is None or methods != found.methods or len(prompt) <= len(found.ids):
+            return None
+        return found if prompt[: len(found.ids)] == found.ids else None
 
     def keep(self, key: Key, conversation: Conversation) -> None:
         """Puts it back, and drops others until the bounds hold; one that passes them alone is not kept."""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 from llm_accel.common.generation import end_tokens
@@ -15,19 +15,18 @@ from llm_accel.patches.applied import AppliedMethods, Methods
 from llm_accel.patches.forward import Forward
 from llm_accel.patches.plan import Plan
 from llm_accel.patches.rows import lengths_mix
-from llm_accel.patches.running import bytes_of
+from llm_accel.patches.running import Reading, bytes_of
 from llm_accel.registry import parse_all, spec_of
 from llm_accel.serve.capacity import Capacity
-from llm_accel.serve.chooser import Chooser
 from llm_accel.serve.conversations import Conversation, Conversations
 from llm_accel.serve.errors import ApiError, BadRequest, shutting_down
 from llm_accel.serve.group import Group
 from llm_accel.serve.loading import Served
+from llm_accel.serve.logprobs import prompt_logprobs
 from llm_accel.serve.metrics import Metrics
-from llm_accel.serve.prefill import ReadingRows
 from llm_accel.serve.scheduler import Scheduler
 from llm_accel.serve.sequences import Job, TokenSequence
-from llm_accel.serve.settings import ServeSettings, context_of
+from llm_accel.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,9 @@ IDLE_TOKENS = {"cpu": 2048, "cuda": 8192}
 class Engine:
     """A model behind a queue. In each round a chunk of prompts is read, and every running row gets one token.
 
+    Attributes:
+        thread: serves from its start on; once the scheduler is closed it ends with the last accepted request.
+
     Raises:
         LlmAccelError: the default method does not work on this model.
     """
@@ -52,19 +54,20 @@ class Engine:
         self.scheduler = Scheduler(settings)
         self._conversations = Conversations(settings.max_sessions, settings.max_session_mib * 2**20)
         self._forward = Forward(served.model)
-        self._chooser = Chooser(self._forward, end_tokens(served.model, served.tokenizer))
+        self._ends = end_tokens(served.model, served.tokenizer)
         self._methods = AppliedMethods(served.model, settings.decode)
         self._own = parse_all(settings.method)
         self._plans = {spec_of(methods): self._plan(methods) for methods in ((), self._own)}
-        self.capacity = Capacity(served.model, settings, context_of(served.model, settings))
+        self.capacity = Capacity(served.model, settings)
         kind = served.model.device.type
         self._chunk, self._idle_chunk = (
             settings.max_step_tokens or tokens.get(kind, tokens["cuda"]) for tokens in (STEP_TOKENS, IDLE_TOKENS)
         )
         self._most, self._failed = settings.max_batch, 0
-        self._prefill: ReadingRows | None = None
+        self._reading: list[TokenSequence] = []  # rows of one method whose prompts are read together
+        self._parts: Iterator[None] = iter(())
         self._groups: list[Group] = []
-        self._thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="llm-accel-inference", daemon=True)
         self._watch()
 
     def _plan(self, methods: Methods) -> Plan | None:
@@ -84,9 +87,7 @@ class Engine:
     @property
     def running(self) -> list[TokenSequence]:
         """Rows whose prompt is being read, or that decode."""
-        prefill = self._prefill
-        reading = [] if prefill is None else prefill.rows
-        return [*reading, *(row for group in list(self._groups) for row in group.rows)]
+        return [*self._reading, *(row for group in list(self._groups) for row in group.rows)]
 
     def slots(self) -> dict[str, int]:
         """How many rows of the model's whole context could come now, by method."""
@@ -105,18 +106,9 @@ class Engine:
         """ "ok", or why a load balancer should send requests elsewhere."""
         if self.scheduler.closed:
             return "shutting down"
-        if not self.working:
+        if not self.thread.is_alive():
             return "not running"
         return "failing" if self._failed >= FAILING else "ok"
-
-    @property
-    def working(self) -> bool:
-        """Whether there is a thread that serves; after :meth:`drain` it ends with the last accepted request."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Accepts a request, or raises :class:`ApiError`."""
@@ -127,32 +119,24 @@ class Engine:
         job.cancelled = True
         self.scheduler.discard(job)
 
-    def drain(self) -> None:
-        """No more requests; accepted ones are finished."""
-        self.scheduler.close()
-
     def abandon(self) -> None:
         """Fails every request that is not finished."""
         for job in {*self.scheduler.clear(), *(row.job for row in self.running)}:
             job.fail(shutting_down())
 
-    def join(self, seconds: float) -> None:
-        """Waits for the thread to end, after :meth:`drain` or :meth:`abandon`."""
-        self._thread.join(seconds)
-
     def _work(self) -> None:
         try:
-            while self._prefill is not None or self._groups or self.scheduler.wait():
+            while self._reading or self._groups or self.scheduler.wait():
                 self._round()
         finally:
             self._methods.rest()  # whoever served the model gets it back as it was
 
     def _round(self) -> None:
-        if self._prefill is None:
+        if all(row.over for row in self._reading):  # nobody waits for any of them
+            self._reading, self._parts = [], iter(())
             self._admit()
-        if self._prefill is not None:
-            prefill = self._prefill
-            self._guarded(prefill.rows, lambda: self._read(prefill))
+        if self._reading:
+            self._guarded(self._reading, lambda: next(self._parts, None))
         for group in list(self._groups):
             self._guarded(group.rows, partial(self._step, group))
         self._groups = [group for group in self._groups if not all(row.over for row in group.rows)]
@@ -180,33 +164,64 @@ class Engine:
         rows = self.scheduler.take(job, free, fits)
         if not rows:
             return
-        now = time.monotonic()
         for row in rows:
-            row.begun_at, row.reserved = now, self.capacity.row_bytes(plan, row)
+            row.begin(self._forward.rules(len(row.prompt)), self._ends)
+            row.reserved = self.capacity.row_bytes(plan, row)
             if row.index == 0:
-                self.metrics.waiting.observe(now - row.job.accepted_at)
+                self.metrics.waiting.observe(row.begun_at - row.job.accepted_at)
         self.metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
-        self._prefill = ReadingRows(self._forward, self._methods, self._conversations, self._chooser, rows, self._chunk)
+        self._reading, self._parts = rows, self._read(rows)
 
-    def _read(self, prefill: ReadingRows) -> None:
-        """The next chunk; after the last one its rows join those of their kind."""
-        if not prefill.over and prefill.step(self._chunk if self._groups else self._idle_chunk):
-            return
-        group = prefill.group
-        self._note(prefill.rows, group)
+    def _read(self, rows: list[TokenSequence]) -> Iterator[None]:
+        """Reads the prompts of some rows, a chunk at each step; in the end they join those of their kind."""
+        for row in rows:
+            yield from self._read_logprobs(row)
+        group = yield from self._read_prompts([row for row in rows if not row.over])
+        self._note(rows, group)
+        self._reading = []
         if group is not None and group.rows:
             kind = group.kind()
             host = next((other for other in self._groups if other.kind() == kind), None)
-            self._groups += [group] if host is None else []
-            if host is not None:
+            if host is None:
+                self._groups.append(group)
+            else:
                 self._guarded([*host.rows, *group.rows], lambda: host.join(group))
-        self._prefill = None
+
+    def _read_logprobs(self, row: TokenSequence) -> Iterator[None]:
+        """Those of its prompt, by the dense model; a row that wants nothing else is over then."""
+        if row.job.prompt_logprobs is not None:
+            self._methods.use(())
+            for part in prompt_logprobs(self._forward.model, row.prompt, row.job.prompt_logprobs):
+                row.prompt_logprobs += part
+                yield
+                self._methods.use(())
+        if row.job.max_new_tokens == 0:
+            row.end_unsaid()
+
+    def _read_prompts(self, rows: list[TokenSequence]) -> Generator[None, None, Group | None]:
+        """A group of those rows that go on after their first token; None without any."""
+        if not rows:
+            return None
+        job, methods = rows[0].job, rows[0].job.methods or self._methods.plain
+        self._methods.use(methods)
+        kept = None if job.session is None else self._conversations.take(job.session, rows[0].prompt, job.methods)
+        job.reused_tokens = 0 if kept is None else len(kept.ids)
+        cache = self._methods.new_cache() if kept is None else kept.cache
+        prompts = list(dict.fromkeys(row.prompt for row in rows))  # several answers to one prompt read it once
+        joins = self._methods.joins
+        reading = Reading(self._forward, prompts, cache, job.features, joins)
+        while (done := reading.step(self._chunk, self._chunk if self._groups else self._idle_chunk)) is None:
+            yield
+            self._methods.use(methods)
+        group = Group(methods, done[0], joins and not job.features)
+        group.begin(rows, [prompts.index(row.prompt) for row in rows], done[1])
+        return group
 
     def _step(self, group: Group) -> None:
         group.leave()
         if group.rows:
             self._methods.use(group.methods)
-            group.step(self._chooser)
+            group.step()
             self.metrics.rows.observe(len(group.rows))
             self._note(group.rows, group)
             group.leave()
@@ -254,5 +269,3 @@ class Engine:
         for job in jobs:
             job.fail(error)
             self.scheduler.discard(job)
-        if self._prefill is not None and any(row.job in jobs for row in self._prefill.rows):
-            self._prefill = None

@@ -77,8 +77,3 @@ class ContextExceeded(BadRequest):
 def shutting_down() -> ApiError:
     """What requests get that a stopping server does not finish."""
     return ApiError("shutting_down", "the server is shutting down; try another one or come back later.")
-
-
-def deadline_passed(seconds: float) -> ApiError:
-    """What a request gets that is not answered in time."""
-    return ApiError("deadline", f"not finished within {seconds:g} s.")

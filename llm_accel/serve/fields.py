@@ -5,33 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
-
-from llm_accel.methods.base import INT64
 
 _MOST_FIELDS, _LONGEST_NAME = 64, 100  # of an object
 
-Count = Annotated[int, Field(ge=1, le=INT64)]
-Id = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Alternatives = Annotated[int, Field(ge=0, le=20)]
-Stop = Annotated[str, Field(min_length=1, max_length=500)]
 Name = Annotated[str, Field(max_length=512)]
 
 
-def form(value: Any) -> str | None:
-    """Which alternative of a field is meant: a text, or a list by its first item."""
-    if isinstance(value, list):
-        first = value[0] if value else ""
-        return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else "list"
-    return "text" if isinstance(value, str) else None
-
-
 def text_or_list(value: Any) -> str | None:
-    """The same where all lists are of one kind."""
-    return "list" if isinstance(value, list) else form(value)
+    """Which alternative of a field is meant."""
+    return "list" if isinstance(value, list) else "text" if isinstance(value, str) else None
 
 
 def by_form(which: Callable[[Any], str | None], allowed: str) -> Discriminator:
@@ -39,33 +23,19 @@ def by_form(which: Callable[[Any], str | None], allowed: str) -> Discriminator:
     return Discriminator(which, custom_error_type="custom_form", custom_error_message=f"give {allowed}")
 
 
-def max_entries(most: int) -> BeforeValidator:
-    """Bounds an object before anything in it is looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > most:
-            raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
-        return value
-
-    return BeforeValidator(check)
-
-
 def _same(value: Any, other: Any) -> bool:
     """As JSON sees it: to Python, false is 0."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def neutral_values(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
+def _add_neutral(schema: dict[str, Any], kind: type[Body]) -> None:
     """Adds the values that ask for nothing to a JSON schema."""
-
-    def add(schema: dict[str, Any]) -> None:
-        required, properties = schema.get("required", ()), schema["properties"]
-        for name, one in properties.items():
-            if name not in required and {"type": "null"} not in one.get("anyOf", ()):
-                properties[name] = {"anyOf": [one, {"type": "null"}]}
-        properties |= {name: {"enum": [None, *values]} for name, values in neutral.items()}
-
-    return add
+    required, properties = schema.get("required", ()), schema["properties"]
+    for name, one in properties.items():
+        if name not in required and {"type": "null"} not in one.get("anyOf", ()):
+            properties[name] = {"anyOf": [one, {"type": "null"}]}
+    neutral = kind.unsupported | kind.without_effect
+    properties |= {name: {"enum": [None, *values]} for name, values in neutral.items()}
 
 
 class Body(BaseModel):
@@ -76,7 +46,7 @@ class Body(BaseModel):
         without_effect: the same for fields that leave the answer as it is; any other value makes them unknown fields.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_add_neutral)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     without_effect: ClassVar[dict[str, tuple[Any, ...]]] = {}

@@ -14,21 +14,14 @@ from llm_accel.serve.body import MOST_PARTS
 from llm_accel.serve.detokenizer import Detokenizer
 from llm_accel.serve.errors import ApiError, BadRequest, ContextExceeded
 from llm_accel.serve.loading import Served
-from llm_accel.serve.prompts import Prompt, PromptReader
-from llm_accel.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ModelRequest,
-    TokenizeRequest,
-)
-from llm_accel.serve.responses import ChatResponse, CompletionResponse
+from llm_accel.serve.prompts import MOST_IDS, Prompt, PromptReader
+from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llm_accel.serve.responses import ApiResponse, ChatResponse, CompletionResponse
 from llm_accel.serve.sampling import Sampling
 from llm_accel.serve.sequences import Job
 from llm_accel.serve.settings import ServeSettings, context_of
 
 MOST_ANSWERS = 1024  # of a request: prompts times n
-_MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 _MOST_LOGPROBS = 2**19  # of a response
 _DEFAULT_NEW_TOKENS = 1024  # of a request that names no number
 _SAMPLING = {field.name for field in fields(Sampling)}
@@ -45,12 +38,9 @@ class InputProcessor:
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         self._name, self._tokenizer, self._settings = served.name, served.tokenizer, settings
         self._allowed = settings.allowed()
-        text_config = served.model.config.get_text_config()
         self.context = context_of(served.model, settings)
-        self._vocabulary = int(text_config.vocab_size)
-        limit = min(self.context or _MOST_IDS, settings.max_prompt_tokens or _MOST_IDS)
-        self._reader = PromptReader(served, settings, self.context or _MOST_IDS, limit, self._vocabulary)
-        self.max_values = MOST_PARTS + min(_MOST_IDS, MOST_ANSWERS * limit)
+        self._reader = PromptReader(served, settings)
+        self.max_values = MOST_PARTS + min(MOST_IDS, MOST_ANSWERS * self._reader.limit)
         own = served.model.generation_config
         self._sampling = (
             Sampling(own.temperature or 1.0, own.top_p or 1.0, own.top_k or 0) if own.do_sample else Sampling()
@@ -62,25 +52,15 @@ class InputProcessor:
             message = f"there is no model {name!r} here; this server runs {self._name!r}."
             raise ApiError("not_found", message, code="model_not_found", param="model")
 
-    def seconds(self, body: ModelRequest) -> float:
-        """How long a request may take, from its arrival to its end."""
-        return min(body.llm_accel.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
-
-    async def chat(self, body: ChatRequest, key: str) -> ChatResponse:
-        """The response to a chat, not begun yet."""
-        self._check(body, 1, body.prompt_logprobs)
-        prompts = [await self._reader.chat(body)]
-        return ChatResponse(
-            self._job(body, prompts, key, body.prompt_logprobs), body, self._name, self._reader, prompts
-        )
-
-    async def completion(self, body: CompletionRequest, key: str) -> CompletionResponse:
-        """The response to prompts, not begun yet."""
-        wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
-        top = max((count for count in wanted if count is not None), default=None)
-        self._check(body, len(body.prompts), top, body.echo)
-        prompts = await self._reader.texts(body.prompts)
-        return CompletionResponse(self._job(body, prompts, key, top), body, self._name, self._reader, prompts)
+    async def generation(self, body: ChatRequest | CompletionRequest, key: str) -> ApiResponse:
+        """The response to a chat or to prompts, not begun yet."""
+        self._check(body)
+        response: type[ApiResponse] = ChatResponse if isinstance(body, ChatRequest) else CompletionResponse
+        if isinstance(body, ChatRequest):
+            prompts = [await self._reader.chat(body)]
+        else:
+            prompts = await self._reader.texts(body.prompts)
+        return response(self._job(body, prompts, key), body, self._name, self._reader, prompts)
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a prompt."""
@@ -94,35 +74,33 @@ class InputProcessor:
         """The text of tokens."""
         return {"prompt": await self._reader.text(body.tokens)}
 
-    def _check(self, body: ChatRequest | CompletionRequest, prompts: int, top: int | None, echo: bool = False) -> None:
+    def _check(self, body: ChatRequest | CompletionRequest) -> None:
         """What costs nothing to check, before anything is made of the request."""
-        answers, limit = prompts * body.n, self._settings.max_new_tokens
+        answers, limit = len(body.prompts) * body.n, self._settings.max_new_tokens
+        wanted = max(body.limit or 0, body.min_tokens)
         if answers > MOST_ANSWERS:
             raise BadRequest(f"{answers} answers in one request; {MOST_ANSWERS} are allowed.", param="n")
-        if body.limit == 0 and top is None and not echo:
+        if body.limit == 0 and not body.echo and _prompt_alternatives(body) is None:
             raise BadRequest("max_tokens: give at least 1; 0 is for 'echo' and 'prompt_logprobs'.", param="max_tokens")
-        if limit is not None and max(body.limit or 0, body.min_tokens) > limit:
-            wanted = max(body.limit or 0, body.min_tokens)
+        if limit is not None and wanted > limit:
             raise BadRequest(f"max_tokens={wanted}: at most {limit} are allowed.", param="max_tokens")
-        if any(int(token) >= self._vocabulary for token in body.logit_bias):
-            raise BadRequest(f"logit_bias: token ids are below {self._vocabulary}.", param="logit_bias")
+        if any(int(token) >= self._reader.vocabulary for token in body.logit_bias):
+            raise BadRequest(f"logit_bias: token ids are below {self._reader.vocabulary}.", param="logit_bias")
         methods = self._methods(body.llm_accel.method)
-        if top is not None:
+        if _prompt_alternatives(body) is not None:
             _check_prompt_logprobs(methods)
 
-    def _job(
-        self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], key: str, prompt_logprobs: int | None
-    ) -> Job:
+    def _job(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], key: str) -> Job:
         rows = [prompt.ids for prompt in prompts for _ in range(body.n)]
-        features, session = prompts[0].features, body.llm_accel.session
+        features, session, top = prompts[0].features, body.llm_accel.session, _prompt_alternatives(body)
         if len(rows) > 1 and (session is not None or features):
             raise BadRequest("a request with a session or images has one prompt and n=1.")
         if session is not None and features:
             raise BadRequest("a session keeps text only; leave the session or the images out.")
-        if prompt_logprobs is not None and features:
+        if top is not None and features:
             raise BadRequest("prompt_logprobs: there are none for prompts with images.")
         sampling, most = self._sampling_of(body), self._answer_limit([prompt.ids for prompt in prompts], body)
-        entries = len(rows) * most * _entries(sampling.logprobs) + sum(map(len, rows)) * _entries(prompt_logprobs)
+        entries = len(rows) * most * _entries(sampling.logprobs) + sum(map(len, rows)) * _entries(top)
         if entries > _MOST_LOGPROBS:
             raise BadRequest(f"{entries} log-probabilities in one request; {_MOST_LOGPROBS} are allowed.")
         return Job(
@@ -130,11 +108,10 @@ class InputProcessor:
             methods=self._methods(body.llm_accel.method),
             sampling=sampling,
             max_new_tokens=most,
-            deadline_s=self.seconds(body),
             make_detokenizer=lambda: Detokenizer(self._tokenizer, body.stops, body.skip_special_tokens),
             session=None if session is None else (key, session),
             features=features,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=top,
         )
 
     def _sampling_of(self, body: ChatRequest | CompletionRequest) -> Sampling:
@@ -159,20 +136,16 @@ class InputProcessor:
             texts = [key for config in configs for key in config.changed() if str in _kinds(type(config), key)]
             if texts:  # they name files, which are none of a client's business
                 raise BadRequest(f"llm_accel.method: {', '.join(texts)} can be set by the operator only.")
-            self._check_capacity(configs)
-        return configs
-
-    def _check_capacity(self, configs: Sequence[MethodConfig]) -> None:
-        """Compiled decoding allocates what ``capacity`` says, whatever the request needs."""
-        for config in configs:
-            if isinstance(config, Dense) and self.context is not None and (config.capacity or 0) > self.context:
+            asked = max((config.capacity or 0 for config in configs if isinstance(config, Dense)), default=0)
+            if self.context is not None and asked > self.context:  # it is allocated, whatever the request needs
                 raise BadRequest(
-                    f"llm_accel.method: capacity={config.capacity}; the model's context of {self.context} is allowed."
+                    f"llm_accel.method: capacity={asked}; the model's context of {self.context} is allowed."
                 )
+        return configs
 
     def _answer_limit(self, prompts: Sequence[tuple[int, ...]], body: ChatRequest | CompletionRequest) -> int:
         """How many tokens to generate at most."""
-        longest, most = max(map(len, prompts)), self._settings.max_new_tokens or _MOST_IDS
+        longest, most = max(map(len, prompts)), self._settings.max_new_tokens or MOST_IDS
         left = most if self.context is None else min(most, self.context - longest)
         least = max(1 if body.limit is None else body.limit, body.min_tokens)
         if self.context is not None and longest + least > self.context:
@@ -181,6 +154,12 @@ class InputProcessor:
         if wanted < body.min_tokens:
             raise BadRequest(f"min_tokens={body.min_tokens} is more than max_tokens={wanted}.", param="min_tokens")
         return wanted
+
+
+def _prompt_alternatives(body: ChatRequest | CompletionRequest) -> int | None:
+    """How many alternatives to report for each token of the prompt; None for no log-probabilities."""
+    wanted = (body.prompt_logprobs, body.alternatives if body.echo else None)
+    return max((count for count in wanted if count is not None), default=None)
 
 
 def _check_prompt_logprobs(methods: Sequence[MethodConfig]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from llm_accel.common.checkpoints import resolve_model
 from llm_accel.common.cpu_linear import use_faster_linear
-from llm_accel.common.loading import bundled, find_device, pretrained, short_name
+from llm_accel.common.loading import load_text_model, load_vision_model, short_name
 from llm_accel.errors import ConfigError, unknown_name
 from llm_accel.serve.settings import ServeSettings
 
@@ -40,43 +38,17 @@ def load(settings: ServeSettings) -> Served:
     Raises:
         ConfigError: no such device, model or attention implementation; no Pillow for the bundled vision model.
     """
-    served = _load(settings)
-    use_faster_linear(served.model)
-    return served
-
-
-def _load(settings: ServeSettings) -> Served:
-    device = find_device(settings.device)
-    wanted = settings.model or BUNDLED[0]
-    if wanted.startswith(_OURS):
-        return _bundled(settings, wanted, device)
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    sees = _sees(wanted, settings.trust_remote_code)
-    model, reader = pretrained(
-        AutoModelForImageTextToText if sees else AutoModelForCausalLM,
-        AutoProcessor if sees else AutoTokenizer,
-        wanted,
-        settings.dtype,
-        device,
-        settings.attn,
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=True,
-    )
-    name = settings.name or short_name(wanted)
-    return Served(model.eval(), reader.tokenizer if sees else reader, reader if sees else None, name)
-
-
-def _bundled(settings: ServeSettings, name: str, device: torch.device) -> Served:
-    from llm_accel.common.bundled import load_needle_model, load_vision_model
-
-    if name not in BUNDLED:
-        raise ConfigError("--model: " + unknown_name("bundled model", name, BUNDLED))
-    sees = name == BUNDLED[1]
-    load = load_vision_model if sees else load_needle_model
-    model, reader = bundled(load, settings.dtype, device, settings.attn)
-    tokenizer = reader.tokenizer if sees else reader
-    return Served(model, tokenizer, reader if sees else None, settings.name or name.removeprefix(_OURS))
+    wanted, trusted = settings.model or BUNDLED[0], settings.trust_remote_code
+    ours = wanted.startswith(_OURS)
+    if ours and wanted not in BUNDLED:
+        raise ConfigError("--model: " + unknown_name("bundled model", wanted, BUNDLED))
+    sees = wanted == BUNDLED[1] if ours else _sees(wanted, trusted)
+    read = load_vision_model if sees else load_text_model
+    options = replace(settings, model=None) if ours else settings
+    model, reader, _ = read(options, trust_remote_code=trusted, use_safetensors=True)
+    use_faster_linear(model)
+    name = settings.name or (wanted.removeprefix(_OURS) if ours else short_name(wanted))
+    return Served(model, reader.tokenizer if sees else reader, reader if sees else None, name)
 
 
 def _sees(name: str, trust_remote_code: bool) -> bool:

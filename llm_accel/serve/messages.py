@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 from pydantic_core import from_json
 
-from llm_accel.serve.fields import Body, Name, by_form, neutral_values, text_or_list
+from llm_accel.serve.fields import Body, Name, by_form, text_or_list
 
 MOST_MESSAGES, MOST_PARTS_OF_A_MESSAGE, _MOST_CALLS = 4096, 1024, 128
 
@@ -60,7 +60,6 @@ class ToolCall(Body):
 class Message(Body):
     """One turn of a chat."""
 
-    model_config = ConfigDict(json_schema_extra=neutral_values({"annotations": ([],)}))
     unsupported: ClassVar = {"annotations": ([],), "function_call": ()}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -125,9 +124,3 @@ class Chat(Body):
     continue_final_message: bool = False
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
     chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], Any] = Field(default_factory=dict)
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """What the template is given beside the messages."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | self.chat_template_kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,28 +18,25 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        counter = partial(Counter, namespace="llm_accel", registry=self.registry)
+        histogram = partial(Histogram, namespace="llm_accel", registry=self.registry, buckets=_SECONDS)
         self._gauges: dict[str, Gauge] = {}
-        self.received = self._counter("requests_received", "Requests whose headers have arrived.", ["endpoint"])
-        self.requests = self._counter("requests", "Requests that are over, by outcome.", ["endpoint", "outcome"])
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose turn came.")
-        self.reused_tokens = self._counter("reused_tokens", "Prompt tokens that a kept cache held already.")
-        self.generated_tokens = self._counter("generated_tokens", "Tokens generated, end tokens included.")
+        self.received = counter("requests_received", "Requests whose headers have arrived.", ["endpoint"])
+        self.requests = counter("requests", "Requests that are over, by outcome.", ["endpoint", "outcome"])
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts whose turn came.")
+        self.reused_tokens = counter("reused_tokens", "Prompt tokens that a kept cache held already.")
+        self.generated_tokens = counter("generated_tokens", "Tokens generated, end tokens included.")
         label = ["method"]
-        self.logical = self._counter("logical_tokens", "Cache entries of a dense model, per layer and KV head.", label)
-        self.physical = self._counter("physical_tokens", "Cache entries stored, per layer and KV head.", label)
-        self.dense_bytes = self._counter("kv_bytes_dense", "KV bytes of a dense model, at the end of a row.", label)
-        self.held_bytes = self._counter("kv_bytes_held", "KV bytes held at the end of a row.", label)
-        self.saved_bytes = self._counter("kv_bytes_saved", "The difference of the two.", label)
-        self.failed_steps = self._counter("failed_steps", "Steps that ended with an exception.")
-        self.waiting = self._histogram("queue_seconds", "Time in the queue.")
-        self.first_token = self._histogram("time_to_first_token_seconds", "From acceptance to the first token.")
-        self.per_token = self._histogram("seconds_per_token", "Mean time of a token after the first, per answer.")
-        self.rows = Histogram(
-            "llm_accel_step_rows",
-            "Rows of a decode step.",
-            registry=self.registry,
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-        )
+        self.logical = counter("logical_tokens", "Cache entries of a dense model, per layer and KV head.", label)
+        self.physical = counter("physical_tokens", "Cache entries stored, per layer and KV head.", label)
+        self.dense_bytes = counter("kv_bytes_dense", "KV bytes of a dense model, at the end of a row.", label)
+        self.held_bytes = counter("kv_bytes_held", "KV bytes held at the end of a row.", label)
+        self.saved_bytes = counter("kv_bytes_saved", "The difference of the two.", label)
+        self.failed_steps = counter("failed_steps", "Steps that ended with an exception.")
+        self.waiting = histogram("queue_seconds", "Time in the queue.")
+        self.first_token = histogram("time_to_first_token_seconds", "From acceptance to the first token.")
+        self.per_token = histogram("seconds_per_token", "Mean time of a token after the first, per answer.")
+        self.rows = histogram("step_rows", "Rows of a decode step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 
     def note_row(self, row: TokenSequence, group: Group) -> None:
         """Counts an answer that is over, and what its row held: its share of what all rows beside it did."""
@@ -64,15 +62,9 @@ class Metrics:
         """A value that is read when somebody asks, under ``labels`` where there are several."""
         gauge = self._gauges.get(name)
         if gauge is None:
-            gauge = self._gauges[name] = Gauge(f"llm_accel_{name}", help, list(labels), registry=self.registry)
+            gauge = self._gauges[name] = Gauge(name, help, list(labels), "llm_accel", registry=self.registry)
         (gauge.labels(**labels) if labels else gauge).set_function(value)
 
     def text(self) -> bytes:
         """The page of ``/metrics``."""
         return generate_latest(self.registry)
-
-    def _counter(self, name: str, help: str, labels: list[str] | None = None) -> Counter:
-        return Counter(f"llm_accel_{name}", help, labels or [], registry=self.registry)
-
-    def _histogram(self, name: str, help: str) -> Histogram:
-        return Histogram(f"llm_accel_{name}", help, registry=self.registry, buckets=_SECONDS)

@@ -9,16 +9,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from llm_accel import __version__
 from llm_accel.serve.errors import STATUS
 from llm_accel.serve.input_processor import MOST_ANSWERS
-from llm_accel.serve.middleware import PROBES
 from llm_accel.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ModelRequest, TokenizeRequest
 from llm_accel.serve.settings import ServeSettings
 
 Json = dict[str, Any]
 
 _REF = "#/components/schemas/"
+_REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 _LENGTHS = ("max_tokens", "max_completion_tokens", "min_tokens")
 
 
@@ -53,14 +52,29 @@ _SCHEMAS: Json = {
     "ModelList": _object(object={"const": "list"}, data=_list({"$ref": _REF + "Model"})),
     "Health": _object(status=_TEXT),
 }
-_EVENTS = {"text/event-stream": {"schema": _object(data=_TEXT)}}
-_BODIES: dict[str, tuple[type[ModelRequest], str, Json]] = {
-    "/v1/chat/completions": (ChatRequest, "ChatResponse", _EVENTS),
-    "/v1/completions": (CompletionRequest, "CompletionResponse", _EVENTS),
-    "/tokenize": (TokenizeRequest, "Tokens", {}),
-    "/detokenize": (DetokenizeRequest, "Text", {}),
+
+
+def _content(name: str) -> Json:
+    return {"application/json": {"schema": {"$ref": _REF + name}}}
+
+
+_REFUSALS = {status: {"description": name, "content": _content("Error")} for name, status in STATUS.items()}
+PROBE: Json = {  # of a route that needs no key
+    "responses": {status: {"description": "", "content": _content("Health")} for status in (200, 503)},
+    "openapi_extra": {"security": []},
 }
-_PAGES = {"/v1/models": "ModelList", "/v1/models/{model_name}": "Model", "/version": "Version"}
+
+
+def takes(request: type[ModelRequest]) -> Json:
+    """What says of a route that its requests are of this kind."""
+    return {"openapi_extra": {"requestBody": {"required": True, "content": _content(request.__name__)}}}
+
+
+def answers(name: str | None = None, streams: bool = False) -> Json:
+    """What says of a route that it has these responses, or refuses."""
+    content = {} if name is None else _content(name)
+    content |= {"text/event-stream": {"schema": _object(data=_TEXT)}} if streams else {}
+    return {"responses": {200: {"description": "ok", "content": content}, **_REFUSALS}}
 
 
 def add_description(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> None:
@@ -70,36 +84,26 @@ def add_description(app: FastAPI, name: str, settings: ServeSettings, keyed: boo
         name: the model, the only one that requests may name.
         keyed: whether the server asks for a key.
     """
-    app.openapi = functools.cache(lambda: _describe(app, name, settings, keyed))  # type: ignore[method-assign]
 
+    @functools.cache
+    def describe() -> Json:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        found["components"] = {"schemas": _requests(name, settings) | _SCHEMAS}
+        del found["paths"]["/v1/models/{model_name}"]["get"]["responses"]["422"]  # any text is one
+        if keyed:
+            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            found["security"] = [{"key": []}]
+        return found
 
-def _describe(app: FastAPI, name: str, settings: ServeSettings, keyed: bool) -> Json:
-    found = get_openapi(title="llm_accel", version=__version__, routes=app.routes)
-    found["components"] = {"schemas": _requests(name, settings) | _SCHEMAS}
-    for path, (request, response, more) in _BODIES.items():
-        operation = found["paths"][path]["post"]
-        operation["requestBody"] = {"required": True, "content": _content(request.__name__)}
-        operation["responses"] = _responses(_content(response) | more)
-    for path, response in _PAGES.items():
-        found["paths"][path]["get"]["responses"] = _responses(_content(response))
-    health = {status: {"description": "", "content": _content("Health")} for status in ("200", "503")}
-    for path in PROBES:
-        found["paths"][path]["get"]["responses"] = health
-    found["paths"]["/metrics"]["get"]["responses"] = _responses({"text/plain": {"schema": _TEXT}})
-    if keyed:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
-        for path in PROBES:
-            found["paths"][path]["get"]["security"] = []
-    return found
+    app.openapi = describe  # type: ignore[method-assign]
 
 
 def _requests(name: str, settings: ServeSettings) -> Json:
     """The schemas of requests, with the limits of this server."""
-    kinds: Any = [(request, "validation") for request, _, _ in _BODIES.values()]
+    kinds: Any = [(request, "validation") for request in _REQUESTS]
     _, made = models_json_schema(kinds, ref_template=_REF + "{model}")
     schemas: Json = made["$defs"]
-    for request, _, _ in _BODIES.values():
+    for request in _REQUESTS:
         properties = schemas[request.__name__]["properties"]
         properties["model"] = {"enum": [name]}
         for field, limit in (("n", MOST_ANSWERS), *((key, settings.max_new_tokens) for key in _LENGTHS)):
@@ -112,12 +116,3 @@ def _requests(name: str, settings: ServeSettings) -> Json:
     methods = ", ".join(sorted(settings.allowed()))
     schemas["Extension"]["properties"]["method"]["description"] = f"with options, and joined by +: {methods}"
     return schemas
-
-
-def _content(name: str) -> Json:
-    return {"application/json": {"schema": {"$ref": _REF + name}}}
-
-
-def _responses(content: Json) -> Json:
-    refusals = {str(status): {"description": name, "content": _content("Error")} for name, status in STATUS.items()}
-    return {"200": {"description": "ok", "content": content}, **refusals}

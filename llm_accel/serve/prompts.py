@@ -18,10 +18,11 @@ from llm_accel.serve.errors import BadRequest, ContextExceeded
 from llm_accel.serve.images import decode
 from llm_accel.serve.loading import Served
 from llm_accel.serve.messages import Chat, Message
-from llm_accel.serve.settings import ServeSettings
+from llm_accel.serve.settings import ServeSettings, context_of
 
 Result = TypeVar("Result")
 
+MOST_IDS = 2**20  # token ids of a request, whatever the model takes
 CHARACTERS = 16  # of a token, on average over a prompt, at most: several times what texts and code have
 # what messages and options that a template does not expect make of it
 _OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -40,16 +41,17 @@ class Prompt:
 class PromptReader:
     """Reads prompts with its own copy of the tokenizer, one at a time: tokenizers do not like several threads.
 
-    Args:
-        context: tokens that the model takes.
+    Attributes:
         limit: tokens of a prompt at most.
         vocabulary: token ids are below it.
     """
 
-    def __init__(self, served: Served, settings: ServeSettings, context: int, limit: int, vocabulary: int) -> None:
+    def __init__(self, served: Served, settings: ServeSettings) -> None:
         self._processor = copy.deepcopy(served.processor)
         self.tokenizer: Any = copy.deepcopy(served.tokenizer) if self._processor is None else self._processor.tokenizer
-        self._settings, self._context, self._limit, self._vocabulary = settings, context, limit, vocabulary
+        self._settings, self._context = settings, context_of(served.model, settings) or MOST_IDS
+        self.limit = min(self._context, settings.max_prompt_tokens or MOST_IDS)
+        self.vocabulary = int(served.model.config.get_text_config().vocab_size)
         ids = {getattr(served.model.config, name, None) for name in _PLACEHOLDERS}
         self._placeholders = {number for number in ids if isinstance(number, int)}
         self._thread = ThreadPoolExecutor(1, "llm-accel-read")
@@ -79,10 +81,10 @@ class PromptReader:
 
     def _check_size(self, size: int, per_token: int = 1) -> None:
         """Refuses a prompt of more tokens than are allowed, or more characters than so many tokens can have."""
-        if size <= self._limit * per_token:
+        if size <= self.limit * per_token:
             return
         unit = "tokens" if per_token == 1 else f"characters, which is over {per_token} for each token that may be"
-        raise ContextExceeded(f"the prompt has {size} {unit}; {self._limit} are allowed", self._context)
+        raise ContextExceeded(f"the prompt has {size} {unit}; {self.limit} are allowed", self._context)
 
     def _prompt(self, prompt: str | list[int], special: bool) -> Prompt:
         if not isinstance(prompt, str):
@@ -95,8 +97,8 @@ class PromptReader:
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         self._check_size(len(ids))
-        if max(ids, default=0) >= self._vocabulary:
-            raise BadRequest(f"token ids are below {self._vocabulary}.")
+        if max(ids, default=0) >= self.vocabulary:
+            raise BadRequest(f"token ids are below {self.vocabulary}.")
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt without images that the model can read."""
@@ -141,8 +143,9 @@ class PromptReader:
             raise BadRequest(f"a text holds {mark!r}, which stands for an image; send images as parts.")
 
     def _render(self, reader: Any, messages: list[dict[str, Any]], chat: Chat) -> str:
-        known = inspect.signature(reader.apply_chat_template).parameters
-        taken = [name for name in chat.template_options if name in known or name == "messages"]
+        effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
+        options, known = effort | chat.chat_template_kwargs, inspect.signature(reader.apply_chat_template).parameters
+        taken = [name for name in options if name in known or name == "messages"]
         if taken:
             raise BadRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be set there.")
 
@@ -152,7 +155,7 @@ class PromptReader:
                 tokenize=False,
                 add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
-                **chat.template_options,
+                **options,
             )
             return text
 
@@ -170,13 +173,12 @@ class PromptReader:
 
 def _other_tool_turns(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The messages with other names of called tools, and with other results: a template that reads them differs."""
+
+    def renamed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [call | {"function": call["function"] | {"name": "another"}} for call in calls]
+
     others = (
-        [_with_other_names(message) if "tool_calls" in message else message for message in messages],
-        [message | {"content": "another result"} if message["role"] == "tool" else message for message in messages],
+        [one | {"tool_calls": renamed(one["tool_calls"])} if "tool_calls" in one else one for one in messages],
+        [one | {"content": "another result"} if one["role"] == "tool" else one for one in messages],
     )
     return [other for other in others if other != messages]
-
-
-def _with_other_names(message: dict[str, Any]) -> dict[str, Any]:
-    calls = [call | {"function": call["function"] | {"name": "another"}} for call in message["tool_calls"]]
-    return message | {"tool_calls": calls}

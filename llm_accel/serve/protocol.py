@@ -3,28 +3,22 @@ ignored and reported, or refused too where the operator says so (``--strict-fiel
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm_accel.methods.base import INT64
-from llm_accel.serve.fields import (
-    Alternatives,
-    Body,
-    Count,
-    Id,
-    Name,
-    Penalty,
-    Share,
-    Stop,
-    by_form,
-    form,
-    max_entries,
-    neutral_values,
-    text_or_list,
-)
+from llm_accel.serve.fields import Body, Name, by_form, text_or_list
 from llm_accel.serve.messages import MOST_MESSAGES, Chat, Message
+
+Count = Annotated[int, Field(ge=1, le=INT64)]
+Id = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+Items = Field(min_length=1, fail_fast=True)
 
 # What is a large engine's work, and other fields that are not supported: name -> the values that ask for nothing.
 LARGE_ENGINE: dict[str, tuple[Any, ...]] = {
@@ -55,7 +49,22 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # on the answer: other values a
     "store": (False,),
 }
 
-_MOST_METADATA, _MOST_BIASES, _MOST_STOP_IDS = 16, 1024, 64
+
+def _max_entries(most: int) -> tuple[BeforeValidator, Any]:
+    """Bounds an object before anything in it is looked at, and says so in its schema."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("custom_size", "give at most {most} entries", {"most": most})
+        return value
+
+    return BeforeValidator(check), Field(max_length=most)
+
+
+def _form_of_prompt(value: Any) -> str | None:
+    """Which of its alternatives is meant, a list by its first item."""
+    first = value[0] if isinstance(value, list) and value else None
+    return "id lists" if isinstance(first, list) else "ids" if isinstance(first, int) else text_or_list(value)
 
 
 class Extension(Body):
@@ -89,7 +98,6 @@ class ModelRequest(Body):
 class Request(ModelRequest):
     """What chats and completions share."""
 
-    model_config = ConfigDict(json_schema_extra=neutral_values(_UNSUPPORTED | _WITHOUT_EFFECT))
     unsupported, without_effect = _UNSUPPORTED, _WITHOUT_EFFECT
 
     model: Annotated[str, Field(max_length=500)]
@@ -105,29 +113,21 @@ class Request(ModelRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        max_entries(_MOST_BIASES),
-        Field(max_length=_MOST_BIASES),
+        *_max_entries(1024),
     ] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[
         Annotated[Stop, Tag("text")] | Annotated[list[Stop], Field(max_length=16, fail_fast=True), Tag("list")],
         by_form(text_or_list, "a text or a list of texts"),
     ] = Field(default_factory=list)
-    stop_token_ids: Annotated[list[Id], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Id], Field(max_length=64, fail_fast=True)] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Alternatives | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Name | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Name],
-            max_entries(_MOST_METADATA),
-            Field(max_length=_MOST_METADATA),
-        ]
-        | None
-    ) = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Name], *_max_entries(16)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +143,11 @@ class Request(ModelRequest):
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer, where the request names a number."""
+        return self.max_tokens
+
 
 class ChatRequest(Chat, Request):
     """``POST /v1/chat/completions``."""
@@ -150,6 +155,8 @@ class ChatRequest(Chat, Request):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Alternatives | None = None
+    prompts: ClassVar = (None,)  # one, which the template makes of the messages
+    echo: ClassVar = False
 
     @property
     def alternatives(self) -> int | None:
@@ -158,7 +165,6 @@ class ChatRequest(Chat, Request):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer, where the request names a number."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -167,14 +173,10 @@ class CompletionRequest(Request):
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("list")]
-        | Annotated[list[Id], Field(min_length=1, fail_fast=True), Tag("ids")]
-        | Annotated[
-            list[Annotated[list[Id], Field(min_length=1, fail_fast=True)]],
-            Field(min_length=1, fail_fast=True),
-            Tag("id lists"),
-        ],
-        by_form(form, "a text, a list of token ids, or a list of texts or of such lists"),
+        | Annotated[list[str], Items, Tag("list")]
+        | Annotated[list[Id], Items, Tag("ids")]
+        | Annotated[list[Annotated[list[Id], Items]], Items, Tag("id lists")],
+        by_form(_form_of_prompt, "a text, a list of token ids, or a list of texts or of such lists"),
     ]
     echo: bool = False
     logprobs: Alternatives | None = None
@@ -183,11 +185,6 @@ class CompletionRequest(Request):
     def alternatives(self) -> int | None:
         """How many alternatives to report for each token; None for no log-probabilities."""
         return self.logprobs
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of the answer, where the request names a number."""
-        return self.max_tokens
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -36,11 +36,10 @@ class ApiResponse:
         reader: PromptReader,
         prompts: Sequence[Prompt],
     ) -> None:
-        self.job, self.stream, self.include_usage = job, body.stream, body.stream_options.include_usage
-        self._n, self._tokenizer, self._prompts = body.n, reader.tokenizer, prompts
+        self.job, self.body, self._tokenizer, self._prompts = job, body, reader.tokenizer, prompts
         self._begun: set[int] = set()
+        self._characters = defaultdict[int, int](int)  # that the log-probabilities of each answer have covered
         self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self._prompt_logprobs = body.prompt_logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, deltas: Sequence[Delta]) -> Json:
@@ -50,7 +49,8 @@ class ApiResponse:
             answers[delta.index].append(delta)
         for index, own in sorted(answers.items()):
             logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
-            choices.append(self._whole(Delta(index, "".join(delta.text for delta in own), logprobs, own[-1].finish)))
+            text = "".join(delta.text for delta in own)
+            choices.append(self._choice(Delta(index, text, logprobs, own[-1].finish), whole=True))
         return self._head | {"object": self.object_name, "choices": choices} | self._usage()
 
     def opening(self) -> list[Json]:
@@ -59,23 +59,19 @@ class ApiResponse:
 
     def chunk(self, delta: Delta) -> Json:
         """One chunk of a stream."""
-        return self._wrap([self._part(delta)])
+        return self._wrap([self._choice(delta, whole=False)])
 
     def last(self) -> Json:
         """The chunk with the usage, for clients that ask for it."""
         return self._wrap([]) | self._usage()
 
-    def _whole(self, delta: Delta) -> Json:
-        """One answer of a whole response."""
-        raise NotImplementedError
-
-    def _part(self, delta: Delta) -> Json:
-        """One answer of a chunk."""
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
+        """Text and log-probabilities of a whole answer, or of its next part."""
         raise NotImplementedError
 
     def _usage(self) -> Json:
         """Tokens of the request, ``cached_tokens`` those that a kept cache held already; and our extension."""
-        generated = self.job.generated_tokens
+        generated = sum(len(row.tokens) for row in self.job.sequences)  # end tokens included
         usage = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
@@ -87,11 +83,11 @@ class ApiResponse:
     def _wrap(self, choices: list[Json]) -> Json:
         return self._head | {"object": self.chunk_name, "choices": choices}
 
-    def _choice(self, delta: Delta, content: Json, logprobs: Json) -> Json:
+    def _choice(self, delta: Delta, whole: bool) -> Json:
         """With the log-probabilities, where the request asked for any, and at its beginning those of the prompt."""
-        wanted = self.job.sampling.logprobs is not None
+        (content, logprobs), wanted = self._content(delta, whole), self.job.sampling.logprobs is not None
         choice = {"index": delta.index, **content, "logprobs": logprobs if wanted else None}
-        if self._prompt_logprobs is not None and delta.index not in self._begun:
+        if self.body.prompt_logprobs is not None and delta.index not in self._begun:
             known = self.job.sequences[delta.index].prompt_logprobs
             choice["prompt_logprobs"] = [one and self._by_id(one) for one in known]
         self._begun.add(delta.index)
@@ -99,7 +95,7 @@ class ApiResponse:
 
     def _by_id(self, one: TokenLogprob) -> Json:
         """As vLLM writes it."""
-        pairs = {one.token: one.logprob} | dict(one.top[: self._prompt_logprobs])
+        pairs = {one.token: one.logprob} | dict(one.top[: self.body.prompt_logprobs])
         return {str(token): {"logprob": value, "decoded_token": self._text(token)} for token, value in pairs.items()}
 
     def _text(self, token: int) -> str:
@@ -117,19 +113,13 @@ class ChatResponse(ApiResponse):
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._wrap([{"index": sequence.index, **role}]) for sequence in self.job.sequences]
 
-    def _whole(self, delta: Delta) -> Json:
-        message = {"role": "assistant", "content": delta.text}
-        return self._choice(delta, {"message": message}, self._logprobs(delta))
-
-    def _part(self, delta: Delta) -> Json:
-        return self._choice(delta, {"delta": {"content": delta.text} if delta.text else {}}, self._logprobs(delta))
-
-    def _logprobs(self, delta: Delta) -> Json:
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
         entries = [
             self._entry(one.token, one.logprob) | {"top_logprobs": [self._entry(*pair) for pair in one.top]}
             for one in delta.logprobs
         ]
-        return {"content": entries}
+        said = {"content": delta.text} if whole or delta.text else {}
+        return {"message": {"role": "assistant"} | said} if whole else {"delta": said}, {"content": entries}
 
     def _entry(self, token: int, logprob: float) -> Json:
         text = self._text(token)
@@ -141,19 +131,12 @@ class CompletionResponse(ApiResponse):
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, job: Job, body: CompletionRequest, *more: Any) -> None:
-        super().__init__(job, body, *more)
-        self._echo = body.echo
-        self._offsets = [0] * len(job.sequences)
-
-    def _whole(self, delta: Delta) -> Json:
+    def _content(self, delta: Delta, whole: bool) -> tuple[Json, Json]:
         text, logprobs = delta.text, list[TokenLogprob | None](delta.logprobs)
-        if self._echo and delta.index not in self._begun:
-            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self._n]
+        if self.body.echo and delta.index not in self._begun:
+            sequence, prompt = self.job.sequences[delta.index], self._prompts[delta.index // self.body.n]
             text, logprobs = prompt.text + text, [*sequence.prompt_logprobs, *logprobs]
-        return self._choice(delta, {"text": text}, self._logprobs(delta.index, logprobs))
-
-    _part = _whole
+        return {"text": text}, self._logprobs(delta.index, logprobs)
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
         """In columns; the first token of a prompt has no probability."""
@@ -161,8 +144,8 @@ class CompletionResponse(ApiResponse):
         for place, one in enumerate(logprobs):
             token = self.job.sequences[index].prompt[place] if one is None else one.token
             tokens.append(self._text(token))
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(tokens[-1])
+            offsets.append(self._characters[index])
+            self._characters[index] += len(tokens[-1])
         return {
             "tokens": tokens,
             "token_logprobs": [one and one.logprob for one in logprobs],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,20 +48,18 @@ class Sampling:
         """The random numbers of answer number ``index``."""
         return random.SystemRandom() if self.seed is None else random.Random(f"{self.seed}/{index}")
 
-    def ends(self, model_ends: set[int]) -> frozenset[int]:
-        """The tokens that end an answer of a model with these end tokens."""
-        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | model_ends
-
-    def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], model_ends: set[int]) -> Tensor:
+    def adjusted(self, logits: Tensor, prompt: Sequence[int], tokens: Sequence[int], ends: Collection[int]) -> Tensor:
         """Logits after penalties, bias and minimum length, in the order of vLLM.
 
         Args:
             logits: float [V], after the prompt and so many ``tokens`` of the answer; stays as it is.
+            ends: the tokens that end the answer.
         """
+        if not self.adjusts:
+            return logits
         logits = logits.float().clone()
         if len(tokens) < self.min_tokens:
-            ends = [token for token in self.ends(model_ends) if token < len(logits)]
-            logits[_ids(ends, logits)] = -torch.inf
+            logits[_ids([token for token in ends if token < len(logits)], logits)] = -torch.inf
         if self.logit_bias:
             logits[_ids(self.logit_bias, logits)] += logits.new_tensor(list(self.logit_bias.values()))
         if self.repetition_penalty != 1:
@@ -70,6 +69,11 @@ class Sampling:
         said, times = _ids(tokens, logits).unique(return_counts=True)
         logits[said] -= self.presence_penalty + self.frequency_penalty * times
         return logits
+
+    @property
+    def cuts(self) -> tuple[float, float, float, float]:
+        """Temperature, and what bounds the tokens in question: top-p, top-k (infinity for all) and min-p."""
+        return self.temperature, self.top_p, self.top_k if self.top_k > 0 else math.inf, self.min_p
 
     @property
     def adjusts(self) -> bool:
@@ -96,21 +100,8 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     if not rows:
         return tokens
     device = logits.device
-    chosen = [settings[row] for row in rows]
-    column = torch.tensor(
-        [
-            (
-                setting.temperature,
-                setting.top_p,
-                setting.top_k if setting.top_k > 0 else logits.shape[-1],
-                setting.min_p,
-                draws[row],
-            )
-            for setting, row in zip(chosen, rows, strict=True)
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
+    numbers = [(*settings[row].cuts, draws[row]) for row in rows]
+    column = torch.tensor(numbers, dtype=torch.float64, device=device)
     temperature, top_p, top_k, min_p, draw = column[:, :, None].unbind(1)
     behind = logits[rows].double() - logits[rows].amax(-1, keepdim=True)  # no temperature makes infinities of 0
     scaled, order = (behind / temperature).sort(dim=-1, descending=True, stable=True)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llm_accel.serve.errors import ApiError, shutting_down
 from llm_accel.serve.sequences import Job, TokenSequence
@@ -19,25 +19,20 @@ class Scheduler:
     that a long list of prompts holds nobody up. Safe in several threads.
 
     Attributes:
+        closed: whether it takes no more requests.
         row_seconds: how long a row takes from its first step to its end, a running mean kept by the worker.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
-        self.row_seconds = 0.0
+        self.closed, self.row_seconds = False, 0.0
         self._settings = settings
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._closed = False
         self._reading = 0
         self._latest: Job | None = None
 
     def __len__(self) -> int:
         return len(self._jobs)
-
-    @property
-    def closed(self) -> bool:
-        """Whether it takes no more requests."""
-        return self._closed
 
     @contextmanager
     def reserve(self) -> Iterator[None]:
@@ -65,7 +60,7 @@ class Scheduler:
 
     def _check(self, waiting: int) -> None:
         """Whether there is a place behind so many."""
-        if self._closed:
+        if self.closed:
             raise shutting_down()
         if waiting < self._settings.max_queue:
             return
@@ -78,30 +73,26 @@ class Scheduler:
 
     def discard(self, job: Job) -> None:
         """Takes out a request that nobody waits for; nothing happens when it has left the queue."""
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-                self._changed.notify_all()
+        with self._changed, suppress(ValueError):
+            self._jobs.remove(job)
 
     def close(self) -> None:
         """No more requests; those that wait are still served."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def clear(self) -> list[Job]:
         """Closes, and gives back all that wait."""
         with self._changed:
-            self._closed = True
-            jobs = list(self._jobs)
-            self._jobs.clear()
-            self._changed.notify_all()
+            self.close()
+            jobs, self._jobs = list(self._jobs), deque()
             return jobs
 
     def wait(self) -> bool:
         """Waits for a request; False once the queue is closed and nothing waits."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._jobs)
+            self._changed.wait_for(lambda: self.closed or self._jobs)
             return bool(self._jobs)
 
     def head(self, busy: Collection[object] = ()) -> Job | None:
@@ -122,10 +113,11 @@ class Scheduler:
             for job in [head, *self._jobs]:
                 if job is not head and (job.methods != head.methods or job.apart or head.apart):
                     continue
-                rows = job.waiting
-                while rows and len(taken) < most and fits([*taken, rows[0]]):
-                    taken += job.next_sequences(1)
-                    rows = rows[1:]
+                for row in job.waiting:
+                    if len(taken) == most or not fits([*taken, row]):
+                        break
+                    taken.append(row)
+                    job.started += 1
             self._jobs = deque(job for job in self._jobs if job.waiting)
             self._latest = head
             return taken

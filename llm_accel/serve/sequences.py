@@ -43,7 +43,8 @@ class TokenSequence:
         prompt_logprobs: of the tokens of the prompt, None for the first one, once they are known and where wanted.
         begun_at: when the prompt's turn came.
         reserved: bytes that are set aside for it.
-        rules: what the model's own generation settings do to the logits; None before the first token.
+        rules: what the model's own generation settings do to the logits.
+        ends: the tokens that end the answer.
     """
 
     def __init__(self, job: Job, index: int, prompt: tuple[int, ...], text: Detokenizer) -> None:
@@ -54,19 +55,29 @@ class TokenSequence:
         self.reserved = 0
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.rules: LogitsProcessorList | None = None
+        self.ends: frozenset[int] = frozenset()
         self._text, self._random = text, job.sampling.source(index)
         self._logprobs: list[TokenLogprob] = []
 
+    def begin(self, rules: LogitsProcessorList, model_ends: set[int]) -> None:
+        """Its turn has come; ``model_ends``: the model's own end tokens."""
+        sampling, self.begun_at, self.rules = self.job.sampling, time.monotonic(), rules
+        self.ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | model_ends
+
+    def adjusted(self, scores: Tensor) -> Tensor:
+        """The model's scores, float [V], as the request wants them changed."""
+        return self.job.sampling.adjusted(scores, self.prompt, self.tokens, self.ends)
+
     def draw(self) -> float:
-        """The next random number of this row."""
-        return self._random.random()
+        """The next random number of this row, if it needs one."""
+        return self._random.random() if self.job.sampling.temperature > 0 and not self.over else 0.0
 
     @property
     def over(self) -> bool:
         """Whether it needs no further token."""
         return self.finish is not None or self.job.cancelled
 
-    def accept(self, token: int, model_ends: set[int], logprob: TokenLogprob | None) -> None:
+    def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """Takes the next token and tells the client what is new."""
         if self.over:
             return
@@ -75,9 +86,8 @@ class TokenSequence:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        sampling = self.job.sampling
-        ended = token in sampling.ends(model_ends)
-        text = "" if ended else self._text.push(token, len(self.tokens) > sampling.min_tokens)
+        ended = token in self.ends
+        text = "" if ended else self._text.push(token, len(self.tokens) > self.job.sampling.min_tokens)
         if ended or self._text.stopped:
             self.finish = "stop"
         elif len(self.tokens) >= self.job.max_new_tokens:
@@ -109,24 +119,24 @@ class Job:
         max_new_tokens: at most, for each answer; 0 where only the prompt's log-probabilities are wanted.
         features: what a vision-language model needs beside the ids, as its processor made it.
         session: API key and name of the conversation whose cache to keep, or None.
-        deadline_s: seconds from acceptance to the end.
         make_detokenizer: a new decoder of text for each answer.
         prompt_logprobs: how many alternatives to report for each token of the prompt; None for no log-probabilities.
         reused_tokens: tokens of the prompt that the conversation's cache held already.
         cancelled: nobody waits for the answer any more.
+        started: how many of its sequences have run.
     """
 
     prompts: Sequence[tuple[int, ...]]
     methods: tuple[MethodConfig, ...]
     sampling: Sampling
     max_new_tokens: int
-    deadline_s: float
     make_detokenizer: Callable[[], Detokenizer]
     session: tuple[str, str] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     prompt_logprobs: int | None = None
     reused_tokens: int = 0
     cancelled: bool = False
+    started: int = 0
     accepted_at: float = field(default_factory=time.monotonic)
     sequences: list[TokenSequence] = field(init=False)
 
@@ -134,7 +144,6 @@ class Job:
         self.sequences = [
             TokenSequence(self, index, prompt, self.make_detokenizer()) for index, prompt in enumerate(self.prompts)
         ]
-        self._started = 0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
@@ -144,29 +153,14 @@ class Job:
         return spec_of(self.methods)
 
     @property
-    def alone(self) -> bool:
-        """Whether its row joins no other: families lay out images differently."""
-        return bool(self.features)
-
-    @property
     def apart(self) -> bool:
-        """Whether its prompts are read in calls of their own."""
-        return self.alone or self.session is not None or self.prompt_logprobs is not None
+        """Whether its prompts are read in calls of their own; families lay out images differently."""
+        return bool(self.features) or self.session is not None or self.prompt_logprobs is not None
 
     @property
     def waiting(self) -> list[TokenSequence]:
         """The sequences that have not run yet."""
-        return [] if self.cancelled else self.sequences[self._started :]
-
-    def next_sequences(self, most: int) -> list[TokenSequence]:
-        """The next of them, which run now."""
-        begin, self._started = self._started, self._started + most
-        return [] if self.cancelled else self.sequences[begin : self._started]
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens generated so far, end tokens included."""
-        return sum(len(row.tokens) for row in self.sequences)
+        return [] if self.cancelled else self.sequences[self.started :]
 
     def send(self, event: Delta | ApiError) -> None:
         """Hands an event to the waiting client; from any thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +19,69 @@ from llm_accel.registry import parse_all
 KEY_VARIABLE = "LLM_ACCEL_API_KEY"
 _ALL = "all"
 
+# options under the heading of that name
+_model, _address, _queue, _limits, _conversations = (
+    partial(option, group=name) for name in ("model", "address", "queue", "limits", "conversations")
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(ModelOptions):
     """Options of the server; :class:`ConfigError` for values that cannot work."""
 
-    model: str | None = option(
-        "HuggingFace model, or bundled:vision (default: bundled:needle)", None, metavar="ID|PATH", group="model"
+    model: str | None = _model(
+        "HuggingFace model, or bundled:vision (default: bundled:needle)", None, metavar="ID|PATH"
     )
-    method: str = option(
-        "method of requests that name none; dense is the plain model",
-        "dense",
-        metavar="NAME[:OPTION=...]",
-        group="model",
+    method: str = _model(
+        "method of requests that name none; dense is the plain model", "dense", metavar="NAME[:OPTION=...]"
     )
-    allow_methods: str | None = option(
+    allow_methods: str | None = _model(
         "methods that requests may use besides --method and dense (default: none); 'all' allows every method",
         None,
         metavar="NAME,...",
-        group="model",
     )
-    name: str | None = option(
-        "what the API calls the model (default: its id or folder)", None, metavar="NAME", group="model"
-    )
-    decode: str = option(
-        "decode steps as one graph per batch size; auto: on a GPU", "eager", choices=DECODES, group="model"
-    )
-    trust_remote_code: bool = option("run Python code that comes with the model", False, group="model")
+    name: str | None = _model("what the API calls the model (default: its id or folder)", None, metavar="NAME")
+    decode: str = _model("decode steps as one graph per batch size; auto: on a GPU", "eager", choices=DECODES)
+    trust_remote_code: bool = _model("run Python code that comes with the model", False)
 
-    host: str = option(
-        "address to listen on; anything but loopback needs a key", "127.0.0.1", metavar="ADDRESS", group="address"
-    )
-    port: int = option("0 picks a free port", 8000, least=0, group="address")
-    api_key_file: str | None = option(
+    host: str = _address("address to listen on; anything but loopback needs a key", "127.0.0.1", metavar="ADDRESS")
+    port: int = _address("0 picks a free port", 8000, least=0)
+    api_key_file: str | None = _address(
         f"file with one bearer key per line (or one key in the environment variable {KEY_VARIABLE})",
         None,
         metavar="FILE",
-        group="address",
     )
 
-    max_batch: int = option("rows that run at a time: prompts that are read, and answers", 8, least=1, group="queue")
-    max_step_tokens: int | None = option(
+    max_batch: int = _queue("rows that run at a time: prompts that are read, and answers", 8, least=1)
+    max_step_tokens: int | None = _queue(
         "tokens of prompts read between decode steps (default: on a CPU 256, 2048 while none decodes, else 8192)",
         None,
         least=1,
-        group="queue",
     )
-    kv_memory_mib: float | None = option(
-        "memory for keys and values of all rows; those that may pass it wait (default: no limit)",
-        None,
-        least=0.001,
-        group="queue",
+    kv_memory_mib: float | None = _queue(
+        "memory for keys and values of all rows; those that may pass it wait (default: no limit)", None, least=0.001
     )
-    max_queue: int = option("requests that may wait; any more get status 429", 64, least=1, group="queue")
-    deadline_s: float = option(
-        "time that a request has, reading and waiting included; requests may ask for less",
-        120.0,
-        least=0.001,
-        group="queue",
+    max_queue: int = _queue("requests that may wait; any more get status 429", 64, least=1)
+    deadline_s: float = _queue(
+        "time that a request has, reading and waiting included; requests may ask for less", 120.0, least=0.001
     )
-    drain_s: float = option("time that accepted requests have to finish after SIGTERM", 30.0, least=0, group="queue")
+    drain_s: float = _queue("time that accepted requests have to finish after SIGTERM", 30.0, least=0)
 
-    max_body_mib: float = option("largest request body", 8.0, least=0.001, group="limits")
-    max_model_len: int | None = option(
-        "tokens of prompt and answer together (default: the model's context)", None, least=2, group="limits"
+    max_body_mib: float = _limits("largest request body", 8.0, least=0.001)
+    max_model_len: int | None = _limits(
+        "tokens of prompt and answer together (default: the model's context)", None, least=2
     )
-    max_prompt_tokens: int | None = option(
-        "tokens of a prompt (default: what the model's context holds)", None, least=1, group="limits"
+    max_prompt_tokens: int | None = _limits(
+        "tokens of a prompt (default: what the model's context holds)", None, least=1
     )
-    max_new_tokens: int | None = option(
-        "tokens of an answer (default: what the context leaves)", None, least=1, group="limits"
+    max_new_tokens: int | None = _limits("tokens of an answer (default: what the context leaves)", None, least=1)
+    strict_fields: bool = _limits("refuse requests with unknown fields instead of ignoring the fields", False)
+    max_images: int = _limits("images of a request, for vision-language models", 8, least=1)
+    max_image_pixels: float = _limits("pixels of an image", 16e6, least=1)
+    max_sessions: int = _conversations(
+        "conversations whose cache is kept; the one unused longest is dropped first", 64, least=0
     )
-    strict_fields: bool = option(
-        "refuse requests with unknown fields instead of ignoring the fields", False, group="limits"
-    )
-    max_images: int = option("images of a request, for vision-language models", 8, least=1, group="limits")
-    max_image_pixels: float = option("pixels of an image", 16e6, least=1, group="limits")
-    max_sessions: int = option(
-        "conversations whose cache is kept; the one unused longest is dropped first",
-        64,
-        least=0,
-        group="conversations",
-    )
-    max_session_mib: float = option("size of all kept caches together", 1024.0, least=0, group="conversations")
+    max_session_mib: float = _conversations("size of all kept caches together", 1024.0, least=0)
 
     def validate(self) -> None:
         if self.port > 65535:

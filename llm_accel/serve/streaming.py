@@ -1,77 +1,59 @@
-"""The response that waits for the inference thread: whole or streamed, with a deadline, given up with its client."""
+"""The response that waits for the inference thread: whole or streamed, given up with its client."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Coroutine
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from llm_accel.serve.engine import Engine
-from llm_accel.serve.errors import ApiError, deadline_passed
-from llm_accel.serve.middleware import Message, Receive, Send
+from llm_accel.serve.errors import ApiError
 from llm_accel.serve.responses import ApiResponse
 
 
 class GenerationResponse(Response):
-    """Submits the job when it is called. Errors before the first byte leave as :class:`ApiError`, later ones end the
-    stream with an event that says so. ``until``: the deadline, as the loop counts time."""
+    """Submits the job when it is called."""
 
-    def __init__(self, engine: Engine, response: ApiResponse, until: float) -> None:
+    def __init__(self, engine: Engine, response: ApiResponse) -> None:
         super().__init__()
-        self._engine, self._response, self._until = engine, response, until
-        self._started = False
+        self._engine, self._response = engine, response
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the request to its end, whichever it is."""
-        job = self._response.job
+        job, answer = self._response.job, self._streamed if self._response.body.stream else self._whole
         try:
             self._engine.submit(job)
-            async with asyncio.timeout_at(self._until):
-                streamed = self._response.stream
-                await _unless_gone(receive, self._streamed(send) if streamed else self._whole(scope, receive, send))
-        except TimeoutError:
-            await self._refuse(deadline_passed(job.deadline_s), scope, send)
-        except ApiError as error:
-            await self._refuse(error, scope, send)
+            await _unless_gone(receive, answer(scope, receive, send))
         finally:
             self._engine.cancel(job)
 
-    async def _refuse(self, error: ApiError, scope: Message, send: Send) -> None:
-        if not self._started:
-            raise error
-        scope["state"]["outcome"] = error.outcome
-        if error.outcome != "client_left":
-            with contextlib.suppress(TimeoutError):  # a client that does not read must not hold the server
-                async with asyncio.timeout(1):
-                    await _event(send, error.body())
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _whole(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = [delta async for delta in self._response.job.deltas()]
-        self._started = True
         await JSONResponse(self._response.whole(deltas))(scope, receive, send)
 
-    async def _streamed(self, send: Send) -> None:
+    async def _streamed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
         async for delta in self._response.job.deltas():
-            if not self._started:
-                self._started = True
+            if not state["stream"]:
+                state["stream"] = True
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 for chunk in self._response.opening():
-                    await _event(send, chunk)
-            await _event(send, self._response.chunk(delta))
-        if self._response.include_usage:
-            await _event(send, self._response.last())
+                    await send(event(chunk))
+            await send(event(self._response.chunk(delta)))
+        if self._response.body.stream_options.include_usage:
+            await send(event(self._response.last()))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
-async def _event(send: Send, data: dict[str, Any]) -> None:
+def event(data: dict[str, Any]) -> dict[str, Any]:
+    """A part of a stream."""
     line = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-    await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
+    return {"type": "http.response.body", "body": line.encode(), "more_body": True}
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

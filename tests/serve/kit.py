@@ -15,7 +15,7 @@ import httpx
 import openai
 
 from llm_accel.serve.loading import Served
-from llm_accel.serve.server import Server
+from llm_accel.serve.server import Server, bind
 from llm_accel.serve.settings import ServeSettings
 
 ALICE, BOB = "key-of-alice", "key-of-bob--"
@@ -129,7 +129,7 @@ def start(model: Any, tokenizer: Any, processor: Any = None, **options: Any) -> 
     brake = Brake()
     model.register_forward_pre_hook(brake)
     server = Server(Served(model, tokenizer, processor, "needle"), ServeSettings(port=0, **options))
-    listener: socket.socket = server.config.bind_socket()
+    listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     running = Running(server, listener.getsockname()[1], brake, thread)

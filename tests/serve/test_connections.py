@@ -18,8 +18,8 @@ import pytest
 import uvicorn
 
 from llm_accel import ConfigError, cli
-from llm_accel.serve import connections, loading, middleware
-from llm_accel.serve.connections import bind, listen
+from llm_accel.serve import loading, middleware, server
+from llm_accel.serve.server import bind, listen
 from llm_accel.serve.settings import KEY_VARIABLE
 from tests.serve.kit import ALICE, Running, wait_for
 
@@ -123,7 +123,7 @@ def closed(connection: socket.socket, drip: bytes = b"") -> bool:
 def test_half_open_connections_are_closed(
     running: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes, drip: bytes
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(server, "HEAD_SECONDS", SOON)
     with connected(running) as connection:
         connection.sendall(sent)
         if sent.endswith(b"\r\n\r\n") or sent.endswith(b"{"):
@@ -133,7 +133,7 @@ def test_half_open_connections_are_closed(
 
 
 def test_clients_that_do_not_read_are_left(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "READ_SECONDS", SOON)
+    monkeypatch.setattr(server, "READ_SECONDS", SOON)
     before = set(running.server.server_state.connections)
 
     def others() -> int:
@@ -153,7 +153,7 @@ def test_clients_that_do_not_read_are_left(running: Running, monkeypatch: pytest
 def test_a_request_that_waits_for_its_answer_is_not_half_open(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(server, "HEAD_SECONDS", SOON)
     with ThreadPoolExecutor(1) as pool, running.held():
         waiting = pool.submit(running.complete)
         wait_for(running.busy)

@@ -49,7 +49,7 @@ class Driven:
     def submit(self, prompts: Sequence[tuple[int, ...]], methods: Methods, new: int, **more: Any) -> Job:
         sampling = Sampling(logprobs=0, **more.pop("sampling", {}))
         stops = more.pop("stops", ())
-        job = Job(prompts, methods, sampling, new, 60.0, lambda: Detokenizer(Numbers(), stops), **more)
+        job = Job(prompts, methods, sampling, new, lambda: Detokenizer(Numbers(), stops), **more)
         self.engine.submit(job)
         return job
 

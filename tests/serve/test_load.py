@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from benchmarks.common import resident_mib
+from llm_accel.serve.input_processor import InputProcessor
 from tests.eval.needle_helpers import tiny_model, tokenizer
 from tests.serve.kit import ALICE, Running, start, wait_for
 
@@ -93,6 +94,22 @@ def test_an_exception_fails_its_batch_only(running: Running) -> None:
     assert error["code"] == "error" and "no memory left" not in error["message"]
     assert running.metrics()["llm_accel_failed_steps_total"] == failed + 1
     assert running.complete().json()["choices"] == expected
+
+
+def test_what_fails_outside_of_the_model_is_answered_and_its_text_stays_here(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "a secret"
+
+    def fail(*_: object) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr(InputProcessor, "check_model", fail)
+    before = running.outcomes().get("error", 0)
+    response = running.complete()
+    assert response.status_code == 500 and response.json()["error"]["code"] == "error"
+    assert response.headers["x-request-id"] and running.outcomes()["error"] == before + 1
+    assert "a request failed with ValueError" in caplog.text and said not in caplog.text + response.text
 
 
 def test_a_broken_stream_ends_with_an_error(running: Running) -> None:

@@ -86,7 +86,7 @@ async def _taken(*jobs: tuple[MethodConfig, int, Any], most: int, tokens: int = 
     queue, made = Scheduler(ServeSettings()), []
     for number, (method, rows, session) in enumerate(jobs):
         prompts = [(number, row) * 5 for row in range(rows)]
-        made.append(Job(prompts, (method,), Sampling(), 10, 1.0, lambda: Detokenizer(None), session))
+        made.append(Job(prompts, (method,), Sampling(), 10, lambda: Detokenizer(None), session))
         queue.put(made[-1])
     queue.close()
     turns = []
@@ -111,7 +111,7 @@ def test_rows_that_are_read_together_have_one_method_and_fit() -> None:
 def test_who_wants_more_goes_behind_those_that_came_meanwhile() -> None:
     async def turns() -> list[int]:
         queue = Scheduler(ServeSettings())
-        jobs = [Job([(1,)] * 3, (), Sampling(), 1, 1.0, lambda: Detokenizer(None)) for _ in range(2)]
+        jobs = [Job([(1,)] * 3, (), Sampling(), 1, lambda: Detokenizer(None)) for _ in range(2)]
         order = []
         for job in jobs:
             queue.put(job)
@@ -131,7 +131,7 @@ def test_a_session_that_is_busy_waits_and_holds_nobody_up() -> None:
     async def turns() -> list[str]:
         queue = Scheduler(ServeSettings())
         for session in (("", "a"), ("", "b"), None):
-            queue.put(Job([(1,)], (), Sampling(), 1, 1.0, lambda: Detokenizer(None), session))
+            queue.put(Job([(1,)], (), Sampling(), 1, lambda: Detokenizer(None), session))
         heads = (queue.head(busy) for busy in ((), {("", "a")}, {("", "a"), ("", "b")}))
         return [str(head and head.session) for head in heads]
 

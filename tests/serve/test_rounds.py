@@ -264,7 +264,7 @@ async def test_rows_that_come_and_go_copy_no_step(monkeypatch: pytest.MonkeyPatc
     model = tiny_model("llama")
     driven = Driven(copy.deepcopy(model))
     jobs = [driven.submit([ids(20 + seed, seed)], SNAP, 12 - 3 * seed) for seed in range(3)]
-    while len(driven.engine.scheduler) or driven.engine._prefill is not None:
+    while len(driven.engine.scheduler) or driven.engine._reading:
         driven.round()
     [group] = driven.engine._groups
     places, layer = [], group.running.cache.layers[0]
