@@ -1,17 +1,20 @@
-"""What it saves to drop visual tokens inside a vision tower and not behind it, on Qwen2.5-VL-3B's geometry.
+"""What it saves to drop visual tokens inside a vision tower and not behind it, on the geometry of Qwen2.5-VL-3B or
+InternVL3-2B.
 
     python -m benchmarks.tower_cut --out benchmarks/results/tower_cut_cpu.json
+    python -m benchmarks.tower_cut --family internvl --side 32 --out benchmarks/results/tower_cut_internvl_cpu.json
 
-The tower has 32 layers of width 1280, of which 7, 15, 23 and 31 see whole images, the language model 36 layers of width
-2048. ``--share 4`` builds a quarter of the layers of both, with full attention at the same relative places. Weights are
-random, which changes no cost, and the layers of a stack share theirs, so that they fit into memory: 79 MB of each layer
-of the tower and 308 MB of each of the decoder are read anew, as no cache holds them. The vocabulary is small.
+Qwen's tower has 32 layers of width 1280, of which 7, 15, 23 and 31 see whole images, the language model 36 layers of
+width 2048; InternVL's 24 of width 1024, in which a tile sees itself, and 28 of width 1536. ``--share 4`` builds a
+quarter of the layers of both, with full attention at the same relative places. Weights are random, which changes no
+cost, and the layers of a stack share theirs, so that they fit into memory: of Qwen 79 MB of each layer of the tower and
+308 MB of each of the decoder are read anew, as no cache holds them. The vocabulary is small.
 
 Measured is CPU time of one thread until the first token: image, selection and prompt. Each variant runs once while its
 operations are counted, then ``--repeats`` times, in turns; medians, with the least and the most.
 
-- ``behind``: FlowCut keeps a third of the tokens, chosen by all four layers that see whole images, behind the tower.
-- ``inside``: a third, chosen after the first of these layers (``tower_depth=0.25``), inside it.
+- ``behind``: FlowCut keeps a third of the tokens, chosen by all layers that see whole images, behind the tower.
+- ``inside``: a third, chosen after the first quarter of the layers (``tower_depth=0.25``), inside it.
 - ``inside_published``: a third, inside, by the published schedule, whose last cut comes at the end. Random weights
   attend to everything alike, which that schedule answers with late cuts.
 - ``two_stages_*``: the same with the second stage that is published for Qwen: two thirds enter the language model, and
@@ -31,14 +34,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+)
 
 import llm_accel
 from benchmarks.common import conditions, cpu_seconds, publish
 from benchmarks.vision_ttft import COUNTED, first_token
 from llm_accel import FlowCut
 
-TOWER_LAYERS, WHOLE, DECODER_LAYERS = 32, (7, 15, 23, 31), 36
+LAYERS = {"qwen2_5_vl": (32, 36), "internvl": (24, 28)}  # of tower and decoder
+WHOLE = (7, 15, 23, 31)
 IMAGE, START, END = 5, 6, 7
 RATIO = 1 / 3
 
@@ -52,9 +64,30 @@ VARIANTS: dict[str, FlowCut | None] = {
 }
 
 
-def build_model(share: int, narrow: int = 1) -> PreTrainedModel:
+def build_model(share: int, narrow: int = 1, family: str = "qwen2_5_vl") -> PreTrainedModel:
     """The model in fp32, with one in ``share`` layers, ``narrow`` times as narrow."""
     torch.manual_seed(0)
+    model = (_internvl if family == "internvl" else _qwen)(narrow).eval()
+    decoder, (tower_layers, decoder_layers) = model.model.language_model, LAYERS[family]
+    if family == "internvl":
+        encoder = model.model.vision_tower.encoder
+        encoder.layer = _stack(encoder.layer[0], tower_layers // share)
+    else:
+        tower = model.model.visual
+        tower.blocks = _stack(tower.blocks[0], tower_layers // share)
+        tower.fullatt_block_indexes = [(layer + 1) // share - 1 for layer in WHOLE]
+    decoder.layers = _stack(decoder.layers[0], decoder_layers // share)
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    decoder.config.layer_types = decoder.config.layer_types * len(decoder.layers)
+    model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = [IMAGE]
+    return model
+
+
+def _qwen(narrow: int) -> PreTrainedModel:
+    """One layer of both stacks of Qwen2.5-VL-3B."""
     vision = {"depth": 1, "hidden_size": 1280 // narrow, "num_heads": 16, "intermediate_size": 3420 // narrow}
     text = {
         "hidden_size": 2048 // narrow,
@@ -76,18 +109,29 @@ def build_model(share: int, narrow: int = 1) -> PreTrainedModel:
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    tower, decoder = model.model.visual, model.model.language_model
-    tower.blocks = _stack(tower.blocks[0], TOWER_LAYERS // share)
-    tower.fullatt_block_indexes = [(layer + 1) // share - 1 for layer in WHOLE]
-    decoder.layers = _stack(decoder.layers[0], DECODER_LAYERS // share)
-    for index, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = index
-    decoder.config.num_hidden_layers = len(decoder.layers)
-    decoder.config.layer_types = decoder.config.layer_types * len(decoder.layers)
-    model.generation_config.eos_token_id = None
-    model.generation_config.suppress_tokens = [IMAGE]
-    return model
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _internvl(narrow: int) -> PreTrainedModel:
+    """One layer of both stacks of InternVL3-2B, for tiles of any size."""
+    vision = {
+        "num_hidden_layers": 1,
+        "hidden_size": 1024 // narrow,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096 // narrow,
+    }
+    text = {
+        "hidden_size": 1536 // narrow,
+        "intermediate_size": 8960 // narrow,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 1024,
+    }
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**vision), text_config=Qwen2Config(**text), image_token_id=IMAGE
+    )
+    return InternVLForConditionalGeneration(config)
 
 
 def _stack(layer: nn.Module, count: int) -> nn.ModuleList:
@@ -97,16 +141,17 @@ def _stack(layer: nn.Module, count: int) -> nn.ModuleList:
     return nn.ModuleList([copy.deepcopy(layer, dict(shared)) for _ in range(count)])
 
 
-def make_prompt(side: int, text: int) -> dict[str, Tensor]:
-    """An image of noise, ``side`` x ``side`` patches, in the middle of ``text`` tokens."""
+def make_prompt(side: int, text: int, family: str = "qwen2_5_vl") -> dict[str, Tensor]:
+    """An image of noise, in InternVL one tile, ``side`` x ``side`` patches, in the middle of ``text`` tokens."""
     draw = torch.Generator().manual_seed(1)
     words = torch.randint(10, 1024, (1, text), generator=draw)
     image = torch.full((1, side * side // 4), IMAGE)
     around = [torch.full((1, 1), token) for token in (START, END)]
     ids = torch.cat([words[:, : text // 2], around[0], image, around[1], words[:, text // 2 :]], dim=1)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "internvl":
+        return prompt | {"pixel_values": torch.randn(1, 3, side * 14, side * 14, generator=draw)}
+    return prompt | {
         "mm_token_type_ids": (ids == IMAGE).int(),
         "pixel_values": torch.randn(side * side, 3 * 2 * 14 * 14, generator=draw),
         "image_grid_thw": torch.tensor([[1, side, side]]),
@@ -121,9 +166,8 @@ def applied(model: PreTrainedModel, method: FlowCut | None) -> AbstractContextMa
 def kept(model: PreTrainedModel, prompt: dict[str, Tensor], method: FlowCut) -> set[int]:
     """Which tokens of the image reach the language model."""
     with applied(model, method):
-        output = model.model.get_image_features(
-            prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], return_dict=True
-        )
+        image = {name: prompt[name] for name in ("pixel_values", "image_grid_thw") if name in prompt}
+        output = model.model.get_image_features(**image, return_dict=True)
     return set((~output.pooler_output[0][:, -1].isnan()).nonzero()[:, 0].tolist())
 
 
@@ -164,6 +208,7 @@ def _ratios(seconds: dict[str, float], gflop: dict[str, float], stages: str) -> 
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="qwen2_5_vl", choices=tuple(LAYERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of them, by name, with commas between")
     parser.add_argument("--share", type=int, default=1, choices=(1, 2, 4), help="build one in so many layers")
@@ -173,11 +218,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, prompt = build_model(args.share, args.narrow), make_prompt(args.side, args.text)
+    model = build_model(args.share, args.narrow, args.family)
+    prompt, (tower_layers, decoder_layers) = make_prompt(args.side, args.text, args.family), LAYERS[args.family]
+    name = "InternVL3-2B" if args.family == "internvl" else "Qwen2.5-VL-3B"
     result = conditions(
-        model="random weights, Qwen2.5-VL-3B's geometry",
-        tower_layers=TOWER_LAYERS // args.share,
-        decoder_layers=DECODER_LAYERS // args.share,
+        model=f"random weights, {name}'s geometry",
+        tower_layers=tower_layers // args.share,
+        decoder_layers=decoder_layers // args.share,
         narrow=args.narrow,
         patches=args.side**2,
         text=args.text,

@@ -38,6 +38,8 @@ EAGER_ONLY = (
     "random:budget=512",
     "streaming_llm:budget=512,positions=cache",
 )
+# options here that give the default of the other checkout, which does not know them
+AS_BEFORE = {"hip": ",share_scores=raw"}
 HERE = Path(__file__).resolve().parents[1]
 
 
@@ -71,7 +73,11 @@ class Side:
 
 def compare(before: Path, method: str, decode: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method in one way of decoding, on both sides."""
-    sides = {name: Side(path, method, decode, args.length) for name, path in (("before", before), ("here", HERE))}
+    more = AS_BEFORE.get(method.partition(":")[0], "")
+    sides = {
+        "before": Side(before, method, decode, args.length),
+        "here": Side(HERE, method + more, decode, args.length),
+    }
     turns: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name in sorted(sides, reverse=bool(turn % 2)):

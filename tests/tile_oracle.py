@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.tower_oracle import survivors
+
 
 @dataclass
 class Kept:
@@ -60,7 +62,7 @@ def flowcut(model: Any, pixels: Tensor, tokens: int, depth: float = 1.0, used: i
                 patch: float(now[at]) if index == 0 else 0.5 * known[patch] + 0.5 * float(now[at])
                 for at, patch in enumerate(patches)
             }
-            count = _survivors(relation, len(patches), tokens * side * side, last - index, every)
+            count = survivors(relation, len(patches), tokens * side * side, last - index, every)
             inside = {block: [one for one in patches if _block(one, side) == block] for block in blocks}
             means = {block: sum(known[one] for one in inside[block]) / len(inside[block]) for block in blocks}
             stay = sorted(blocks, key=lambda block, means=means: -means[block])[: -(-count // side**2)]
@@ -83,16 +85,6 @@ def flowcut(model: Any, pixels: Tensor, tokens: int, depth: float = 1.0, used: i
 
 def _block(patch: tuple[int, int], side: int) -> tuple[int, int]:
     return patch[0] // side, patch[1] // side
-
-
-def _survivors(relation: Tensor, patches: int, budget: int, to_go: int, every: int) -> int:
-    if patches <= budget or to_go == 0:
-        return min(patches, budget)
-    if to_go % every:
-        return patches
-    share = relation / relation.sum()
-    spread = float(-(share * share.log()).sum() / torch.tensor(float(patches)).log())
-    return max(patches - round((patches - budget) / to_go**0.5 * (1 - spread**2)), budget)
 
 
 def _heads(attention: Any, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ def _frame(tower: Any, hidden: Tensor, rows: int, columns: int, wanted: int, dep
             relation = (scale * query.double().mean(1, keepdim=True) @ key.double().mT).softmax(-1)[:, 0].mean(0)
             now = relation * value.double().mean(0).abs().sum(-1)
             scores = now if scores is None else 0.5 * scores + 0.5 * now
-            kept = _survivors(relation, len(left) * unit, wanted * unit, looked[-1] - index, every)
+            kept = survivors(relation, len(left) * unit, wanted * unit, looked[-1] - index, every)
             means = scores.view(-1, unit).mean(1)
             best = sorted(sorted(range(len(left)), key=lambda u: -float(means[u]))[: -(-kept // unit)])
             patches = [unit * u + p for u in best for p in range(unit)]
@@ -92,7 +92,8 @@ def _frame(tower: Any, hidden: Tensor, rows: int, columns: int, wanted: int, dep
     return Kept(torch.tensor(left), _merged(tower, hidden), deeper, sizes)
 
 
-def _survivors(relation: Tensor, patches: int, budget: int, to_go: int, every: int) -> int:
+def survivors(relation: Tensor, patches: int, budget: int, to_go: int, every: int) -> int:
+    """How many of an image's patches are left after a layer, ``to_go`` layers before the last cut."""
     if patches <= budget or to_go == 0:
         return min(patches, budget)
     if to_go % every:
@@ -104,7 +105,11 @@ def _survivors(relation: Tensor, patches: int, budget: int, to_go: int, every: i
 
 def _heads(attention: Any, inside: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [h, n, d], the first two turned by row and column."""
-    parts = attention.qkv(inside).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    if hasattr(attention, "qkv"):
+        parts = attention.qkv(inside).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    else:
+        each = (attention.q, attention.k, attention.v)
+        parts = tuple(part(inside).unflatten(-1, (attention.num_heads, -1)) for part in each)
     if hasattr(attention, "q_norm"):
         parts = (attention.q_norm(parts[0]), attention.k_norm(parts[1]), parts[2])
     query, key, value = (part.transpose(0, 1) for part in parts)

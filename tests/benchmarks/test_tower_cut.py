@@ -27,3 +27,16 @@ def test_variants_of_a_narrow_model() -> None:
     )  # of a layer's linear maps; six layers lie behind the cut
     assert 6 * saved < 1e9 * (gflop["behind"] - gflop["inside"]) < 6 * 1.2 * saved
     assert found["behind_over_inside"][""]["counted"] == gflop["behind"] / gflop["inside"]
+
+
+@torch.inference_mode()
+def test_a_narrow_model_with_a_class_token() -> None:
+    """One tile of InternVL; the last of its layers but one is the last that patches leave after."""
+    model, prompt = build_model(4, 4, "internvl"), make_prompt(12, 10, "internvl")
+    assert (len(model.model.vision_tower.encoder.layer), len(model.model.language_model.layers)) == (6, 7)
+    assert len(kept(model, prompt, VARIANTS["inside"])) == 36 * RATIO
+    gflop = measure(model, prompt, 1, ["dense", "behind", "inside"])["gflop"]
+    rows, width = 4 * (36 - 12), 1024 // 4
+    saved = 2 * rows * (4 * width**2 + 2 * width * 4096 // 4)  # of linear maps; four layers lie behind it
+    assert gflop["behind"] < gflop["dense"]
+    assert 4 * saved < 1e9 * (gflop["behind"] - gflop["inside"]) < 4 * 1.2 * saved

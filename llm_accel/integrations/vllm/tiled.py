@@ -142,7 +142,7 @@ class TiledModel:
             "patches would leave inside the tower, and of those that stay the model cuts off what lies in an image's "
             "padding: how many are left is not known before, and vLLM must know": family.prunable,
             "patches leave behind this tower; give tower_stage=behind": (
-                family.cuttable and isinstance(method, TowerCut) and method.inside
+                family.cuttable({}) and isinstance(method, TowerCut) and method.inside
             ),
         }
         check_tower(method, vllm_config, wrong | self._wrong())

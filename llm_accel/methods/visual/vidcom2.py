@@ -7,8 +7,8 @@ frame t, and R the share that stays:
              r_t = R (1 + s_t - 1 / T),    r_t n tokens of frame t stay
     tokens   u_ti = -cos(x_ti, g) - cos(x_ti, g_t),   those with the largest stay
 
-The numbers of tokens are rounded so that R T n of the video stay, and no frame keeps more than it has. The cosines are
-those of the paper; how u_t becomes s_t and r_t, and tau, were not checked against its text. Its code, which comes
+These are equations 3 to 10 of the paper, with its tau. It rounds r_t n up in every frame, so that up to T tokens more
+stay; here they are rounded so that R T n of the video stay, and no frame keeps more than it has. Its code, which comes
 without a licence, was not read. No attention is looked at.
 """
 

@@ -70,6 +70,9 @@ class AnyRes(VisionFamily):
 class NextVideo(AnyRes):
     """LLaVA-NeXT-Video: frames are scaled down by a pooling layer, whatever its kind, before the projector."""
 
+    def cuttable(self, call: dict[str, Any]) -> bool:
+        return call.get("image_sizes") is not None
+
     def pooled(self, model: Any, frames: Tensor) -> Tensor:
         side, stride = math.isqrt(frames.shape[1]), model.config.spatial_pool_stride
         grid = frames.transpose(1, 2).unflatten(2, (side, side))

@@ -25,9 +25,10 @@ class VisionFamily:
         blocks: path of its layers, from the tower.
         class_token: whether the tower puts a class token first.
         prunable: whether the tower may lose patches half-way, which leaves the number of its outputs to be restored.
-        packed_rows: whether the patches of all images stand in one row, those of a token next to each other, in whose
-            layers an argument says where images or windows end; then whole tokens may leave half-way.
-        mergers: paths of the modules, from the tower, that turn the patches of a token into one; ``packed_rows`` only.
+        packed_rows: whether the patches of all images stand in one row, in whose layers an argument says where images
+            or windows end; then whole tokens may leave half-way.
+        mergers: paths of the modules, from the tower, that turn patches that follow one another into one;
+            ``packed_rows`` only.
         pads: whether the tower fills up smaller images with rows that no other row sees, which ``packed`` leaves out.
         merge: patches that are merged into one visual token, and so stay or go together.
         token_ids: attributes of the configuration that name the placeholders of visual tokens.
@@ -54,11 +55,6 @@ class VisionFamily:
     declared: bool = True
 
     @property
-    def cuttable(self) -> bool:
-        """Whether the tower may lose whole tokens half-way, each with all of its patches."""
-        return self.prunable or self.packed_rows
-
-    @property
     def towers(self) -> tuple[str, ...]:
         """Paths of all vision towers."""
         return (self.tower,) if self.video_tower is None else (self.tower, self.video_tower)
@@ -68,13 +64,19 @@ class VisionFamily:
         found = [attribute(tower, path) for path in self.mergers]
         return [one for module in found for one in (module if isinstance(module, nn.ModuleList) else [module])]
 
-    def merged(self, model: Any) -> int:
-        """Patches of a visual token of this model."""
-        return self.merge
+    def cuttable(self, call: dict[str, Any]) -> bool:
+        """Whether the tower may lose whole tokens half-way in this call, each with all of its patches."""
+        return self.prunable or self.packed_rows
 
-    def units(self, model: Any, count: int) -> Tensor:
-        """Which patches each token of a tile of ``count`` patches is made of, int64 [tokens, :meth:`merged`]."""
-        return torch.arange(count).view(-1, self.merge)
+    def units(self, model: Any, call: dict[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+        """Which patches make each token: one int64 [tokens, patches of a token] for each tile or frame.
+
+        Args:
+            model: the model that holds ``get_image_features``.
+            call: arguments of the call by name.
+            sizes: patches of each tile or frame.
+        """
+        return [torch.arange(size).view(-1, self.merge) for size in sizes]
 
     def tiles(self, model: Any, call: dict[str, Any]) -> list[int] | None:
         """Tiles that each image of a call is cut into; None: one each."""
@@ -86,7 +88,7 @@ class VisionFamily:
 
     def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
         """Patches of each tile or frame, for the ``features`` of each image or video that the call returned."""
-        return [len(one) * self.merged(model) for one in features]
+        return [len(one) * self.merge for one in features]
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         """Numbers of single patches as they stand among the visual tokens of each image, the mean where several patches
@@ -100,7 +102,8 @@ class VisionFamily:
         Returns:
             One fp32 [tokens, c] per image or frame; NaN where a token is no patch, as in rows that mark a line's end.
         """
-        return [one[self.units(model, len(one)).to(one.device)].mean(1) for one in values]
+        units = self.units(model, call, [len(one) for one in values])
+        return [one[unit.to(one.device)].mean(1) for one, unit in zip(values, units, strict=True)]
 
     def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         """What the call becomes with smaller images, and the places of the tokens of each. Only where ``resizable``."""

@@ -24,15 +24,14 @@ class PixelShuffle(VisionFamily):
     prunable: bool = False
     resizable: bool = True
 
-    @property
-    def cuttable(self) -> bool:
+    def cuttable(self, call: dict[str, Any]) -> bool:
         return True
 
-    def merged(self, model: Any) -> int:
-        return _side(model) ** 2
+    def units(self, model: Any, call: dict[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+        return [block_rows(size, isqrt(size), _side(model)) for size in sizes]
 
-    def units(self, model: Any, count: int) -> Tensor:
-        return block_rows(count, isqrt(count), _side(model))
+    def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
+        return [len(one) * _side(model) ** 2 for one in features]
 
     def smaller(self, model: Any, call: dict[str, Any], method: Downsample) -> tuple[dict[str, Any], Sequence[Places]]:
         patch, leading = model.config.vision_config.patch_size, int(self.keeps_class(model, call))

@@ -1,5 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and those built like them (GLM-4V, ERNIE 4.5 VL, VideoLLaMA 3,
-PaddleOCR-VL): no class token; 2 x 2 patches are one token, and follow one another in all but the last."""
+PaddleOCR-VL, the thinkers of Qwen2.5-Omni and Qwen3-Omni): no class token; 2 x 2 patches are one token, and follow one
+another in all but PaddleOCR-VL."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_accel.errors import UnsupportedCallError
 from llm_accel.methods import Downsample
 from llm_accel.patches.families.base import VisionFamily, pixels_of, shows_video
 from llm_accel.patches.families.resizing import Places, smaller_patches
@@ -63,11 +65,15 @@ class WindowedQwen(Qwen):
 
 @dataclass(frozen=True)
 class PairedFrames(Qwen):
-    """ERNIE 4.5 VL: two frames of a video are one visual token each; an image is its own second frame."""
+    """ERNIE 4.5 VL: two frames of a video are one visual token each; an image is its own second frame. Frames do not
+    see each other in the tower, so a token of a video would have to leave in two places at once: it does so behind."""
 
     tower: str = "vision_tower"
-    packed_rows: bool = False
+    mergers: tuple[str, ...] = ()
     resizable: bool = False
+
+    def cuttable(self, call: dict[str, Any]) -> bool:
+        return not shows_video(call)
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         frames = super().packed(model, call, values)
@@ -86,14 +92,14 @@ class MergedBySize(Qwen):
 
     tower: str = "vision_model"
     blocks: str = "encoder.layers"
-    packed_rows: bool = False
+    mergers: tuple[str, ...] = ()
     resizable: bool = False
 
-    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+    def units(self, model: Any, call: dict[str, Any], sizes: Sequence[int]) -> list[Tensor]:
         sides = call["video_merge_sizes" if shows_video(call) else "image_merge_sizes"].tolist()
         frames = call[_grids(call)][:, 0].tolist()
         areas = [side * side for side, count in zip(sides, frames, strict=True) for _ in range(count)]
-        return [one.view(-1, area, one.shape[-1]).mean(1) for one, area in zip(values, areas, strict=True)]
+        return [torch.arange(size).view(-1, area) for size, area in zip(sizes, areas, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,13 @@ class RasterQwen(Qwen):
     """PaddleOCR-VL: patches stand line by line, and blocks of them are merged behind the tower."""
 
     blocks: str = "vision_model.encoder.layers"
-    packed_rows: bool = False
+    mergers: tuple[str, ...] = ()
     resizable: bool = False
 
-    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
+    def units(self, model: Any, call: dict[str, Any], sizes: Sequence[int]) -> list[Tensor]:
         side = model.config.vision_config.spatial_merge_size
         widths = [columns for frames, _, columns in call[_grids(call)].tolist() for _ in range(frames)]
-        return [blocks_of(one, width, side) for one, width in zip(values, widths, strict=True)]
+        return [block_rows(size, width, side) for size, width in zip(sizes, widths, strict=True)]
 
 
 def blocks_of(values: Tensor, width: int, side: int) -> Tensor:
@@ -117,7 +123,16 @@ def blocks_of(values: Tensor, width: int, side: int) -> Tensor:
 
 def block_rows(count: int, width: int, side: int) -> Tensor:
     """Which of ``count`` patches in lines of ``width`` each block of ``side`` x ``side`` consists of, int64 [blocks,
-    side * side], blocks line by line."""
+    side * side], blocks line by line.
+
+    Raises:
+        UnsupportedCallError: lines or columns are left over.
+    """
+    if width % side or count % (width * side):
+        raise UnsupportedCallError(
+            f"{count} patches in lines of {width} do not make whole blocks of {side} x {side}, which are the tokens of "
+            "this model; give images of a size that does."
+        )
     return torch.arange(count).view(-1, side, width // side, side).transpose(1, 2).reshape(-1, side * side)
 
 
@@ -135,8 +150,8 @@ GLM4V = Qwen("glm4v", mergers=())  # a convolution has merged the patches before
 GLM4V_MOE = Qwen("glm4v_moe", mergers=())
 GLM_OCR = Qwen("glm_ocr", mergers=())
 GLM46V = Qwen("glm46v", mergers=(), resizable=False)
-QWEN2_5_OMNI = WindowedQwen("qwen2_5_omni_thinker", packed_rows=False, resizable=False)
-QWEN3_OMNI = Qwen("qwen3_omni_moe_thinker", packed_rows=False, resizable=False)
+QWEN2_5_OMNI = WindowedQwen("qwen2_5_omni_thinker", resizable=False)
+QWEN3_OMNI = Qwen("qwen3_omni_moe_thinker", mergers=("merger", "merger_list"), resizable=False)
 QWEN3_5 = Qwen("qwen3_5", resizable=False)
 QWEN3_5_MOE = Qwen("qwen3_5_moe", resizable=False)
 ERNIE4_5_VL_MOE = PairedFrames("ernie4_5_vl_moe")

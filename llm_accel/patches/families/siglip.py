@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from llm_accel.patches.families.base import VisionFamily
-from llm_accel.patches.families.qwen import blocks_of
+from llm_accel.patches.families.base import VisionFamily, attribute
+from llm_accel.patches.families.qwen import block_rows, blocks_of
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,13 @@ class Siglip(VisionFamily):
     class_token: bool = False
     prunable: bool = False
 
+    def cuttable(self, call: dict[str, Any]) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Blocks(Siglip):
-    """Idefics 3 and SmolVLM: blocks of patches are one token. Tiles of an image are images of their own.
+    """Idefics 3, SmolVLM and Ovis 2: blocks of patches are one token. Tiles of an image are images of their own.
 
     Attributes:
         side: path from the configuration to the side of a block, in patches.
@@ -33,9 +35,8 @@ class Blocks(Siglip):
 
     side: str = "scale_factor"
 
-    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
-        side = self._side(model)
-        return [blocks_of(one, isqrt(len(one)), side) for one in values]
+    def units(self, model: Any, call: dict[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+        return [block_rows(size, isqrt(size), self._side(model)) for size in sizes]
 
     def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
         patch = model.config.vision_config.patch_size
@@ -44,28 +45,7 @@ class Blocks(Siglip):
         return [count] * (sum(len(one) for one in features) * area // count)
 
     def _side(self, model: Any) -> int:
-        return int(getattr(model.config, self.side))
-
-
-@dataclass(frozen=True)
-class PaddedBlocks(Siglip):
-    """Ovis 2: the same, where lines and columns of zeros fill up the last blocks."""
-
-    tower: str = "vision_tower"
-    blocks: str = "transformer.encoder.layers"
-
-    def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
-        side, packed = int(model.config.vision_config.hidden_stride), []
-        for one in values:
-            grid = one.unflatten(0, (isqrt(len(one)), -1))
-            rest = -len(grid) % side
-            grid = F.pad(grid, (0, 0, 0, rest, 0, rest))
-            packed.append(blocks_of(grid.flatten(0, 1), len(grid), side))
-        return packed
-
-    def patches(self, model: Any, call: dict[str, Any], features: Sequence[Tensor]) -> list[int]:
-        vision = model.config.vision_config
-        return [(vision.image_size // vision.patch_size) ** 2] * len(features)
+        return int(attribute(model.config, self.side))
 
 
 @dataclass(frozen=True)
@@ -74,6 +54,9 @@ class Padded(Siglip):
 
     tower: str = "vision_tower"
     pads: bool = True
+
+    def cuttable(self, call: dict[str, Any]) -> bool:
+        return False
 
     def packed(self, model: Any, call: dict[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
         side, sizes = int(model.config.downsample_factor), call["spatial_shapes"].tolist()
@@ -90,6 +73,6 @@ DEEPSEEK_VL = Siglip("deepseek_vl")
 JANUS = Siglip("janus")
 IDEFICS3 = Blocks("idefics3")
 SMOLVLM = Blocks("smolvlm")
-OVIS2 = PaddedBlocks("ovis2")
+OVIS2 = Blocks("ovis2", tower="vision_tower", blocks="transformer.encoder.layers", side="vision_config.hidden_stride")
 LFM2_VL = Padded("lfm2_vl")
 SIGLIP = (DEEPSEEK_VL, JANUS, IDEFICS3, SMOLVLM, OVIS2, LFM2_VL)

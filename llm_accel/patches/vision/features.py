@@ -81,7 +81,7 @@ class FeatureProxy:
         features = features_of(output)
         values = self._nothing_known(family, call, features) if tower is None else tower.values()
         marks = family.packed(self.model, call, values)
-        tiles = iter([len(one) // family.merged(self.model) for one in values])
+        tiles = map(len, family.units(self.model, call, [len(one) for one in values]))
         totals = [sum(islice(tiles, count)) for count in family.tiles(self.model, call) or [1] * len(marks)]
 
         def pruned(index: int, rows: Tensor) -> Tensor:
@@ -130,10 +130,8 @@ class FeatureProxy:
         depth = len(attribute(attribute(self.model, family.tower), family.blocks))
         last = max(layer + depth if layer < 0 else layer - 1 for layer in chosen)
         tiles = family.tiles(self.model, call)
-        kind: Callable[..., TowerPass] = partial(TowerPass, units=partial(family.units, self.model))
-        if family.packed_rows:
-            kind = partial(PackedPass, unit=family.merge)
-        prunable = family.cuttable if isinstance(method, TowerCut) else family.prunable
+        kind: type[TowerPass] = PackedPass if family.packed_rows else TowerPass
+        prunable = family.cuttable(call) if isinstance(method, TowerCut) else family.prunable
         return kind(
             method,
             class_token=family.class_token,
@@ -144,6 +142,7 @@ class FeatureProxy:
             keeps_class=family.keeps_class(self.model, call),
             renumbers=plan.renumbers,
             pads=family.pads,
+            units=partial(family.units, self.model, call),
             watcher=plan.weight_shift.name if plan.weight_shift is not None and plan.reads_tower else None,
         )
 

@@ -1,6 +1,5 @@
-"""A vision tower in which the patches of all images stand in one row: tokens, which are several patches that follow one
-another, leave half-way as wholes, and the layers behind get the rows that are left and where images and windows end
-among them."""
+"""A vision tower in which the patches of all images stand in one row: tokens, which are several patches, leave half-way
+as wholes, and the layers behind get the rows that are left and where images and windows end among them."""
 
 from __future__ import annotations
 
@@ -20,14 +19,11 @@ class PackedPass(TowerPass):
     """The pass of images, or pairs of frames of videos, whose patches are the rows of one [S, C].
 
     Args:
-        method: as for :class:`TowerPass`.
-        unit: patches of a token.
-        given: the other arguments of :class:`TowerPass`.
+        method, given: as for :class:`TowerPass`.
     """
 
-    def __init__(self, method: TowerTokens | None, *, unit: int, **given: Any) -> None:
+    def __init__(self, method: TowerTokens | None, **given: Any) -> None:
         super().__init__(method, **given)
-        self.unit = unit
         self._bounds: Tensor | None = None  # where images or windows begin and end in the running layer
         self._sizes_before: list[int] = []  # patches of each image
         self._tokens: list[int] = []  # how many of an image's tokens stay
@@ -57,11 +53,13 @@ class PackedPass(TowerPass):
         return hidden if self._left is None or len(hidden) == len(self._left) else hidden[self._left]
 
     def widened(self, merged: Tensor) -> Tensor:
-        """What a merger made of the tokens that are left among those of all, [S / unit, C]; the others are zeros."""
+        """What a merger made of the tokens that are left, each of u rows that follow one another, among those of all,
+        [S / u, C]; the others are zeros."""
         if self._left is None:
             return merged
-        tokens = self._left[:: self.unit] // self.unit
-        full = merged.new_zeros(sum(self._sizes_before) // self.unit, *merged.shape[1:])
+        unit = len(self._left) // len(merged)
+        tokens = self._left[::unit] // unit
+        full = merged.new_zeros(sum(self._sizes_before) // unit, *merged.shape[1:])
         return full.index_copy(0, tokens, merged)
 
     def _images(self, calls: list[Call]) -> list[Call]:
@@ -84,27 +82,30 @@ class PackedPass(TowerPass):
         assert isinstance(method, TowerCut)
         if not self._sizes_before:
             self._sizes_before = [view.query.shape[2] for view in views]
-            self._tokens = [max(1, method.first_stage_tokens(size // self.unit)) for size in self._sizes_before]
+            self._units = [one.to(hidden.device) for one in self._units_of(self._sizes_before)]
+            self._tokens = [max(1, method.first_stage_tokens(len(one))) for one in self._units]
         sizes = [scores.shape[1] for scores in self.scores]
         chosen = [
-            self._rows(method, view, scores[0], tokens)
-            for view, scores, tokens in zip(views, self.scores, self._tokens, strict=True)
+            self._rows(method, view, scores[0], units, tokens)
+            for view, scores, units, tokens in zip(views, self.scores, self._units, self._tokens, strict=True)
         ]
         if [len(rows) for rows in chosen] == sizes:
             return hidden
         self.scores = [scores[:, rows] for scores, rows in zip(self.scores, chosen, strict=True)]
+        self._units = [_still(units, rows) for units, rows in zip(self._units, chosen, strict=True)]
         begins = accumulate(sizes, initial=0)
         rows = torch.cat([one + begin for one, begin in zip(chosen, begins, strict=False)])
         self._left = rows if self._left is None else self._left[rows]
         return hidden[rows]
 
-    def _rows(self, method: TowerCut, view: TowerView, scores: Tensor, tokens: int) -> Tensor:
+    def _rows(self, method: TowerCut, view: TowerView, scores: Tensor, units: Tensor, tokens: int) -> Tensor:
         """Which rows of one image go on, int64, ascending: whole tokens, at least ``tokens``, by the mean score of
         their patches. A method counts in patches; part of a token is one."""
-        size, budget = torch.tensor([len(scores)]), torch.tensor([min(len(scores), tokens * self.unit)])
+        unit = units.shape[1]
+        size, budget = torch.tensor([len(scores)]), torch.tensor([min(len(scores), tokens * unit)])
         patches = int(method.survivors(view, size, budget))
-        best = top_tokens(scores.view(-1, self.unit).mean(1), -(-patches // self.unit))
-        return (best[:, None] * self.unit + torch.arange(self.unit, device=best.device)).flatten()
+        best = top_tokens(scores[units].mean(1), -(-patches // unit))
+        return units[best].flatten().sort().values
 
     def _stayed_rows(self) -> Tensor:
         """fp32 [S]: 1 where a row is under way, 0 where it has left."""
@@ -121,6 +122,11 @@ class PackedPass(TowerPass):
         if not self.inside:
             return super().values()
         return list(self._stayed_rows()[:, None].split(self._sizes_before))
+
+
+def _still(units: Tensor, rows: Tensor) -> Tensor:
+    """The ``units``, int64 [t, u], that are left where only ``rows`` are, int64 [m], ascending: int64 [m / u, u]."""
+    return torch.searchsorted(rows, units[torch.isin(units[:, 0], rows)])
 
 
 def running_packed() -> PackedPass | None:

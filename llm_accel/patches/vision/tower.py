@@ -49,8 +49,8 @@ class TowerPass:
         renumbers: whether tokens that stay are counted without gaps, so that places mean nothing but their order.
         pads: whether smaller images are padded, which the family leaves out of the values; none leave half-way there.
         watcher: name of the method for which attention of two layers is noted, or None.
-        units: from the number of a tile's patches to those of each token, int64 [tokens, u], which leave half-way
-            together; None: each patch is a token.
+        units: from the numbers of patches of tiles to the patches of each token, int64 [tokens, u] for each tile, which
+            leave half-way together; None: each patch is a token.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TowerPass:
         renumbers: bool = False,
         pads: bool = False,
         watcher: str | None = None,
-        units: Callable[[int], Tensor] | None = None,
+        units: Callable[[Sequence[int]], list[Tensor]] | None = None,
     ) -> None:
         self.method = method
         self.class_token = class_token
@@ -79,8 +79,8 @@ class TowerPass:
         self.keeps_class = keeps_class
         self._renumbers = renumbers
         self._pads = pads
-        self._units_of = units
-        self._units: Tensor | None = None  # int64 [t, u], the rows under way of each token
+        self._units_of = units or (lambda sizes: [torch.arange(size)[:, None] for size in sizes])
+        self._units: list[Tensor] = []  # of each view, int64 [t, u], the rows under way of each token
         self._moved: list[Tensor] = []  # of each tile, which patch stands in each place, int64; -1: the class token
         self._name = watcher if method is None else method.name
         self.watch = TowerWatch(whole[0], whole[-1], keeps_class) if watcher is not None else None
@@ -195,9 +195,8 @@ class TowerPass:
         view = views[0]
         if self._sizes is None or self._budgets is None:
             tiles, self._patches = view.patches.shape
-            each = torch.arange(self._patches)[:, None] if self._units_of is None else self._units_of(self._patches)
-            self._units = each.to(hidden.device)
-            tokens, unit = each.shape
+            self._units = [one.to(hidden.device) for one in self._units_of([self._patches] * tiles)[:1]]
+            tokens, unit = self._units[0].shape
             own = int(self.keeps_class)
             parts = self.parts or [1] * tiles
             budgets = [max(1, self.method.first_stage_tokens(tokens + own, part) - own) for part in parts]
@@ -233,8 +232,8 @@ class TowerPass:
 
     def _cut(self, view: TowerView, hidden: Tensor, sizes: Tensor) -> Tensor:
         """Lets whole tokens leave, so that ``sizes`` patches of each tile stay, part of a token being one."""
-        assert self._sizes is not None and self._units is not None
-        units, unit = self._units, self._units.shape[1]
+        assert self._sizes is not None
+        units, unit = self._units[0], self._units[0].shape[1]
         tokens = -(-sizes // unit)
         sizes = tokens * unit
         if torch.equal(sizes, self._sizes):
@@ -243,7 +242,7 @@ class TowerPass:
         means = self.scores[0][:, units].mean(-1)
         best = select_top(means[:, None], tokens.to(hidden.device), width, view.patches[:, units[:, 0]])[:, 0]
         keep = units[best].masked_fill(best[..., None] < 0, -1).flatten(1)
-        self._units = torch.arange(width * unit, device=hidden.device).view(width, unit)
+        self._units = [torch.arange(width * unit, device=hidden.device).view(width, unit)]
         self.scores = [gathered(self.scores[0], keep, 0.0)]
         self._kept = keep if self._kept is None else gathered(self._kept, keep, -1)
         self._sizes = sizes

@@ -119,7 +119,8 @@ def test_each_patch_counts_for_the_token_that_it_becomes(name: str, video: bool)
 
 @pytest.mark.parametrize("name", [*BLOCKS, "deepseek_vl", "janus"])
 def test_flowcut_keeps_the_best_by_the_formula(name: str) -> None:
-    """What the mean query pays, mean over heads, times the L1 norm of the mean value; half of it new in each layer."""
+    """What the mean query pays, mean over heads, times the L1 norm of the mean value; half of it new in each layer. All
+    of them are looked at where patches leave behind the tower."""
     model = built(name)
     family, (tower, _) = family_of(model, "flowcut"), tower_of(model)
     image = image_of(model, 5)
@@ -140,7 +141,7 @@ def test_flowcut_keeps_the_best_by_the_formula(name: str) -> None:
     (per_token,) = family.packed(model.base_model, image, [score[:, None]])
     budget = tokens // 2
     wanted = per_token[:, 0].topk(budget).indices.sort().values
-    with llm_accel.apply(model, "flowcut", budget=budget):
+    with llm_accel.apply(model, "flowcut", budget=budget, tower_stage="behind"):
         kept = (~rows(model, image)[:, -1].isnan()).nonzero()[:, 0]
     assert torch.equal(kept, wanted)
 
@@ -167,9 +168,10 @@ def test_rows_and_undo(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", NEW)
 def test_generation_equals_rows_removed_by_hand(name: str) -> None:
+    """Behind the tower, where what stays is as it was; inside, see test_inside and test_packed."""
     model = built(name)
     one = scene(model)
-    with llm_accel.apply(model, "flowcut", ratio=0.5):
+    with llm_accel.apply(model, "flowcut", ratio=0.5, tower_stage="behind"):
         logits = decode(model, one)[1][0]
         features = feature_rows(model, images_in(one))
     dropped = torch.zeros(one["input_ids"].shape[1], dtype=torch.bool)

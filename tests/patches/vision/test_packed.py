@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
@@ -11,7 +13,7 @@ import llm_accel
 from llm_accel import FlowCut
 from llm_accel.patches.vision.tower import running_pass
 from tests import tiny_vlm as tiny
-from tests import vlm_towers
+from tests import vlm_others, vlm_towers
 from tests.patches.calls import Outside
 from tests.tiny_vlm import IMAGE, QWEN_MARKS, QWEN_VISION, UNEQUAL, decode, inputs, widened
 from tests.tower_oracle import Kept, flowcut
@@ -52,18 +54,31 @@ def glm(family: str) -> hf.PretrainedConfig:
     return getattr(hf, f"{name}Config")(**given() | {"vision_config": given()["vision_config"] | {"depth": DEPTH}})
 
 
-ALIKE = {**TOWERS, "glm4v": lambda: glm("glm4v"), "glm_ocr": lambda: glm("glm_ocr")}
+def thinker(family: str, **vision: Any) -> hf.PretrainedConfig:
+    name, given = vlm_others.OTHERS[family]
+    return getattr(hf, f"{name}Config")(**given() | {"vision_config": {**WIDE, **vision}})
+
+
+ALIKE = {
+    **TOWERS,
+    "glm4v": lambda: glm("glm4v"),
+    "glm_ocr": lambda: glm("glm_ocr"),
+    "qwen2_5_omni": lambda: thinker("qwen2_5_omni", fullatt_block_indexes=[1, 3, 5], window_size=84),
+    "qwen3_omni_moe": lambda: thinker("qwen3_omni_moe", deepstack_visual_indexes=[0, 4], num_position_embeddings=64),
+}
 every_tower = pytest.mark.parametrize("family", TOWERS)
 
 
 def deep(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A tower of seven layers and attention to few patches, so that others leave step by step."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForImageTextToText.from_config(ALIKE[family](), attn_implementation=attention)
-    model = widened(model)
+    config = ALIKE[family]()
+    kind = getattr(hf, f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration")
+    model = widened(kind._from_config(config, attn_implementation=attention))
     with torch.no_grad():
-        for block in model.model.visual.blocks:
-            block.attn.qkv.weight.mul_(2)
+        for name, weight in model.base_model.visual.blocks.named_parameters():
+            if name.endswith(("qkv.weight", "attn.q.weight", "attn.k.weight", "attn.v.weight")):
+                weight.mul_(2)
     return model
 
 
@@ -81,7 +96,7 @@ def wanted(model: PreTrainedModel, call: dict[str, torch.Tensor], ratio: float, 
     grids = call["image_grid_thw"].tolist()
     pixels = call["pixel_values"].split([t * h * w for t, h, w in grids])
     return [
-        flowcut(model.model.visual, one, grid, -(-int(grid[1] * grid[2] // 4 * ratio * 1e6) // 10**6), depth)
+        flowcut(model.base_model.visual, one, grid, -(-int(grid[1] * grid[2] // 4 * ratio * 1e6) // 10**6), depth)
         for one, grid in zip(pixels, grids, strict=True)
     ]
 
@@ -93,10 +108,10 @@ def test_kept_tokens_and_their_features_equal_the_oracle(family: str, depth: flo
     """Images of unequal size in one call, each as if it were alone; what left is gone from the layers behind."""
     model, call = deep(family, attention), images()
     seen: list[int] = []
-    blocks = model.model.visual.blocks
+    blocks = model.base_model.visual.blocks
     hook = [block.norm2.register_forward_pre_hook(lambda norm, args: seen.append(len(args[0]))) for block in blocks]
     with llm_accel.apply(model, FlowCut(ratio=0.25, llm_stage="off", tower_depth=depth)):
-        output = model.model.get_image_features(**call, return_dict=True)
+        output = model.base_model.get_image_features(**call, return_dict=True)
     for one in hook:
         one.remove()
     expected = wanted(model, call, 0.25, depth)
@@ -134,7 +149,7 @@ def test_generation_equals_rows_removed_by_hand(family: str) -> None:
         with torch.no_grad():
             pixels = alone["pixel_values"].split([t * h * w for t, h, w in grids])
             frames = [
-                flowcut(plain.model.visual, one, grid, 2, 0.5)[0] for one, grid in zip(pixels, grids, strict=True)
+                flowcut(plain.base_model.visual, one, grid, 2, 0.5)[0] for one, grid in zip(pixels, grids, strict=True)
             ]
         totals = [grid[1] * grid[2] // 4 for grid in grids]
         full = [
@@ -144,7 +159,7 @@ def test_generation_equals_rows_removed_by_hand(family: str) -> None:
         gone = torch.cat([~torch.isin(torch.arange(n), one.tokens) for one, n in zip(frames, totals, strict=True)])
         dropped = torch.zeros(alone["input_ids"].shape[1], dtype=torch.bool)
         dropped[alone["input_ids"][0] == IMAGE] = gone
-        genuine = plain.model.get_image_features
+        genuine = plain.base_model.get_image_features
 
         def replaced(*args, full=full, frames=frames, genuine=genuine, **kwargs):
             output = genuine(*args, **kwargs)
@@ -156,11 +171,11 @@ def test_generation_equals_rows_removed_by_hand(family: str) -> None:
                 output.deepstack_features = deeper if split else [torch.cat(one) for one in deeper]
             return output
 
-        plain.model.get_image_features = replaced
+        plain.base_model.get_image_features = replaced
         try:
             assert torch.allclose(logits[row], removed(plain, alone, dropped), atol=EXACT)
         finally:
-            del plain.model.get_image_features
+            del plain.base_model.get_image_features
         kept += int((~gone).sum())
     assert report.visual_tokens_after == kept == 2 * sum(scene.images for scene in UNEQUAL)
 
@@ -170,10 +185,10 @@ def test_videos_lose_tokens_frame_by_frame(family: str) -> None:
     model, grid = deep(family), [3, 6, 8]
     pixels = torch.randn(3 * 48, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = flowcut(model.model.visual, pixels, grid, 4, 0.5)
+        expected = flowcut(model.base_model.visual, pixels, grid, 4, 0.5)
     call = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
     with llm_accel.apply(model, FlowCut(ratio=1 / 3, llm_stage="off", tower_depth=0.5)):
-        features = torch.cat(list(model.model.get_video_features(**call, return_dict=True).pooler_output))
+        features = torch.cat(list(model.base_model.get_video_features(**call, return_dict=True).pooler_output))
     for rows, frame in zip(features.split(12), expected, strict=True):
         assert (~rows[:, -1].isnan()).nonzero()[:, 0].tolist() == frame.tokens.tolist()
         assert torch.allclose(rows[frame.tokens], frame.features, atol=EXACT)
@@ -197,9 +212,9 @@ def test_nothing_to_cut_and_nothing_left_behind(family: str) -> None:
 def test_behind_the_tower_it_runs_in_full(family: str) -> None:
     """The deviation by name: all layers see all patches, kept features are those of the plain model."""
     model, call = deep(family), images()
-    dense = model.model.get_image_features(**call, return_dict=True).pooler_output
+    dense = model.base_model.get_image_features(**call, return_dict=True).pooler_output
     with llm_accel.apply(model, FlowCut(ratio=0.25, llm_stage="off", tower_stage="behind")):
-        features = model.model.get_image_features(**call, return_dict=True).pooler_output
+        features = model.base_model.get_image_features(**call, return_dict=True).pooler_output
     for rows, full in zip(features, dense, strict=True):
         kept = ~rows[:, -1].isnan()
         assert int(kept.sum()) == -(-len(rows) // 4) and torch.equal(rows[kept], full[kept])
@@ -211,11 +226,11 @@ def test_images_in_one_call_of_varlen_attention() -> None:
     model, call = deep("qwen2_5_vl"), images()
     bounds: list[list[int]] = []
     with llm_accel.apply(model, FlowCut(ratio=0.25, llm_stage="off", tower_depth=0.5)):
-        expected = model.model.get_image_features(**call, return_dict=True).pooler_output
-        for block in model.model.visual.blocks:
+        expected = model.base_model.get_image_features(**call, return_dict=True).pooler_output
+        for block in model.base_model.visual.blocks:
             block.attn.forward = Varlen(block.attn, bounds)
-        features = model.model.get_image_features(**call, return_dict=True).pooler_output
-        for block in model.model.visual.blocks:
+        features = model.base_model.get_image_features(**call, return_dict=True).pooler_output
+        for block in model.base_model.visual.blocks:
             del block.attn.forward
     for rows, others in zip(features, expected, strict=True):
         assert torch.allclose(rows, others, atol=EXACT, equal_nan=True)

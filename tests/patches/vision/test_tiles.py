@@ -269,5 +269,5 @@ def test_units_are_what_the_model_shuffles() -> None:
         model = deep(ratio=ratio)
         numbers = torch.arange(64.0)
         shuffled = model.model.pixel_shuffle(numbers.view(1, 8, 8, 1), scale_factor=ratio).flatten(1, 2)[0]
-        units = family_of(model, "flowcut").units(model.model, 64)
+        (units,) = family_of(model, "flowcut").units(model.model, {}, [64])
         assert torch.equal(units.double(), shuffled.double())

@@ -11,6 +11,7 @@ from llm_accel.patches.families import family_of
 from tests.patches.calls import Outside, failing_once
 from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, inputs, pixels, tiny_vlm
 from tests.vision_oracle import flowcut, removed
+from tests.vlm_zoo import built
 
 EXACT = 2e-4
 
@@ -211,10 +212,11 @@ def test_copies_of_an_image_keep_the_same_patches() -> None:
     )
 
 
-def test_tiles_lose_the_patches_that_the_tower_dropped() -> None:
+@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+def test_tiles_lose_the_patches_that_the_tower_dropped(family: str) -> None:
     """LLaVA-NeXT: patches numbered by tile and place go through the model's packing; the tokens that stay are those of
     the patches that each tile keeps when it is given alone to a LLaVA of the same tower."""
-    model, alone = tiny_vlm("llava_next"), tiny_vlm()
+    model, alone = tiny_vlm("llava_next") if family == "llava_next" else built(family), tiny_vlm()
     alone.model.vision_tower = model.model.vision_tower
     image = pixels("llava_next", 1)
     numbers = torch.arange(5 * 16.0).view(5, 16, 1)
