@@ -15,7 +15,7 @@ from llm_accel.cache import headroom
 from llm_accel.methods import RetrievalHeads, SnapKV, StreamingLLM
 from llm_accel.patches.compiled import call
 from llm_accel.patches.hook import session_of
-from llm_accel.serve import engine
+from llm_accel.serve import engine, logprobs
 from llm_accel.serve.errors import ApiError
 from llm_accel.serve.sequences import Job
 from tests.contracts.matrix import BUDGET
@@ -68,6 +68,21 @@ async def test_a_cancelled_request_frees_its_slot_within_a_step_whenever_it_come
     assert first.sequences[0] not in driven.engine.running
     driven.round()
     assert second.sequences[0] in driven.engine.running
+
+
+@in_loop
+async def test_log_probabilities_of_a_prompt_end_with_who_wanted_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_AT_ONCE", 16)
+    driven, calls = Driven(tiny_model("llama"), max_batch=1), []
+    driven.engine._forward.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    first = driven.submit([ids(110, 0)], SNAP, 8, prompt_logprobs=1)
+    for _ in range(3):
+        driven.round()
+    driven.engine.cancel(first)
+    calls.clear()
+    second = driven.submit([ids(20, 1)], SNAP, 1)
+    driven.finish()
+    assert len(calls) == 1 and tokens(second) == 1 and 1 < len(first.sequences[0].prompt_logprobs) < 110
 
 
 @in_loop
