@@ -135,7 +135,10 @@ def test_commands_parse(page: Path):
             module = Path(found.origin)
             module = module.with_name("__main__.py") if module.name == "__init__.py" else module
             source = module.read_text(encoding="utf-8")
-            assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+            end = words.index("--") if "--" in words else len(words)
+            if load := words[end + 1 :]:  # for the load that is put on servers
+                cli.parse(["bench", "serve", "--url", "http://127.0.0.1:8000/v1", *load])
+            assert [word for word in words[:end] if word.startswith("--") and f'"{word}"' not in source] == []
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
         elif words[:2] == ["pip", "install"]:
