@@ -37,13 +37,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ours(args: argparse.Namespace, prompts: Sequence[str], folder: Path) -> dict[str, dict[str, list[str]]]:
+def ours(args: argparse.Namespace, prompts: Sequence[str], folder: Path) -> dict[str, dict[str, list[Any]]]:
     """Answers and scores by method and sample."""
     methods = [part for method in args.method for part in ("--method", method)]
     command("ruler", *prompts, *methods, "--no-plot", "--out", str(folder))
-    found: dict[str, dict[str, list[str]]] = {method: {} for method in args.method}
+    found: dict[str, dict[str, list[Any]]] = {method: {} for method in args.method}
     for cell in lines(folder / "cells.jsonl"):
-        found[cell["method"]][f"{cell['task']} {cell['sample']}"] = [cell["answer"].strip(), cell["score"]]
+        found[cell["method"]][name(cell["task"], cell["sample"])] = [cell["answer"].strip(), cell["score"]]
     return found
 
 
@@ -55,12 +55,12 @@ def theirs(args: argparse.Namespace, method: str, samples: Path, folder: Path) -
     log = ["--output_path", str(folder), "--log_samples", "--batch_size", "1"]
     command("lm-eval", "--model_args", model, *chosen, *data, *log)
     records = [record for file in folder.rglob("samples_*.jsonl") for record in lines(file)]
-    return {name(r["doc"]): [r["resps"][0][0].strip(), r["score"]] for r in records}
+    return {name(r["doc"]["task"], r["doc"]["index"]): [r["resps"][0][0].strip(), r["score"]] for r in records}
 
 
-def name(sample: dict[str, Any]) -> str:
+def name(task: str, index: int) -> str:
     """Of a sample, the same on both sides."""
-    return f"{sample['task']} {sample['index']}"
+    return f"{task} {index}"
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         samples, own = Path(place, "samples.jsonl"), Path(place, "own")
         command("ruler", *asked, "--write-samples", str(samples))
-        same = {name(sample) for sample in lines(samples) if sample["same_tokens"]}
+        same = {name(sample["task"], sample["index"]) for sample in lines(samples) if sample["same_tokens"]}
         here, rows = ours(args, asked, own), {}
         for number, method in enumerate(args.method):
             there = theirs(args, method, samples, Path(place, str(number)))

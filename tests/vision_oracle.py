@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,23 @@ def decoder_inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, A
     if seen["position_ids"] is None:
         seen["position_ids"] = torch.arange(length)[None]
     return {name: value for name, value in seen.items() if value is not None}
+
+
+@contextmanager
+def features_changed(model: PreTrainedModel, change: Callable[[Any], None]) -> Iterator[None]:
+    """The model with what its ``get_image_features`` returns changed in place."""
+    genuine = model.base_model.get_image_features
+
+    def changed(*args: object, **kwargs: object) -> Any:
+        output = genuine(*args, **kwargs)
+        change(output)
+        return output
+
+    model.base_model.get_image_features = changed
+    try:
+        yield
+    finally:
+        del model.base_model.get_image_features
 
 
 def removed(

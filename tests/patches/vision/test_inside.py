@@ -15,7 +15,7 @@ from llm_accel import FlowCut, UnsupportedCallError
 from llm_accel.patches.families import attribute, family_of
 from tests.row_oracle import Rows, taking
 from tests.tiny_vlm import IMAGE, decode
-from tests.vision_oracle import removed
+from tests.vision_oracle import features_changed, removed
 from tests.vlm_zoo import CONFIGS, built, feature_rows, images_in, scenes
 
 EXACT = 1e-3  # of values around 10
@@ -139,19 +139,13 @@ def test_generation_equals_rows_removed_by_hand(name: str) -> None:
         dropped = torch.zeros(one["input_ids"].shape[1], dtype=torch.bool)
         gone = torch.ones(len(features), dtype=torch.bool).index_fill(0, torch.tensor(rows.kept), False)
         dropped[one["input_ids"][0] == IMAGE] = gone
-        genuine = plain.base_model.get_image_features
 
-        def replaced(*args: object, features: Tensor = features, genuine: Any = genuine, **kwargs: object) -> Any:
-            output = genuine(*args, **kwargs)
+        def replace(output: Any, features: Tensor = features) -> None:
             shape = output.pooler_output
             output.pooler_output = features.view_as(shape) if torch.is_tensor(shape) else (features,)
-            return output
 
-        plain.base_model.get_image_features = replaced
-        try:
+        with features_changed(plain, replace):
             assert torch.allclose(logits[row], removed(plain, one, dropped), atol=EXACT)
-        finally:
-            del plain.base_model.get_image_features
 
 
 def test_patches_that_are_left_over_are_refused() -> None:

@@ -17,7 +17,7 @@ from tests import vlm_others, vlm_towers
 from tests.patches.calls import Outside
 from tests.tiny_vlm import IMAGE, QWEN_MARKS, QWEN_VISION, UNEQUAL, decode, inputs, widened
 from tests.tower_oracle import Kept, flowcut
-from tests.vision_oracle import removed
+from tests.vision_oracle import features_changed, removed
 from tests.vlm_towers import LINEAR, MROPE
 
 EXACT = 1e-3  # of values around 10
@@ -159,23 +159,17 @@ def test_generation_equals_rows_removed_by_hand(family: str) -> None:
         gone = torch.cat([~torch.isin(torch.arange(n), one.tokens) for one, n in zip(frames, totals, strict=True)])
         dropped = torch.zeros(alone["input_ids"].shape[1], dtype=torch.bool)
         dropped[alone["input_ids"][0] == IMAGE] = gone
-        genuine = plain.base_model.get_image_features
 
-        def replaced(*args, full=full, frames=frames, genuine=genuine, **kwargs):
-            output = genuine(*args, **kwargs)
+        def replace(output, full=full, frames=frames):
             output.pooler_output = tuple(full)
             if getattr(output, "deepstack_features", None) is not None:
                 levels = range(len(output.deepstack_features))
                 deeper = [tuple(one.deeper[level] for one in frames) for level in levels]
                 split = not torch.is_tensor(output.deepstack_features[0])  # newer versions split them by image
                 output.deepstack_features = deeper if split else [torch.cat(one) for one in deeper]
-            return output
 
-        plain.base_model.get_image_features = replaced
-        try:
+        with features_changed(plain, replace):
             assert torch.allclose(logits[row], removed(plain, alone, dropped), atol=EXACT)
-        finally:
-            del plain.base_model.get_image_features
         kept += int((~gone).sum())
     assert report.visual_tokens_after == kept == 2 * sum(scene.images for scene in UNEQUAL)
 

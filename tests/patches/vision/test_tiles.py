@@ -19,7 +19,7 @@ from tests.patches.calls import Outside
 from tests.patches.vision.test_grounding import Entering
 from tests.tile_oracle import Kept, flowcut
 from tests.tiny_vlm import IMAGE, ONE, TEXT, UNEQUAL, Scene, decode, inputs, widened
-from tests.vision_oracle import removed
+from tests.vision_oracle import features_changed, removed
 
 EXACT = 1e-3  # of values around 10
 DEPTH = 7
@@ -159,18 +159,8 @@ def by_hand(model: PreTrainedModel, batch: dict[str, Tensor], budget: int) -> tu
         full[tile, one.tokens], gone[tile, one.tokens] = one.features, False
     dropped = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
     dropped[batch["input_ids"][0] == IMAGE] = gone.flatten()
-    genuine = model.model.get_image_features
-
-    def replaced(*args: object, **kwargs: object) -> object:
-        output = genuine(*args, **kwargs)
-        output.pooler_output = full
-        return output
-
-    model.model.get_image_features = replaced
-    try:
+    with features_changed(model, lambda output: setattr(output, "pooler_output", full)):
         return removed(model, batch, dropped), torch.cat([one.features for one in found])
-    finally:
-        del model.model.get_image_features
 
 
 @pytest.mark.parametrize("scenes", [UNEQUAL, TILED], ids=["images", "tiles"])

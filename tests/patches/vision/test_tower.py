@@ -10,7 +10,7 @@ from llm_accel import FlowCut, SnapKV
 from llm_accel.patches.families import family_of
 from tests.patches.calls import Outside, failing_once
 from tests.tiny_vlm import IMAGE, ONE, UNEQUAL, Scene, decode, inputs, pixels, tiny_vlm
-from tests.vision_oracle import flowcut, removed
+from tests.vision_oracle import features_changed, flowcut, removed
 from tests.vlm_zoo import built
 
 EXACT = 2e-4
@@ -55,18 +55,8 @@ def test_generation_equals_rows_removed_by_hand() -> None:
         pruned = torch.cat(list(features[row]))
         dropped = torch.zeros(alone["input_ids"].shape[1], dtype=torch.bool)
         dropped[alone["input_ids"][0] == IMAGE] = dropped_rows(pruned)
-        genuine = model.base_model.get_image_features
-
-        def replaced(*args, pruned=pruned, genuine=genuine, **kwargs):
-            output = genuine(*args, **kwargs)
-            output.pooler_output = [pruned]
-            return output
-
-        model.base_model.get_image_features = replaced
-        try:
+        with features_changed(model, lambda output, pruned=pruned: setattr(output, "pooler_output", [pruned])):
             reference = removed(model, alone, dropped)
-        finally:
-            del model.base_model.get_image_features
         assert torch.allclose(logits[row], reference, atol=EXACT)
 
 
